@@ -1,0 +1,198 @@
+"""The parts of the demonstration teacher: a small `StableDiffusionControlNetPipeline`, shaped like SD1.5."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+from tokenizers import Tokenizer as BpeTokenizer
+from tokenizers import models, trainers
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from hgc_learn.demo.scenes import COLORS, CONNECTIVES, IMAGE_SIZE, KINDS, TEMPLATES
+
+TEACHER_DIR = Path(__file__).parent / "teacher"
+MAX_TOKENS = 16  # the longest caption has 14 words and commas, plus start and end
+HIDDEN_SIZE = 64  # of the text encoder
+LATENT_CHANNELS = 4
+LATENT_SIZE = IMAGE_SIZE // 4
+BLOCK_CHANNELS = (32, 64, 128, 128)
+NUM_HEADS = (2, 4, 8, 8)  # 16 channels per head; the UNet calls this attention_head_dim, as SD1.5 does
+SCHEDULER_CONFIG = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "v_prediction",
+}
+ZERO_CONVOLUTION_STD = 0.05
+GUIDANCE_SCALE = 4.0
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer in which every word of the captions is one token; other words fall apart into letters."""
+    words = sorted({*KINDS, *COLORS, *CONNECTIVES, "an", *" ".join(TEMPLATES).replace("{}", "").split()})
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    bpe = BpeTokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000, min_frequency=1, initial_alphabet=[*letters, ","], end_of_word_suffix="</w>",
+        continuing_subword_prefix="", show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator([*words, *letters, ","], trainer)
+    merges = [tuple(merge) for merge in _merges(bpe)]
+    vocabulary = sorted(bpe.get_vocab(), key=lambda token: (len(token), token))
+    vocabulary += [letter for letter in (f"{letter}</w>" for letter in letters) if letter not in vocabulary]
+    ids = {token: index for index, token in enumerate([*vocabulary, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def _merges(bpe: BpeTokenizer) -> Iterable[list[str]]:
+    merges = json.loads(bpe.to_str())["model"]["merges"]
+    return [merge if isinstance(merge, list) else merge.split(" ") for merge in merges]
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A two-layer CLIP text encoder for the given tokenizer."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=HIDDEN_SIZE,
+            intermediate_size=2 * HIDDEN_SIZE,
+            projection_dim=HIDDEN_SIZE,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_vae(block_out_channels: tuple[int, ...] = (16, 32, 64)) -> AutoencoderKL:
+    """An autoencoder [B, 3, 64, 64] in [-1, 1] <-> [B, 4, 16, 16]."""
+    num_blocks = len(block_out_channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * num_blocks,
+        up_block_types=("UpDecoderBlock2D",) * num_blocks,
+        block_out_channels=block_out_channels,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+        force_upcast=False,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """The denoiser: SD1.5's four levels with two layers each, at a tenth of its width."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=BLOCK_CHANNELS,
+        layers_per_block=2,
+        cross_attention_dim=HIDDEN_SIZE,
+        attention_head_dim=NUM_HEADS,
+        norm_num_groups=8,
+    )
+
+
+def build_controlnet() -> ControlNetModel:
+    """The ControlNet, to be trained together with the UNet and not as a frozen UNet's copy.
+
+    Its zero convolutions and the last layer of the condition embedding start small instead of at zero. Zero is for
+    leaving a trained UNet unharmed; beside an untrained one it only keeps the control from being learned.
+    """
+    controlnet = ControlNetModel(
+        in_channels=LATENT_CHANNELS,
+        block_out_channels=BLOCK_CHANNELS,
+        layers_per_block=2,
+        cross_attention_dim=HIDDEN_SIZE,
+        attention_head_dim=NUM_HEADS,
+        norm_num_groups=8,
+        conditioning_embedding_out_channels=(16, 32, 64),
+    )
+    for convolution in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
+        nn.init.normal_(convolution.weight, std=ZERO_CONVOLUTION_STD)
+    controlnet.controlnet_cond_embedding.conv_out.reset_parameters()
+    return controlnet
+
+
+def build_scheduler() -> UniPCMultistepScheduler:
+    """The sampler that the pipeline folder carries."""
+    return UniPCMultistepScheduler(**SCHEDULER_CONFIG)
+
+
+def build_pipeline(
+    *,
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+    controlnet: ControlNetModel,
+) -> StableDiffusionControlNetPipeline:
+    """Put the parts together, without a safety checker (the teacher only draws geometric figures)."""
+    return StableDiffusionControlNetPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        controlnet=controlnet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """Token ids of the captions, padded: int64 [len(captions), MAX_TOKENS]."""
+    return tokenizer(
+        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+@torch.inference_mode()
+def sample_pictures(
+    pipeline: StableDiffusionControlNetPipeline,
+    *,
+    captions: list[str],
+    conditioning_images: torch.Tensor,
+    seeds: list[int],
+    num_inference_steps: int = 20,
+    guidance_scale: float = GUIDANCE_SCALE,
+) -> torch.Tensor:
+    """Generate one picture per caption, each from the noise of its own seed.
+
+    Args:
+        pipeline: the teacher.
+        captions: B strings.
+        conditioning_images: control images, float [B, 3, 64, 64] in [0, 1].
+        seeds: B integers; the noise of a picture does not depend on what else is in the batch.
+        num_inference_steps: sampler steps.
+        guidance_scale: classifier-free guidance.
+
+    Returns:
+        Pictures, float32 [B, 3, 64, 64] in [0, 1].
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = pipeline(
+        captions,
+        image=conditioning_images.to(pipeline.device, pipeline.dtype),
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="pt",
+    ).images
+    return pictures.float()

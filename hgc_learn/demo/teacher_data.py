@@ -1,0 +1,136 @@
+"""Drawn and encoded scenes on disk: the teacher trains on them many times over, drawing them takes a while."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from hgc_learn.demo.scenes import IMAGE_SIZE, NUM_CLASSES, TRAIN_SEEDS, draw_scene
+
+_CHUNK = 250
+_SHAPES = {
+    "images": ((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8),
+    "label_maps": ((IMAGE_SIZE, IMAGE_SIZE), np.uint8),
+    "object_colors": ((NUM_CLASSES,), np.int64),
+}
+
+
+def _draw_chunk(seeds: range) -> tuple[dict[str, NDArray[np.generic]], list[str]]:
+    scenes = [draw_scene(seed) for seed in seeds]
+    arrays = {
+        "images": np.stack([scene.image for scene in scenes]),
+        "label_maps": np.stack([scene.label_map for scene in scenes]),
+        "object_colors": np.stack([scene.object_colors for scene in scenes]),
+    }
+    return arrays, [scene.caption for scene in scenes]
+
+
+def _draw(seeds: range) -> Iterator[tuple[int, tuple[dict[str, NDArray[np.generic]], list[str]]]]:
+    starts = range(0, len(seeds), _CHUNK)
+    chunks = [seeds[start : start + _CHUNK] for start in starts]
+    if len(chunks) == 1:
+        yield 0, _draw_chunk(chunks[0])
+        return
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        yield from zip(starts, pool.map(_draw_chunk, chunks), strict=True)
+
+
+def draw_training_scenes(folder: Path, num_scenes: int) -> None:
+    """Draw the first `num_scenes` training scenes into `folder`, unless they are there.
+
+    Writes `images.npy` (uint8 [N, 64, 64, 3]), `label_maps.npy` (uint8 [N, 64, 64]), `object_colors.npy` (int64
+    [N, NUM_CLASSES]) and, last, `captions.txt`.
+    """
+    captions_file = folder / "captions.txt"
+    if captions_file.exists() and len(captions_file.read_text().splitlines()) == num_scenes:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        name: np.lib.format.open_memmap(folder / f"{name}.npy.partial", "w+", dtype, (num_scenes, *shape))
+        for name, (shape, dtype) in _SHAPES.items()
+    }
+    captions: list[str] = []
+    with tqdm(total=num_scenes, desc="drawing scenes", unit="scene") as progress:
+        for start, (chunk, texts) in _draw(TRAIN_SEEDS[:num_scenes]):
+            for name, values in chunk.items():
+                arrays[name][start : start + len(values)] = values
+            captions += texts
+            progress.update(len(texts))
+    for name in _SHAPES:
+        arrays[name].flush()
+        (folder / f"{name}.npy.partial").replace(folder / f"{name}.npy")
+    partial = folder / "captions.txt.partial"
+    partial.write_text("".join(f"{caption}\n" for caption in captions))
+    partial.replace(captions_file)
+
+
+def read_captions(folder: Path) -> list[str]:
+    """The captions written by :func:`draw_training_scenes`."""
+    return (folder / "captions.txt").read_text().splitlines()
+
+
+@torch.inference_mode()
+def encode_training_scenes(folder: Path, vae: AutoencoderKL, batch_size: int = 64) -> None:
+    """Encode the drawn scenes into `latents.npy`: the posterior's mean, unscaled, float16 [N, 4, 16, 16]."""
+    target = folder / "latents.npy"
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    if target.exists() and len(np.load(target, mmap_mode="r")) == len(images):
+        return
+    vae = vae.eval()
+    batches = []
+    for start in tqdm(range(0, len(images), batch_size), desc="encoding scenes", unit="batch"):
+        pixels = torch.from_numpy(images[start : start + batch_size]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        batches.append(vae.encode(pixels).latent_dist.mean.half())
+    partial = folder / "latents.npy.partial"
+    with partial.open("wb") as file:
+        np.save(file, torch.cat(batches).numpy())
+    partial.replace(target)
+
+
+class PictureDataset(Dataset[torch.Tensor]):
+    """Drawn pictures, float32 [3, 64, 64] in [-1, 1], mirrored and turned at random: eight times as many."""
+
+    def __init__(self, folder: Path) -> None:
+        self.images = np.load(folder / "images.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        picture = torch.from_numpy(self.images[index].copy()).permute(2, 0, 1).float() / 127.5 - 1
+        turn, mirror = torch.randint(4, ()).item(), torch.randint(2, ()).item()
+        picture = torch.rot90(picture, int(turn), (1, 2))
+        return picture.flip(2) if mirror else picture
+
+
+class LatentDataset(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
+    """Scaled latents float32 [4, 16, 16], label maps uint8 [64, 64] and token ids int64 [MAX_TOKENS].
+
+    Args:
+        folder: of :func:`encode_training_scenes`.
+        token_ids: of all captions, int64 [N, MAX_TOKENS].
+        scaling_factor: of the VAE.
+    """
+
+    def __init__(self, folder: Path, token_ids: torch.Tensor, scaling_factor: float) -> None:
+        self.latents = np.load(folder / "latents.npy", mmap_mode="r")
+        self.label_maps = np.load(folder / "label_maps.npy", mmap_mode="r")
+        self.token_ids = token_ids
+        self.scaling_factor = scaling_factor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        latents = torch.from_numpy(self.latents[index].astype(np.float32)) * self.scaling_factor
+        return latents, torch.from_numpy(self.label_maps[index].copy()), self.token_ids[index]

@@ -1,0 +1,246 @@
+"""Lightning modules of the teacher's training stages: text encoder, autoencoder, UNet with ControlNet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDPMScheduler,
+    StableDiffusionControlNetPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
+from hgc_learn.demo.scenes import COLORS, KINDS, label_map_to_conditioning
+from hgc_learn.demo.teacher import SCHEDULER_CONFIG, build_pipeline, sample_pictures, tokenize
+
+
+def warmup_stable_decay(step: int, *, num_steps: int, num_warmup_steps: int, decay_share: float) -> float:
+    """Learning rate factor in [0, 1]: linear warm-up, constant, then linear to 0 over the last share of the steps."""
+    warmup = (step + 1) / max(1, num_warmup_steps)
+    decay = (num_steps - step) / max(1.0, decay_share * num_steps)
+    return max(0.0, min(1.0, warmup, decay))
+
+
+class _Stage(L.LightningModule):
+    """AdamW with a warm-up, a constant phase and a decay to zero.
+
+    The schedule is computed from the trainer's `max_steps`, so a resumed run may be given more or fewer steps.
+    """
+
+    learning_rate = 1e-3
+    num_warmup_steps = 100
+    decay_share = 0.3
+    weight_decay = 0.01
+
+    def configure_optimizers(self) -> Any:
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+        def factor(step: int) -> float:
+            return warmup_stable_decay(
+                step,
+                num_steps=self.trainer.max_steps,
+                num_warmup_steps=self.num_warmup_steps,
+                decay_share=self.decay_share,
+            )
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+class CaptionModule(_Stage):
+    """Pretrains the text encoder: at each noun it must tell kind and colour, linearly.
+
+    With the colour bound to its noun beforehand, cross-attention only has to look the noun up.
+
+    Args:
+        text_encoder: trained in place.
+        noun_ids: token id of every kind, in the order of KINDS.
+        color_ids: token id of every colour, in the order of COLORS.
+    """
+
+    learning_rate = 2e-3
+    decay_share = 0.5
+
+    def __init__(self, text_encoder: CLIPTextModel, noun_ids: list[int], color_ids: list[int]) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        hidden_size = text_encoder.config.hidden_size
+        self.kind_head = nn.Linear(hidden_size, len(KINDS))
+        self.color_head = nn.Linear(hidden_size, len(COLORS))
+        self.register_buffer("noun_ids", torch.tensor(noun_ids), persistent=False)
+        self.register_buffer("color_ids", torch.tensor(color_ids), persistent=False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """`batch`: token ids, int64 [B, MAX_TOKENS]. Every noun directly follows its colour."""
+        hidden = self.text_encoder(batch).last_hidden_state
+        rows, columns = torch.isin(batch, self.noun_ids).nonzero(as_tuple=True)
+        kinds = (batch[rows, columns, None] == self.noun_ids).long().argmax(-1)
+        colors = (batch[rows, columns - 1, None] == self.color_ids).long().argmax(-1)
+        kind_logits, color_logits = self.kind_head(hidden[rows, columns]), self.color_head(hidden[rows, columns])
+        loss = F.cross_entropy(kind_logits, kinds) + F.cross_entropy(color_logits, colors)
+        self.log("loss", loss, prog_bar=True)
+        self.log("color_accuracy", (color_logits.argmax(-1) == colors).float().mean(), prog_bar=True)
+        return loss
+
+
+def _gradient_difference(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute difference between the image gradients: blurred edges are what an L1 loss forgives."""
+    error = prediction - target
+    return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+
+
+class AutoencoderModule(_Stage):
+    """Trains the VAE with L1, MSE, image gradients and a little KL."""
+
+    learning_rate = 2e-3
+    decay_share = 0.6
+    kl_weight = 1e-4
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+        self.control_miou = ControlMeanIoU()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """`batch`: pictures, float32 [B, 3, H, W] in [-1, 1]."""
+        posterior = self.vae.encode(batch).latent_dist
+        reconstruction = self.vae.decode(posterior.sample()).sample
+        error = reconstruction - batch
+        loss = error.abs().mean() + error.pow(2).mean() + 0.5 * _gradient_difference(reconstruction, batch)
+        kl = 0.5 * (posterior.mean.pow(2) + posterior.var - 1 - posterior.logvar).mean()
+        self.log_dict({"loss": loss, "psnr": -10 * torch.log10(error.pow(2).mean() / 4)}, prog_bar=True)
+        return loss + self.kl_weight * kl
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """`batch`: items of :class:`~hgc_learn.demo.scenes.SceneDataset`."""
+        reconstruction = self.vae.decode(self.vae.encode(batch["image"]).latent_dist.mean).sample
+        pictures = (reconstruction / 2 + 0.5).clamp(0, 1)
+        self.control_miou.update(pictures, batch["label_map"], batch["object_colors"])
+        self.log("control_miou", self.control_miou, prog_bar=True)
+
+
+def _average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
+    """Exponential moving average whose decay warms up to 0.999; a fixed one would lag in so short a run."""
+    count = num_averaged.item()
+    torch._foreach_lerp_(averaged, current, 1 - min(0.999, (1 + count) / (10 + count)))
+
+
+class Denoiser(nn.Module):
+    """UNet and ControlNet as one module, trained together."""
+
+    def __init__(self, unet: UNet2DConditionModel, controlnet: ControlNetModel) -> None:
+        super().__init__()
+        self.unet = unet
+        self.controlnet = controlnet
+
+    def forward(self, sample: Tensor, timesteps: Tensor, text: Tensor, conditioning: Tensor) -> Tensor:
+        """[B, 4, 16, 16], [B], [B, MAX_TOKENS, HIDDEN_SIZE], [B, 3, 64, 64] -> prediction [B, 4, 16, 16]."""
+        down, mid = self.controlnet(sample, timesteps, text, conditioning, return_dict=False)
+        return self.unet(
+            sample, timesteps, text, down_block_additional_residuals=down, mid_block_additional_residual=mid
+        ).sample
+
+
+class DenoiserModule(_Stage):
+    """Trains UNet and ControlNet together, from nothing, to predict the velocity.
+
+    Velocity, because at the noisy end it asks for the picture itself, so control and caption matter from the first
+    step on; the noise, at that end, is nearly given by the input.
+
+    Args:
+        unet: trained.
+        controlnet: trained.
+        tokenizer: for the empty caption and for the pictures of the validation.
+        text_encoder: frozen.
+        vae: frozen; decodes the pictures of the validation.
+        caption_dropout: share of captions replaced by the empty one, for classifier-free guidance.
+    """
+
+    learning_rate = 1e-3
+    num_warmup_steps = 200
+    decay_share = 0.28
+    num_validation_steps = 20
+    timestep_power = 0.7  # timesteps are 1000 u^power, u uniform: below 1 favours the noisy end, where layout is decided
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        controlnet: ControlNetModel,
+        *,
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+        vae: AutoencoderKL,
+        caption_dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.denoiser = Denoiser(unet, controlnet)
+        self.averaged = AveragedModel(self.denoiser, multi_avg_fn=_average).requires_grad_(False)
+        self.text_encoder = text_encoder.eval().requires_grad_(False)
+        self.vae = vae.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.caption_dropout = caption_dropout
+        self.noise_scheduler = DDPMScheduler(**SCHEDULER_CONFIG)
+        self.register_buffer("empty_ids", tokenize(tokenizer, [""])[0], persistent=False)
+        self.control_miou = ControlMeanIoU()
+        self.color_accuracy = ColorAccuracy()
+
+    def on_train_epoch_start(self) -> None:
+        """Keep the frozen text encoder free of dropout."""
+        self.text_encoder.eval()
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        """`batch`: items of :class:`~hgc_learn.demo.teacher_data.LatentDataset`."""
+        latents, label_maps, token_ids = batch
+        dropped = torch.rand(len(latents), 1, device=self.device) < self.caption_dropout
+        with torch.no_grad():
+            text = self.text_encoder(torch.where(dropped, self.empty_ids, token_ids)).last_hidden_state
+        num_timesteps = self.noise_scheduler.config["num_train_timesteps"]
+        timesteps = (num_timesteps * torch.rand(len(latents), device=self.device) ** self.timestep_power).long()
+        timesteps = timesteps.clamp(max=num_timesteps - 1)
+        noise = torch.randn_like(latents)
+        noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
+        target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
+        prediction = self.denoiser(noisy, timesteps, text, label_map_to_conditioning(label_maps))
+        errors = (prediction - target).pow(2).mean((1, 2, 3))
+        self.log("loss", errors.mean(), prog_bar=True)
+        self.log("loss_noisy", errors.detach()[timesteps >= num_timesteps // 2].mean().nan_to_num(), prog_bar=True)
+        return errors.mean()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Update the average."""
+        self.averaged.update_parameters(self.denoiser)
+
+    def pipeline(self) -> StableDiffusionControlNetPipeline:
+        """The teacher with the averaged weights."""
+        denoiser = self.averaged.module
+        return build_pipeline(
+            tokenizer=self.tokenizer,
+            text_encoder=self.text_encoder,
+            vae=self.vae,
+            unet=denoiser.unet,
+            controlnet=denoiser.controlnet,
+        )
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """`batch`: items of :class:`~hgc_learn.demo.scenes.SceneDataset`."""
+        pictures = sample_pictures(
+            self.pipeline(),
+            captions=batch["text"],
+            conditioning_images=batch["conditioning_image"],
+            seeds=batch["seed"].tolist(),
+            num_inference_steps=self.num_validation_steps,
+        )
+        for metric in (self.control_miou, self.color_accuracy):
+            metric.update(pictures, batch["label_map"], batch["object_colors"])
+        self.log("control_miou", self.control_miou, prog_bar=True)
+        self.log("color_accuracy", self.color_accuracy, prog_bar=True)

@@ -1,0 +1,233 @@
+"""Train the demonstration teacher from nothing: `python -m hgc_learn.demo.train_teacher --output DIR`.
+
+The stages, each resumable (interrupt with Ctrl-C, run the same command again): draw scenes, text encoder, VAE,
+encode scenes, UNet together with ControlNet. The pipeline folder is `DIR/pipeline`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from diffusers import AutoencoderKL
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from hgc_learn.demo.scenes import COLORS, KINDS, SceneDataset
+from hgc_learn.demo.teacher import (
+    build_controlnet,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    build_vae,
+    tokenize,
+)
+from hgc_learn.demo.teacher_data import (
+    LatentDataset,
+    PictureDataset,
+    draw_training_scenes,
+    encode_training_scenes,
+    read_captions,
+)
+from hgc_learn.demo.teacher_modules import AutoencoderModule, CaptionModule, DenoiserModule
+
+
+@dataclass(frozen=True)
+class TeacherArguments:
+    """Sizes of the training run; the defaults are those of the committed teacher.
+
+    Steps are optimizer steps, batch sizes are totals over all processes.
+    """
+
+    output: Path
+    num_scenes: int = 40_000
+    num_processes: int = 2
+    text_encoder_steps: int = 1500
+    text_encoder_batch_size: int = 64
+    vae_steps: int = 2000
+    vae_batch_size: int = 16
+    denoiser_steps: int = 8000
+    denoiser_batch_size: int = 32
+    validation_interval: int = 900
+    validation_scenes: int = 64
+    seed: int = 0
+
+    @property
+    def scenes(self) -> Path:
+        """Folder of the drawn and encoded scenes."""
+        return self.output / "scenes"
+
+
+def save_folder(save: Callable[[Path], object], folder: Path) -> None:
+    """Call `save` with a temporary folder and move it to `folder` when complete, replacing what was there."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.replace(folder)
+
+
+def fit(
+    stage: L.LightningModule,
+    dataset: Dataset,
+    args: TeacherArguments,
+    *,
+    name: str,
+    num_steps: int,
+    batch_size: int,
+    num_processes: int = 1,
+    validation: Dataset | None = None,
+    validation_interval: int | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> None:
+    """Train one stage, from its last checkpoint if there is one.
+
+    Raises:
+        ValueError: if the batch size does not divide by the number of processes.
+    """
+    if batch_size % num_processes:
+        raise ValueError(f"batch size {batch_size} of stage {name!r} must divide by {num_processes} processes")
+    folder = args.output / "checkpoints" / name
+    last = folder / "last.ckpt"
+    checkpoint = ModelCheckpoint(
+        folder, filename="last", every_n_train_steps=max(1, min(250, num_steps // 4)), enable_version_counter=False
+    )
+    # On a CPU, processes of one thread each are faster than threads within one process.
+    distributed = num_processes > 1
+    trainer = L.Trainer(
+        accelerator="cpu" if distributed or not torch.cuda.is_available() else "gpu",
+        devices=num_processes,
+        strategy="ddp_spawn" if distributed else "auto",
+        max_steps=num_steps,
+        max_epochs=-1,
+        gradient_clip_val=1.0,
+        check_val_every_n_epoch=None if validation else 1,
+        val_check_interval=validation_interval if validation else None,
+        num_sanity_val_steps=0,
+        logger=CSVLogger(args.output, name="logs", version=name),
+        log_every_n_steps=20,
+        callbacks=[checkpoint, TQDMProgressBar(refresh_rate=10), *callbacks],
+        enable_model_summary=False,
+    )
+    per_process = batch_size // num_processes
+    trainer.fit(
+        stage,
+        DataLoader(dataset, per_process, shuffle=True, drop_last=True),
+        DataLoader(validation, per_process) if validation else None,
+        ckpt_path=last if last.exists() else None,
+    )
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+def train_text_encoder(args: TeacherArguments) -> None:
+    """Write `tokenizer` and `text_encoder`."""
+    folder = args.output / "text_encoder"
+    if folder.exists():
+        return
+    tokenizer = build_tokenizer()
+    save_folder(lambda path: tokenizer.save_pretrained(path), args.output / "tokenizer")
+    stage = CaptionModule(
+        build_text_encoder(tokenizer),
+        [tokenizer.convert_tokens_to_ids(f"{kind}</w>") for kind in KINDS],
+        [tokenizer.convert_tokens_to_ids(f"{color}</w>") for color in COLORS],
+    )
+    token_ids = tokenize(tokenizer, read_captions(args.scenes))
+    fit(
+        stage, _Tokens(token_ids), args, name="text_encoder",
+        num_steps=args.text_encoder_steps, batch_size=args.text_encoder_batch_size,
+    )  # fmt: skip
+    save_folder(lambda path: stage.text_encoder.save_pretrained(path), folder)
+
+
+class _Tokens(TensorDataset):
+    def __getitem__(self, index: int) -> torch.Tensor:  # type: ignore[override]
+        return self.tensors[0][index]
+
+
+def train_vae(args: TeacherArguments) -> None:
+    """Write `vae`, with the scaling factor that gives latents a standard deviation of 1."""
+    folder = args.output / "vae"
+    if folder.exists():
+        return
+    stage = AutoencoderModule(build_vae())
+    fit(
+        stage, PictureDataset(args.scenes), args, name="vae",
+        num_steps=args.vae_steps, batch_size=args.vae_batch_size, num_processes=args.num_processes,
+        validation=SceneDataset("validation", 128), validation_interval=max(1, args.vae_steps // 4),
+    )  # fmt: skip
+    vae = stage.vae.eval()
+    dataset = SceneDataset("validation", 256)
+    with torch.inference_mode():
+        pictures = torch.stack([dataset[index]["image"] for index in range(len(dataset))])
+        latents = vae.encode(pictures).latent_dist.mean
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    save_folder(lambda path: vae.save_pretrained(path), folder)
+
+
+class ExportPipeline(Callback):
+    """Write the teacher as it stands to `folder` after every validation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Called by Lightning."""
+        if trainer.is_global_zero:
+            assert isinstance(pl_module, DenoiserModule)
+            save_folder(pl_module.pipeline().save_pretrained, self.folder)
+
+
+def train_denoiser(args: TeacherArguments) -> None:
+    """Write `pipeline`, in float16."""
+    folder = args.output / "pipeline"
+    if folder.exists():
+        return
+    tokenizer = CLIPTokenizer.from_pretrained(args.output / "tokenizer")
+    vae = AutoencoderKL.from_pretrained(args.output / "vae")
+    encode_training_scenes(args.scenes, vae)
+    stage = DenoiserModule(
+        build_unet(),
+        build_controlnet(),
+        tokenizer=tokenizer,
+        text_encoder=CLIPTextModel.from_pretrained(args.output / "text_encoder"),
+        vae=vae,
+    )
+    token_ids = tokenize(tokenizer, read_captions(args.scenes))
+    fit(
+        stage, LatentDataset(args.scenes, token_ids, vae.config.scaling_factor), args, name="denoiser",
+        num_steps=args.denoiser_steps, batch_size=args.denoiser_batch_size, num_processes=args.num_processes,
+        validation=SceneDataset("validation", args.validation_scenes), validation_interval=args.validation_interval,
+        callbacks=[ExportPipeline(args.output / "pipeline-early")],
+    )  # fmt: skip
+    save_folder(stage.pipeline().to(torch.float16).save_pretrained, folder)
+
+
+def train_teacher(args: TeacherArguments) -> None:
+    """Run all stages that are not done yet."""
+    L.seed_everything(args.seed)
+    draw_training_scenes(args.scenes, args.num_scenes)
+    train_text_encoder(args)
+    train_vae(args)
+    train_denoiser(args)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    for name, field in TeacherArguments.__dataclass_fields__.items():
+        if name != "output":
+            parser.add_argument(f"--{name}", type=int, default=field.default)
+    train_teacher(TeacherArguments(**vars(parser.parse_args(argv))))
+
+
+if __name__ == "__main__":
+    main()
