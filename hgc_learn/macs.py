@@ -1,0 +1,109 @@
+"""Counts multiply-accumulates (MACs) and tensor sizes per node, on meta tensors: no weights, no arithmetic.
+
+Two conventions: with and without the attention matmuls (QK^T and AV). The caching papers mostly leave them out;
+wall-clock follows the count that has them in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.controlnets.controlnet import ControlNetModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from hgc_learn import ops
+from hgc_learn.graph import Graph, build_graph, controlnet_list, meta_copy
+
+CONVENTIONS = {False: "attention matmuls not counted", True: "attention matmuls counted"}
+
+# Linear layers reach the counter as mm/addmm, attention as batched products or fused attention.
+_ATTENTION_OPS = ("bmm", "baddbmm", "_scaled_dot_product", "_efficient_attention", "_flash_attention")
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """MACs and output elements of one node for one sample (half of a guided pair)."""
+
+    macs: int
+    attention_macs: int
+    numel: int
+
+    def total(self, attention: bool) -> int:
+        return self.macs + self.attention_macs if attention else self.macs
+
+
+def split_macs(counter: FlopCounterMode) -> tuple[int, int]:
+    """(MACs without attention matmuls, MACs of the attention matmuls) that a counter has seen."""
+    macs = attention = 0
+    for op, flops in counter.get_flop_counts().get("Global", {}).items():
+        if any(name in str(op) for name in _ATTENTION_OPS):
+            attention += flops // 2
+        else:
+            macs += flops // 2
+    return macs, attention
+
+
+def measure_costs(
+    unet: UNet2DConditionModel,
+    controlnet: Any = None,
+    *,
+    latent_size: tuple[int, int],
+    image_size: tuple[int, int],
+    num_tokens: int = 77,
+) -> tuple[Graph, dict[str, NodeCost]]:
+    """Runs the fully expanded graph of the models' architecture on meta tensors, one node at a time.
+
+    Args:
+        unet, controlnet: the models, or models of the same architecture on any device; their weights are not read.
+        latent_size, image_size: (height, width) of the latents and of the control image, in pixels.
+        num_tokens: length of the prompt embeddings (77 for CLIP).
+
+    Returns:
+        The expanded graph of meta copies of the models, and the cost of each of its nodes per sample.
+    """
+    unet = meta_copy(unet)
+    nets = [meta_copy(net) for net in controlnet_list(controlnet)]
+    graph = build_graph(unet, nets)
+    calls = meta_calls(unet, nets, latent_size=latent_size, image_size=image_size, num_tokens=num_tokens)
+    costs: dict[str, NodeCost] = {}
+    values: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for node in graph.nodes.values():
+            with FlopCounterMode(display=False) as counter:
+                value = node.run(calls[node.model], *(values[name] for name in node.inputs))
+            values[node.name] = value
+            costs[node.name] = NodeCost(*split_macs(counter), value.numel())
+    return graph, costs
+
+
+def meta_calls(
+    unet: UNet2DConditionModel,
+    nets: Sequence[ControlNetModel],
+    *,
+    latent_size: tuple[int, int],
+    image_size: tuple[int, int],
+    num_tokens: int,
+) -> dict[str, ops.Call]:
+    """Batch-1 arguments on the meta device for the UNet and every ControlNet."""
+    with torch.device("meta"):
+        dim = unet.config.cross_attention_dim
+        dim = unet.config.encoder_hid_dim or (dim if isinstance(dim, int) else dim[0])
+        sample = torch.empty(1, unet.config.in_channels, *latent_size)
+        prompt = torch.empty(1, num_tokens, dim)
+        timestep = torch.empty(1)
+        kwargs: dict[str, Any] = {}
+        if unet.config.addition_embed_type == "text_time":
+            pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+            kwargs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+        calls = {"unet": ops.unet_call(unet, sample, timestep, prompt, **dict(kwargs))}
+        for i, net in enumerate(nets):
+            cond = torch.empty(1, net.config.conditioning_channels, *image_size)
+            control_sample = torch.empty(1, net.config.in_channels, *latent_size)
+            name = "controlnet" if len(nets) == 1 else f"controlnet.nets.{i}"
+            calls[name] = ops.controlnet_call(net, control_sample, timestep, prompt, cond, **dict(kwargs))
+    return calls

@@ -1,0 +1,248 @@
+"""The schedule file: which sites are computed and which reused at each step, for one pipeline setting.
+
+One human-readable JSON file, read strictly: it may come from a stranger. See `docs/schedule_format.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hgc_learn.fingerprint import ModelFingerprint
+from hgc_learn.sites import KINDS
+
+FORMAT = "hgc_schedule"
+VERSION = 1
+COMPUTE, REUSE = "C", "-"
+
+MAX_FILE_BYTES = 16 * 2**20
+MAX_STEPS = 4096
+MAX_SITES = 20_000
+
+Scalar = str | int | float | bool | None
+
+
+class ScheduleError(ValueError):
+    """A schedule that cannot be used; the message names the field and says what to do."""
+
+
+@dataclass(frozen=True)
+class HGCSchedule:
+    """A static, input-invariant cache schedule.
+
+    Attributes:
+        sites: per site, one character per step: `C` compute, `-` reuse. Sites not listed are always computed.
+            Every row begins with `C`, so the first step computes everything that a later one may reuse.
+        timesteps: the scheduler's timestep of each model call, in the order of the run.
+        scheduler: class name of the diffusers scheduler.
+        guidance_scale: the scale it was made for; 1 or less means without guidance (half the batch).
+        height, width: of the image, in pixels.
+        model: fingerprint of the UNet and the ControlNets it was made for.
+        producer: who wrote it: `policy`, `version` and the policy's `settings`.
+        macs: measured cost of one image: `full` and `cached`, `full_attention` and `cached_attention` (attention
+            matmuls counted).
+        fidelity: measured quality against the uncached pipeline, by name (`psnr_db`, `num_samples`, ...).
+    """
+
+    sites: dict[str, str]
+    timesteps: tuple[float, ...]
+    scheduler: str
+    guidance_scale: float
+    height: int
+    width: int
+    model: ModelFingerprint
+    producer: dict[str, Any] = field(default_factory=dict)
+    macs: dict[str, int] = field(default_factory=dict)
+    fidelity: dict[str, Scalar] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        steps = len(self.timesteps)
+        if not 1 <= steps <= MAX_STEPS:
+            raise ScheduleError(f"timesteps: {steps} entries; a schedule has 1 to {MAX_STEPS}.")
+        if len(self.sites) > MAX_SITES:
+            raise ScheduleError(f"sites: {len(self.sites)} entries; at most {MAX_SITES} are allowed.")
+        for site, row in self.sites.items():
+            kind = site.partition(":")[2]
+            if kind not in KINDS:
+                raise ScheduleError(f"sites: {site!r} has kind {kind!r}; known kinds are {', '.join(KINDS)}.")
+            if len(row) != steps:
+                raise ScheduleError(f"sites: {site!r} has {len(row)} steps, timesteps has {steps}.")
+            if set(row) - {COMPUTE, REUSE}:
+                raise ScheduleError(
+                    f"sites: {site!r} is {row!r}; use {COMPUTE!r} (compute) and {REUSE!r} (reuse) only."
+                )
+            if row[0] != COMPUTE:
+                raise ScheduleError(
+                    f"sites: {site!r} is reused at step 0, where nothing has been computed yet. "
+                    f"Its row must begin with {COMPUTE!r}."
+                )
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Model calls of a run: one per timestep."""
+        return len(self.timesteps)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a model call per image: 2 with guidance, 1 without."""
+        return 2 if self.guidance_scale > 1 else 1
+
+    def compute_table(self) -> dict[str, list[bool]]:
+        """Per site, whether it is computed at each step."""
+        return {site: [c == COMPUTE for c in row] for site, row in self.sites.items()}
+
+    @staticmethod
+    def rows(compute: dict[str, Sequence[bool]]) -> dict[str, str]:
+        """The inverse of `compute_table`; sites that are always computed are left out."""
+        rows = {site: "".join(COMPUTE if c else REUSE for c in row) for site, row in compute.items()}
+        return {site: row for site, row in rows.items() if REUSE in row}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "scheduler": self.scheduler,
+            "num_inference_steps": self.num_inference_steps,
+            "timesteps": list(self.timesteps),
+            "guidance_scale": self.guidance_scale,
+            "height": self.height,
+            "width": self.width,
+            "macs": self.macs,
+            "fidelity": self.fidelity,
+            "producer": self.producer,
+            "model": self.model.to_dict(),
+            "sites": self.sites,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> HGCSchedule:
+        """Validates strictly.
+
+        Raises:
+            ScheduleError: names the field that is missing, unknown or wrong.
+        """
+        if not isinstance(data, dict):
+            raise ScheduleError("The file does not hold a JSON object; it is not a schedule.")
+        if data.get("format") != FORMAT:
+            raise ScheduleError(f"format: is {data.get('format')!r}, not {FORMAT!r}; this is not a schedule file.")
+        version = _take(data, "version", int)
+        if version > VERSION:
+            raise ScheduleError(
+                f"version: the file has version {version}, this hgc_learn reads up to {VERSION}. Upgrade hgc_learn."
+            )
+        if version < 1:
+            raise ScheduleError(f"version: is {version}; versions start at 1.")
+        known = set(_FIELDS) | {"format", "version", "num_inference_steps"}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ScheduleError(f"{unknown[0]}: unknown key; version {version} knows {', '.join(sorted(known))}.")
+        fields = {name: _take(data, name, kind) for name, kind in _FIELDS.items()}
+        fields["timesteps"] = tuple(_number(t, "timesteps") for t in fields["timesteps"])
+        fields["guidance_scale"] = _number(fields["guidance_scale"], "guidance_scale")
+        for name in ("height", "width"):
+            if not 1 <= fields[name] <= 65_536:
+                raise ScheduleError(f"{name}: is {fields[name]}; a picture is 1 to 65536 pixels.")
+        steps = _take(data, "num_inference_steps", int)
+        if steps != len(fields["timesteps"]):
+            raise ScheduleError(f"num_inference_steps: is {steps}, but timesteps has {len(fields['timesteps'])}.")
+        for site, row in fields["sites"].items():
+            if not isinstance(row, str):
+                raise ScheduleError(f"sites: {site!r} must be a string with one character per step.")
+        for name, value in fields["macs"].items():
+            if type(value) is not int or value < 0:
+                raise ScheduleError(f"macs: {name!r} must be a non-negative integer, not {value!r}.")
+        for name, scalar in fields["fidelity"].items():
+            if not isinstance(scalar, Scalar):
+                raise ScheduleError(f"fidelity: {name!r} must be a single value, not {type(scalar).__name__}.")
+        try:
+            fields["model"] = ModelFingerprint.from_dict(fields["model"])
+        except ValueError as error:
+            raise ScheduleError(f"model: {error}") from None
+        return cls(**fields)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file; it appears under its name only when it is complete."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            try:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> HGCSchedule:
+        """Reads and validates a schedule file.
+
+        Raises:
+            ScheduleError: the file cannot be read or is not a valid schedule; the message names file and field.
+        """
+        try:
+            with open(path, "rb") as file:
+                raw = file.read(MAX_FILE_BYTES + 1)
+        except OSError as error:
+            raise ScheduleError(f"{path}: cannot be read ({error.strerror}).") from None
+        if len(raw) > MAX_FILE_BYTES:
+            raise ScheduleError(f"{path}: larger than {MAX_FILE_BYTES // 2**20} MiB; it is not a schedule file.")
+        try:
+            data = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+            return cls.from_dict(data)
+        except ScheduleError as error:
+            raise ScheduleError(f"{path}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ScheduleError(f"{path}: not valid JSON ({error}); the file may be truncated. Get it again.") from None
+
+
+_FIELDS: dict[str, Any] = {
+    "sites": dict,
+    "timesteps": list,
+    "scheduler": str,
+    "guidance_scale": (int, float),
+    "height": int,
+    "width": int,
+    "model": dict,
+    "producer": dict,
+    "macs": dict,
+    "fidelity": dict,
+}
+
+
+def _take(data: dict[str, Any], name: str, kind: Any) -> Any:
+    if name not in data:
+        raise ScheduleError(f"{name}: missing.")
+    value = data[name]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        names = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
+        raise ScheduleError(f"{name}: must be {names.get(kind, 'a number')}, not {type(value).__name__}.")
+    return value
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e9 or not math.isfinite(value):
+        raise ScheduleError(f"{name}: {value!r} is not a finite number.")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        double = next(key for key in keys if keys.count(key) > 1)
+        raise ScheduleError(f"{double}: appears twice.")
+    return result
+
+
+def _no_constant(name: str) -> Any:
+    raise ScheduleError(f"{name} is not allowed; all numbers must be finite.")

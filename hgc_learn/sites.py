@@ -1,0 +1,56 @@
+"""Sites: the named tensors that may be kept from an earlier step instead of recomputed.
+
+A site's name is `<module path>:<kind>`, for example
+`unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2:out`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from hgc_learn.graph import Graph
+
+KINDS = {
+    "out": "a module's output; all that only feeds it becomes dead",
+    "branch": "a module's residual branch alone; the skip path stays fresh",
+    "control": "one residual of a ControlNet, scaled as the UNet receives it",
+    "eps": "the UNet's prediction; reusing it skips the whole step",
+}
+"""The kinds of site. (`guidance`, the difference between guided and unguided prediction, joins them.)"""
+
+
+def list_sites(graph: Graph) -> list[str]:
+    """All sites of a graph, in execution order. The graph must be expanded to show those inside modules."""
+    return [name for name in graph.nodes if ":" in name]
+
+
+def select_sites(graph: Graph, patterns: Iterable[str]) -> list[str]:
+    """The sites that match any of the glob `patterns` (as in `fnmatch`), in execution order.
+
+    Raises:
+        ValueError: a pattern that matches no site.
+    """
+    sites = list_sites(graph)
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matches = [name for name in sites if fnmatchcase(name, pattern)]
+        if not matches:
+            examples = ", ".join(sites[:: max(1, len(sites) // 4)][:4])
+            raise ValueError(f"No site matches {pattern!r}. Sites of this model are named like: {examples}.")
+        chosen.update(matches)
+    return [name for name in sites if name in chosen]
+
+
+def enclosing_module(site: str) -> str:
+    """The path of the resnet or transformer that a site lies in or is: what `build_graph(expand=)` takes."""
+    parts = site.split(":")[0].split(".")
+    for i, part in enumerate(parts):
+        if part in ("resnets", "attentions"):
+            return ".".join(parts[: i + 2])
+    return ".".join(parts)
+
+
+def is_inside(site: str) -> bool:
+    """Whether the site exists only in an expanded graph: a branch, or a part of a transformer block."""
+    return site.endswith(":branch") or ".transformer_blocks." in site
