@@ -89,7 +89,7 @@ def encode_training_scenes(folder: Path, vae: AutoencoderKL, batch_size: int = 6
     vae = vae.eval()
     batches = []
     for start in tqdm(range(0, len(images), batch_size), desc="encoding scenes", unit="batch"):
-        pixels = torch.from_numpy(images[start : start + batch_size]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = torch.from_numpy(images[start : start + batch_size].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
         batches.append(vae.encode(pixels).latent_dist.mean.half())
     partial = folder / "latents.npy.partial"
     with partial.open("wb") as file:

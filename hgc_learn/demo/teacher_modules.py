@@ -216,8 +216,9 @@ class DenoiserModule(_Stage):
         self.log("loss_noisy", errors.detach()[timesteps >= num_timesteps // 2].mean().nan_to_num(), prog_bar=True)
         return errors.mean()
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        """Update the average."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then update the average. Here, because checkpoints are written before `on_train_batch_end`."""
+        super().optimizer_step(*args, **kwargs)
         self.averaged.update_parameters(self.denoiser)
 
     def pipeline(self) -> StableDiffusionControlNetPipeline:

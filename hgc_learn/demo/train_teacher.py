@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -161,10 +162,10 @@ def train_vae(args: TeacherArguments) -> None:
     fit(
         stage, PictureDataset(args.scenes), args, name="vae",
         num_steps=args.vae_steps, batch_size=args.vae_batch_size, num_processes=args.num_processes,
-        validation=SceneDataset("validation", 128), validation_interval=max(1, args.vae_steps // 4),
+        validation=SceneDataset("validation", args.validation_scenes), validation_interval=max(1, args.vae_steps // 4),
     )  # fmt: skip
     vae = stage.vae.eval()
-    dataset = SceneDataset("validation", 256)
+    dataset = SceneDataset("validation", 4 * args.validation_scenes)
     with torch.inference_mode():
         pictures = torch.stack([dataset[index]["image"] for index in range(len(dataset))])
         latents = vae.encode(pictures).latent_dist.mean
@@ -207,7 +208,12 @@ def train_denoiser(args: TeacherArguments) -> None:
         validation=SceneDataset("validation", args.validation_scenes), validation_interval=args.validation_interval,
         callbacks=[ExportPipeline(args.output / "pipeline-early")],
     )  # fmt: skip
-    save_folder(stage.pipeline().to(torch.float16).save_pretrained, folder)
+    pipeline = stage.pipeline()
+    # The tiny text encoder stays in float32: transformers loads models in the precision of the file, diffusers in
+    # float32, and plain `from_pretrained` has to give a pipeline of one precision.
+    for model in (pipeline.vae, pipeline.unet, pipeline.controlnet):
+        nn.Module.half(model)
+    save_folder(pipeline.save_pretrained, folder)
 
 
 def train_teacher(args: TeacherArguments) -> None:

@@ -1,0 +1,160 @@
+"""Measure the demonstration teacher on held-out scenes: `python -m hgc_learn.demo.evaluate_teacher`.
+
+Writes `figures.json` and `grid.png` beside the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionControlNetPipeline
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
+from hgc_learn.demo.scenes import SceneDataset
+from hgc_learn.demo.teacher import GUIDANCE_SCALE, TEACHER_DIR, sample_pictures
+
+
+class ControlScores:
+    """Control mIoU and colour accuracy of one kind of picture."""
+
+    def __init__(self) -> None:
+        self.metrics = {"control_miou": ControlMeanIoU(), "color_accuracy": ColorAccuracy()}
+
+    def update(self, pictures: Tensor, batch: dict[str, Any]) -> None:
+        """Add pictures, float [B, 3, 64, 64] in [0, 1], of a batch of scenes."""
+        for metric in self.metrics.values():
+            metric.update(pictures, batch["label_map"], batch["object_colors"])
+
+    def compute(self) -> dict[str, float]:
+        """Both figures, in [0, 1]."""
+        return {name: round(metric.compute().item(), 4) for name, metric in self.metrics.items()}
+
+
+def picture_psnr(pictures: Tensor, references: Tensor) -> Tensor:
+    """PSNR in dB of each picture [B, 3, H, W] in [0, 1] against its reference: float32 [B]."""
+    return -10 * (pictures - references).pow(2).mean((1, 2, 3)).clamp(min=1e-10).log10()
+
+
+@torch.inference_mode()
+def evaluate_teacher(
+    pipeline: StableDiffusionControlNetPipeline,
+    *,
+    split: str = "test",
+    num_scenes: int = 512,
+    guidance_scale: float = GUIDANCE_SCALE,
+    num_steps: tuple[int, ...] = (20, 10),
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """Figures of the teacher on the first `num_scenes` scenes of a split.
+
+    The noise of a picture comes from the seed of its scene, so pictures of different step counts are paired.
+
+    Args:
+        pipeline: the teacher.
+        split: "validation" or "test".
+        num_scenes: number of scenes.
+        guidance_scale: classifier-free guidance.
+        num_steps: sampler steps; the first is the reference of the paired PSNR of the others.
+        batch_size: pictures at once; does not change the result beyond rounding.
+
+    Returns:
+        Control mIoU and colour accuracy (in [0, 1]) of generated, drawn and autoencoded pictures, and paired PSNR in
+        dB, the mean over pictures.
+    """
+    dataset = SceneDataset(split, num_scenes)
+    scores = {name: ControlScores() for name in ("drawn", "vae", *(f"steps_{steps}" for steps in num_steps))}
+    psnrs: dict[str, list[Tensor]] = {}
+    for batch in tqdm(DataLoader(dataset, batch_size), desc="generating", unit="batch"):
+        drawn = batch["image"] / 2 + 0.5
+        latents = pipeline.vae.encode(batch["image"].to(pipeline.device, pipeline.dtype)).latent_dist.mean
+        decoded = (pipeline.vae.decode(latents).sample.float().cpu() / 2 + 0.5).clamp(0, 1)
+        scores["drawn"].update(drawn, batch)
+        scores["vae"].update(decoded, batch)
+        psnrs.setdefault("vae_to_drawn", []).append(picture_psnr(decoded, drawn))
+        reference = None
+        for steps in num_steps:
+            pictures = sample_pictures(
+                pipeline,
+                captions=batch["text"],
+                conditioning_images=batch["conditioning_image"],
+                seeds=batch["seed"].tolist(),
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+            ).cpu()
+            scores[f"steps_{steps}"].update(pictures, batch)
+            if reference is None:
+                reference = pictures
+            else:
+                psnrs.setdefault(f"steps_{steps}_to_{num_steps[0]}", []).append(picture_psnr(pictures, reference))
+    return {
+        "split": split,
+        "num_scenes": num_scenes,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "guidance_scale": guidance_scale,
+        "scores": {name: score.compute() for name, score in scores.items()},
+        "paired_psnr_db": {name: round(torch.cat(values).mean().item(), 2) for name, values in psnrs.items()},
+    }
+
+
+def save_grid(pipeline: StableDiffusionControlNetPipeline, path: Path, *, num_rows: int = 8, offset: int = 0) -> None:
+    """Save a picture of test scenes: control, 20 steps, 10 steps, the drawn picture; two scenes per row."""
+    from matplotlib import pyplot as plt
+
+    batch = next(iter(DataLoader(SceneDataset("test", 2 * num_rows, offset), 2 * num_rows)))
+    columns = {"control": batch["conditioning_image"]}
+    for steps in (20, 10):
+        columns[f"{steps} steps"] = sample_pictures(
+            pipeline,
+            captions=batch["text"],
+            conditioning_images=batch["conditioning_image"],
+            seeds=batch["seed"].tolist(),
+            num_inference_steps=steps,
+        )
+    columns["drawn"] = batch["image"] / 2 + 0.5
+    figure, axes = plt.subplots(num_rows, 8, figsize=(12, 1.68 * num_rows), layout="constrained")
+    for index, caption in enumerate(batch["text"]):
+        row, side = divmod(index, 2)
+        for column, (name, pictures) in enumerate(columns.items()):
+            axis = axes[row, 4 * side + column]
+            axis.imshow(pictures[index].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            axis.set_axis_off()
+            axis.text(0.5, -0.02, name, transform=axis.transAxes, ha="center", va="top", fontsize=6, color="gray")
+        axes[row, 4 * side].set_title(caption, loc="left", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--pipeline", type=Path, default=TEACHER_DIR, help="pipeline folder")
+    parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--num_scenes", type=int, default=512)
+    parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE)
+    parser.add_argument("--output", type=Path, help="folder for figures.json and grid.png; default: beside the weights")
+    args = parser.parse_args(argv)
+    output = args.output or args.pipeline
+    output.mkdir(parents=True, exist_ok=True)
+
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(args.pipeline, torch_dtype=torch.float32)
+    figures = evaluate_teacher(
+        pipeline, split=args.split, num_scenes=args.num_scenes, guidance_scale=args.guidance_scale
+    )
+    text = json.dumps(figures, indent=2)
+    print(text)
+    partial = output / "figures.json.partial"
+    partial.write_text(f"{text}\n")
+    partial.replace(output / "figures.json")
+    save_grid(pipeline, output / "grid.png")
+
+
+if __name__ == "__main__":
+    main()

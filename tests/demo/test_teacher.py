@@ -1,0 +1,118 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionControlNetPipeline
+from torch.utils.data import default_collate
+
+from hgc_learn.demo import train_teacher
+from hgc_learn.demo.evaluate_teacher import evaluate_teacher, picture_psnr
+from hgc_learn.demo.scenes import COLORS, KINDS, SceneDataset, draw_scene
+from hgc_learn.demo.teacher import (
+    MAX_TOKENS,
+    TEACHER_DIR,
+    build_tokenizer,
+    build_vae,
+    sample_pictures,
+    tokenize,
+)
+from hgc_learn.demo.teacher_modules import warmup_stable_decay
+
+pytestmark = [  # other libraries' warnings about each other
+    pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec:FutureWarning"),  # lightning, torch
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),  # diffusers
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
+]
+needs_weights = pytest.mark.skipif(not (TEACHER_DIR / "model_index.json").exists(), reason="no teacher weights")
+
+
+def test_every_caption_word_is_one_token() -> None:
+    tokenizer = build_tokenizer()
+    for seed in range(50):
+        caption = draw_scene(seed).caption
+        tokens = tokenizer(caption).input_ids
+        assert len(tokens) == len(caption.replace(",", " ,").split()) + 2 <= MAX_TOKENS
+    assert tokenize(tokenizer, [""]).shape == (1, MAX_TOKENS)
+    for word in (*KINDS, *COLORS):
+        assert tokenizer.convert_tokens_to_ids(f"{word}</w>") != tokenizer.unk_token_id
+
+
+def test_vae_makes_latents_of_a_quarter_of_the_size() -> None:
+    latents = build_vae().encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean
+    assert latents.shape == (1, 4, 16, 16)
+
+
+def test_learning_rate_warms_up_stays_and_decays() -> None:
+    factors = [
+        warmup_stable_decay(step, num_steps=100, num_warmup_steps=10, decay_share=0.2) for step in range(101)
+    ]
+    assert factors[0] == pytest.approx(0.1) and factors[10] == factors[80] == 1 and factors[100] == 0
+    assert factors[90] == pytest.approx(0.5)
+
+
+def test_training_runs_through_all_stages_and_resumes(tmp_path: Path) -> None:
+    sizes = {
+        "num_scenes": 8, "num_processes": 1, "text_encoder_steps": 2, "text_encoder_batch_size": 4, "vae_steps": 2,
+        "vae_batch_size": 2, "denoiser_steps": 2, "denoiser_batch_size": 2, "validation_interval": 2,
+        "validation_scenes": 2,
+    }  # fmt: skip
+
+    def train(**changes: int) -> None:
+        options = [f"--{name}={value}" for name, value in {**sizes, **changes}.items()]
+        train_teacher.main(["--output", str(tmp_path), *options])
+
+    train()
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipeline.unet.dtype == torch.float32
+    figures = evaluate_teacher(pipeline, split="validation", num_scenes=2, num_steps=(2, 1))
+    assert 0 <= figures["scores"]["steps_2"]["control_miou"] <= 1
+
+    # Stages that are done stay as they are; an unfinished one goes on from its checkpoint.
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "vae").iterdir()}
+    (tmp_path / "pipeline").rename(tmp_path / "shorter")
+    train(denoiser_steps=3)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "vae").iterdir()} == finished
+    checkpoint = torch.load(tmp_path / "checkpoints" / "denoiser" / "last.ckpt", weights_only=False)
+    assert checkpoint["global_step"] == 3
+    assert checkpoint["state_dict"]["averaged.n_averaged"] == 3
+
+
+def test_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    args = train_teacher.TeacherArguments(tmp_path)
+    with pytest.raises(ValueError, match="must divide by 2 processes"):
+        train_teacher.fit(
+            torch.nn.Identity(), [], args, name="vae", num_steps=1, batch_size=3, num_processes=2  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+@needs_weights
+def test_teacher_loads_and_obeys() -> None:
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(TEACHER_DIR)
+    scores = evaluate_teacher(pipeline, split="validation", num_scenes=8, num_steps=(10,))["scores"]
+    assert scores["steps_10"]["control_miou"] > 0.65
+    assert scores["steps_10"]["color_accuracy"] > 0.75
+
+
+@needs_weights
+def test_pictures_are_seeded_one_by_one() -> None:
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(TEACHER_DIR)
+    batch = default_collate([SceneDataset("validation", 2)[index] for index in range(2)])
+
+    def sample(chosen: slice) -> torch.Tensor:
+        return sample_pictures(
+            pipeline,
+            captions=batch["text"][chosen],
+            conditioning_images=batch["conditioning_image"][chosen],
+            seeds=batch["seed"].tolist()[chosen],
+            num_inference_steps=2,
+        )
+
+    assert picture_psnr(sample(slice(1, 2)), sample(slice(0, 2))[1:]).item() > 50
+
+
+@needs_weights
+def test_figures_belong_to_the_weights() -> None:
+    figures = json.loads((TEACHER_DIR / "figures.json").read_text())
+    assert figures["scores"]["drawn"]["control_miou"] > 0.95
+    assert sum(path.stat().st_size for path in TEACHER_DIR.rglob("*") if path.is_file()) < 30 * 2**20
