@@ -10,18 +10,14 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
-from diffusers.models.controlnets.controlnet import ControlNetOutput
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from diffusers.utils.peft_utils import apply_lora_scale
-from torch import Tensor, nn
+from torch import Tensor
 
 from hgc_learn import ops
 from hgc_learn.fingerprint import ModelFingerprint
-from hgc_learn.graph import Graph, build_graph, controlnet_list
+from hgc_learn.forwards import RoutedForwards
+from hgc_learn.graph import Graph, build_graph
 from hgc_learn.macs import measure_costs
 from hgc_learn.plan import Plan, StepPlan, compile_plan
 from hgc_learn.schedule import HGCSchedule, ScheduleError
@@ -66,7 +62,7 @@ def apply_schedule(
 
 def remove_schedule(pipe: Any) -> None:
     """Gives the pipeline its own forwards back. Does nothing if no schedule is applied."""
-    runtime = _find_runtime(pipe.unet)
+    runtime = RoutedForwards.installed_on(pipe.unet)
     if runtime is not None:
         runtime.uninstall()
 
@@ -141,79 +137,19 @@ def _compile(graph: Graph, step: StepPlan, model: str) -> _Program:
     return _Program(tuple(program), mine(step.load), tuple(n for n in step.store if n in own), mine(step.free))
 
 
-class _Runtime:
-    """The state of one schedule on one pipeline: programs, cache, and where the current run stands."""
+class _Runtime(RoutedForwards):
+    """One schedule on one pipeline: runs the nodes of its plan, keeps and reads the cache."""
 
     def __init__(self, pipe: Any, schedule: HGCSchedule, graph: Graph, plan: Plan):
-        self.pipe, self.schedule, self.graph, self.plan = pipe, schedule, graph, plan
-        nets = controlnet_list(getattr(pipe, "controlnet", None))
-        self.models: dict[str, nn.Module] = {"unet": pipe.unet}
-        for i, net in enumerate(nets):
-            self.models["controlnet" if len(nets) == 1 else f"controlnet.nets.{i}"] = net
+        super().__init__(pipe, graph, len(plan.steps))
+        self.schedule, self.plan = schedule, plan
         # A refresh computes everything and keeps whatever any later step may load.
         loaded = {name for step in plan.steps for name in step.load}
         refresh = StepPlan(tuple(graph.nodes), (), tuple(n for n in graph.nodes if n in loaded))
         self.programs = {m: [_compile(graph, step, m) for step in plan.steps] for m in self.models}
         self.refresh = {m: _compile(graph, refresh, m) for m in self.models}
-        self.residuals = {m: self._residual_names(m) for m in self.models if m != "unet"}
-        self.timesteps: Tensor | None = None
-        self.new_run()
 
-    def _residual_names(self, model: str) -> list[str]:
-        sources = [self.graph.nodes[name].inputs for name in self.graph.residuals]
-        return [next(i for i in inputs if self.graph.nodes[i].model == model) for inputs in sources]
-
-    # Replacing the forwards
-
-    def install(self) -> None:
-        for model, module in self.models.items():
-            forward = self.unet_forward if model == "unet" else partial(self.controlnet_forward, model)
-            _replace_forward(module, forward)
-
-    def uninstall(self) -> None:
-        for module in self.models.values():
-            _restore_forward(module)
-        self.cache.clear()
-        self.seen.clear()
-
-    # Where the run stands
-
-    def new_run(self) -> None:
-        self.cache: dict[str, Tensor] = {}
-        self.num_calls = dict.fromkeys(self.models, 0)
-        self.seen: dict[str, _Signature] = {}
-        self.refreshed: set[int] = set()
-        self.first_step = 0
-
-    def begin(self, model: str, timestep: Any, inputs: Any) -> int:
-        """Returns the step's index; notes in `refreshed` if its inputs differ from the step before."""
-        timesteps = self.pipe.scheduler.timesteps
-        if timesteps is not self.timesteps:  # set_timesteps has been called: a new run
-            self.new_run()
-            self.first_step = self._check_run(timesteps, timestep)
-            self.timesteps = timesteps
-            if self.first_step:
-                self.refreshed.add(self.first_step)
-        step = self.first_step + self.num_calls[model]
-        if step >= len(self.plan.steps):
-            raise RuntimeError(
-                f"{model} was called {step + 1} times in one run, the schedule has {len(self.plan.steps)} steps. "
-                "If you call it outside the pipeline, remove_schedule(pipe) first."
-            )
-        signature = _Signature(inputs)
-        if model in self.seen and not signature.matches(self.seen[model]):
-            if model == "unet" and step not in self.refreshed and len(self.models) > 1:
-                self.timesteps = None
-                raise RuntimeError(
-                    f"At step {step} the UNet's inputs changed and the ControlNet's did not. The schedule cannot be "
-                    "followed; remove_schedule(pipe) for such runs."
-                )
-            self.refreshed.add(step)
-        self.seen[model] = signature
-        self.num_calls[model] += 1
-        return step
-
-    def _check_run(self, timesteps: Tensor, timestep: Any) -> int:
+    def check_run(self, timesteps: Tensor, timestep: Any) -> int:
         """Compares the run with the schedule, once, and returns the index of its first step."""
         scheduler = type(self.pipe.scheduler).__name__
         expected = self.schedule.timesteps
@@ -242,14 +178,6 @@ class _Runtime:
             )
         # img2img starts in the middle of the scheduler's timesteps.
         return min(range(len(actual)), key=lambda i: abs(actual[i] - float(timestep)))
-
-    # The forwards
-
-    def unet_forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _unet_forward(self.models["unet"], self, *args, **kwargs)
-
-    def controlnet_forward(self, model: str, *args: Any, **kwargs: Any) -> Any:
-        return _controlnet_forward(self.models[model], self, model, *args, **kwargs)
 
     def execute(self, model: str, step: int, call: ops.Call, given: dict[str, Tensor]) -> dict[str, Tensor]:
         program = self.refresh[model] if step in self.refreshed else self.programs[model][step]
@@ -289,133 +217,6 @@ class _Runtime:
         result["steps_run"] = self.num_calls["unet"]
         result["steps_refreshed"] = len(self.refreshed)
         return result
-
-
-@apply_lora_scale("cross_attention_kwargs")
-def _unet_forward(
-    unet: nn.Module,
-    runtime: _Runtime,
-    sample: Tensor,
-    timestep: Any,
-    encoder_hidden_states: Any,
-    class_labels: Tensor | None = None,
-    timestep_cond: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    cross_attention_kwargs: dict[str, Any] | None = None,
-    added_cond_kwargs: dict[str, Any] | None = None,
-    down_block_additional_residuals: Any = None,
-    mid_block_additional_residual: Tensor | None = None,
-    down_intrablock_additional_residuals: Any = None,
-    encoder_attention_mask: Tensor | None = None,
-    return_dict: bool = True,
-) -> Any:
-    """`UNet2DConditionModel.forward` along the plan; same arguments."""
-    if down_intrablock_additional_residuals is not None:
-        raise ValueError("T2I-Adapter residuals are not supported with a schedule; remove_schedule(pipe) first.")
-    residuals = [*(down_block_additional_residuals or ()), mid_block_additional_residual]
-    residuals = [r for r in residuals if r is not None]
-    if len(residuals) != len(runtime.graph.residuals):
-        raise ValueError(
-            f"The UNet received {len(residuals)} ControlNet residuals; with this schedule it takes "
-            f"{len(runtime.graph.residuals)}."
-        )
-    kwargs = {
-        "class_labels": class_labels,
-        "timestep_cond": timestep_cond,
-        "attention_mask": attention_mask,
-        "cross_attention_kwargs": cross_attention_kwargs,
-        "added_cond_kwargs": added_cond_kwargs,
-        "encoder_attention_mask": encoder_attention_mask,
-    }
-    step = runtime.begin("unet", timestep, (sample.shape, sample.dtype, sample.device, encoder_hidden_states, kwargs))
-    call = ops.unet_call(unet, sample, timestep, encoder_hidden_states, **kwargs)
-    values = runtime.execute("unet", step, call, dict(zip(runtime.graph.residuals, residuals, strict=True)))
-    prediction = values[runtime.graph.output]
-    return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
-
-
-@apply_lora_scale("cross_attention_kwargs")
-def _controlnet_forward(
-    net: nn.Module,
-    runtime: _Runtime,
-    model: str,
-    sample: Tensor,
-    timestep: Any,
-    encoder_hidden_states: Any,
-    controlnet_cond: Tensor,
-    conditioning_scale: float = 1.0,
-    class_labels: Tensor | None = None,
-    timestep_cond: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    added_cond_kwargs: dict[str, Any] | None = None,
-    cross_attention_kwargs: dict[str, Any] | None = None,
-    guess_mode: bool = False,
-    return_dict: bool = True,
-) -> Any:
-    """`ControlNetModel.forward` along the plan; same arguments. Residuals that the UNet will not read at this step
-    come back as empty tensors."""
-    kwargs = {
-        "conditioning_scale": conditioning_scale,
-        "class_labels": class_labels,
-        "timestep_cond": timestep_cond,
-        "attention_mask": attention_mask,
-        "added_cond_kwargs": added_cond_kwargs,
-        "cross_attention_kwargs": cross_attention_kwargs,
-        "guess_mode": guess_mode,
-    }
-    inputs = (sample.shape, sample.dtype, sample.device, encoder_hidden_states, controlnet_cond, kwargs)
-    step = runtime.begin(model, timestep, inputs)
-    call = ops.controlnet_call(net, sample, timestep, encoder_hidden_states, controlnet_cond, **kwargs)
-    values = runtime.execute(model, step, call, {})
-    empty = sample.new_empty(0)
-    *down, mid = [values.get(name, empty) for name in runtime.residuals[model]]
-    if not return_dict:
-        return down, mid
-    return ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=mid)
-
-
-class _Signature:
-    """Identity of everything that must stay the same for kept tensors to be right. Tensors are compared by memory
-    and version, not by value, so that nothing is read from the device; they are held so that no other tensor can
-    take their place in memory."""
-
-    def __init__(self, inputs: Any):
-        self.held: list[Tensor] = []
-        self.key = self._key(inputs)
-
-    def matches(self, other: _Signature) -> bool:
-        return self.key == other.key
-
-    def _key(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            self.held.append(value)
-            version = 0 if value.is_inference() else value._version
-            return (value.data_ptr(), version, tuple(value.shape), value.dtype, value.device)
-        if isinstance(value, dict):
-            return tuple((key, self._key(value[key])) for key in sorted(value))
-        if isinstance(value, list | tuple):
-            return tuple(self._key(v) for v in value)
-        return value
-
-
-def _replace_forward(module: nn.Module, forward: Any) -> None:
-    # accelerate's offload hooks keep the forward they wrap in `_old_forward` and put it back when they go.
-    name = "_old_forward" if hasattr(module, "_old_forward") else "forward"
-    setattr(module, name, forward)
-
-
-def _restore_forward(module: nn.Module) -> None:
-    plain = partial(type(module).forward, module)
-    if hasattr(module, "_old_forward"):
-        module._old_forward = plain
-    else:
-        module.__dict__.pop("forward", None)
-
-
-def _find_runtime(unet: nn.Module) -> _Runtime | None:
-    forward = unet.__dict__.get("_old_forward", unet.__dict__.get("forward"))
-    owner = getattr(forward, "__self__", None)
-    return owner if isinstance(owner, _Runtime) else None
 
 
 def _check_model(schedule: HGCSchedule, unet: Any, controlnet: Any, allow_other_weights: bool) -> None:

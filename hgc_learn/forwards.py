@@ -1,0 +1,220 @@
+"""Takes over the forwards of a pipeline's UNet and ControlNets, for inference and for training alike.
+
+`RoutedForwards` stands where the models' own `forward` stood, keeps count of the step, notices when inputs change in
+mid-run, and leaves to a subclass what is executed: the plan of a schedule (`inference`) or every node with gates in
+between (`rollout`). Nothing is read back from the device during a run.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from diffusers.models.controlnets.controlnet import ControlNetOutput
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.utils.peft_utils import apply_lora_scale
+from torch import Tensor, nn
+
+from hgc_learn import ops
+from hgc_learn.graph import Graph, controlnet_list
+
+
+class RoutedForwards:
+    """Runs the models of one pipeline node by node.
+
+    Subclasses say what happens: `execute` runs one model at one step, `check_run` looks at a new run.
+    """
+
+    def __init__(self, pipe: Any, graph: Graph, num_steps: int):
+        self.pipe, self.graph, self.num_steps = pipe, graph, num_steps
+        nets = controlnet_list(getattr(pipe, "controlnet", None))
+        self.models: dict[str, nn.Module] = {"unet": pipe.unet}
+        for i, net in enumerate(nets):
+            self.models["controlnet" if len(nets) == 1 else f"controlnet.nets.{i}"] = net
+        self.residuals = {model: self._residual_names(model) for model in self.models if model != "unet"}
+        self.timesteps: Tensor | None = None
+        self.new_run()
+
+    def _residual_names(self, model: str) -> list[str]:
+        sources = [self.graph.nodes[name].inputs for name in self.graph.residuals]
+        return [next(i for i in inputs if self.graph.nodes[i].model == model) for inputs in sources]
+
+    def execute(self, model: str, step: int, call: ops.Call, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Runs `model` at `step`; `given` are tensors made elsewhere. Returns tensors by node name, among them
+        the prediction or the residuals that are needed."""
+        raise NotImplementedError
+
+    def check_run(self, timesteps: Tensor, timestep: Any) -> int:
+        """Called once per run; returns the index of its first step."""
+        return 0
+
+    # Replacing the forwards
+
+    def install(self) -> None:
+        for model, module in self.models.items():
+            forward = self.unet_forward if model == "unet" else partial(self.controlnet_forward, model)
+            # accelerate's offload hooks keep the forward they wrap in `_old_forward` and put it back when they go.
+            setattr(module, "_old_forward" if hasattr(module, "_old_forward") else "forward", forward)
+
+    def uninstall(self) -> None:
+        for module in self.models.values():
+            if hasattr(module, "_old_forward"):
+                module._old_forward = partial(type(module).forward, module)
+            else:
+                module.__dict__.pop("forward", None)
+        self.new_run()
+
+    @staticmethod
+    def installed_on(unet: nn.Module) -> RoutedForwards | None:
+        forward = unet.__dict__.get("_old_forward", unet.__dict__.get("forward"))
+        owner = getattr(forward, "__self__", None)
+        return owner if isinstance(owner, RoutedForwards) else None
+
+    # Where the run stands
+
+    def new_run(self) -> None:
+        self.cache: dict[str, Tensor] = {}
+        self.num_calls = dict.fromkeys(self.models, 0)
+        self.seen: dict[str, _Signature] = {}
+        self.refreshed: set[int] = set()
+        self.first_step = 0
+
+    def begin(self, model: str, timestep: Any, inputs: Any) -> int:
+        """Returns the step's index; notes in `refreshed` if the inputs differ from those of the step before."""
+        timesteps = self.pipe.scheduler.timesteps
+        if timesteps is not self.timesteps:  # set_timesteps has been called: a new run
+            self.new_run()
+            self.first_step = self.check_run(timesteps, timestep)
+            self.timesteps = timesteps
+            if self.first_step:
+                self.refreshed.add(self.first_step)
+        step = self.first_step + self.num_calls[model]
+        if step >= self.num_steps:
+            raise RuntimeError(
+                f"{model} was called {step + 1} times in one run, the schedule has {self.num_steps} steps. "
+                "If you call it outside the pipeline, remove_schedule(pipe) first."
+            )
+        signature = _Signature(inputs)
+        if model in self.seen and signature.key != self.seen[model].key:
+            if model == "unet" and step not in self.refreshed and len(self.models) > 1:
+                self.timesteps = None
+                raise RuntimeError(
+                    f"At step {step} the UNet's inputs changed and the ControlNet's did not. The schedule cannot be "
+                    "followed; remove_schedule(pipe) for such runs."
+                )
+            self.refreshed.add(step)
+        self.seen[model] = signature
+        self.num_calls[model] += 1
+        return step
+
+    # The forwards
+
+    def unet_forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _unet_forward(self.models["unet"], self, *args, **kwargs)
+
+    def controlnet_forward(self, model: str, *args: Any, **kwargs: Any) -> Any:
+        return _controlnet_forward(self.models[model], self, model, *args, **kwargs)
+
+
+@apply_lora_scale("cross_attention_kwargs")
+def _unet_forward(
+    unet: nn.Module,
+    forwards: RoutedForwards,
+    sample: Tensor,
+    timestep: Any,
+    encoder_hidden_states: Any,
+    class_labels: Tensor | None = None,
+    timestep_cond: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    added_cond_kwargs: dict[str, Any] | None = None,
+    down_block_additional_residuals: Any = None,
+    mid_block_additional_residual: Tensor | None = None,
+    down_intrablock_additional_residuals: Any = None,
+    encoder_attention_mask: Tensor | None = None,
+    return_dict: bool = True,
+) -> Any:
+    """`UNet2DConditionModel.forward` along the plan; same arguments."""
+    if down_intrablock_additional_residuals is not None:
+        raise ValueError("T2I-Adapter residuals are not supported with a schedule; remove_schedule(pipe) first.")
+    residuals = [*(down_block_additional_residuals or ()), mid_block_additional_residual]
+    residuals = [r for r in residuals if r is not None]
+    if len(residuals) != len(forwards.graph.residuals):
+        raise ValueError(
+            f"The UNet received {len(residuals)} ControlNet residuals; with this schedule it takes "
+            f"{len(forwards.graph.residuals)}."
+        )
+    kwargs = {
+        "class_labels": class_labels,
+        "timestep_cond": timestep_cond,
+        "attention_mask": attention_mask,
+        "cross_attention_kwargs": cross_attention_kwargs,
+        "added_cond_kwargs": added_cond_kwargs,
+        "encoder_attention_mask": encoder_attention_mask,
+    }
+    step = forwards.begin("unet", timestep, (sample.shape, sample.dtype, sample.device, encoder_hidden_states, kwargs))
+    call = ops.unet_call(unet, sample, timestep, encoder_hidden_states, **kwargs)
+    values = forwards.execute("unet", step, call, dict(zip(forwards.graph.residuals, residuals, strict=True)))
+    prediction = values[forwards.graph.output]
+    return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+
+@apply_lora_scale("cross_attention_kwargs")
+def _controlnet_forward(
+    net: nn.Module,
+    forwards: RoutedForwards,
+    model: str,
+    sample: Tensor,
+    timestep: Any,
+    encoder_hidden_states: Any,
+    controlnet_cond: Tensor,
+    conditioning_scale: float = 1.0,
+    class_labels: Tensor | None = None,
+    timestep_cond: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    added_cond_kwargs: dict[str, Any] | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    guess_mode: bool = False,
+    return_dict: bool = True,
+) -> Any:
+    """`ControlNetModel.forward` along the plan; same arguments. Residuals that the UNet will not read at this step
+    come back as empty tensors."""
+    kwargs = {
+        "conditioning_scale": conditioning_scale,
+        "class_labels": class_labels,
+        "timestep_cond": timestep_cond,
+        "attention_mask": attention_mask,
+        "added_cond_kwargs": added_cond_kwargs,
+        "cross_attention_kwargs": cross_attention_kwargs,
+        "guess_mode": guess_mode,
+    }
+    inputs = (sample.shape, sample.dtype, sample.device, encoder_hidden_states, controlnet_cond, kwargs)
+    step = forwards.begin(model, timestep, inputs)
+    call = ops.controlnet_call(net, sample, timestep, encoder_hidden_states, controlnet_cond, **kwargs)
+    values = forwards.execute(model, step, call, {})
+    empty = sample.new_empty(0)
+    *down, mid = [values.get(name, empty) for name in forwards.residuals[model]]
+    if not return_dict:
+        return down, mid
+    return ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=mid)
+
+
+class _Signature:
+    """Identity of everything that must stay the same for kept tensors to be right. Tensors are compared by memory
+    and version, not by value, so that nothing is read from the device; they are held so that no other tensor can
+    take their place in memory."""
+
+    def __init__(self, inputs: Any):
+        self.held: list[Tensor] = []
+        self.key = self._key(inputs)
+
+    def _key(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            self.held.append(value)
+            version = 0 if value.is_inference() else value._version
+            return (value.data_ptr(), version, tuple(value.shape), value.dtype, value.device)
+        if isinstance(value, dict):
+            return tuple((key, self._key(value[key])) for key in sorted(value))
+        if isinstance(value, list | tuple):
+            return tuple(self._key(v) for v in value)
+        return value
