@@ -89,7 +89,7 @@ def _norms(model: nn.Module) -> dict[str, float]:
     tensors: dict[str, Tensor] = {}
     for path in _PROBES:
         try:
-            module = model.get_submodule(path)
+            module: Any = model.get_submodule(path)
         except AttributeError:
             continue
         weight = getattr(module, "base_layer", module).weight  # a LoRA layer wraps the original

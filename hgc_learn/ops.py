@@ -46,7 +46,9 @@ class Call:
     forward_upsample_size: bool = False
 
 
-def unet_call(unet: UNet2DConditionModel, sample: Tensor, timestep: Any, encoder_hidden_states: Any, **kwargs: Any):
+def unet_call(
+    unet: UNet2DConditionModel, sample: Tensor, timestep: Any, encoder_hidden_states: Any, **kwargs: Any
+) -> Call:
     """What `UNet2DConditionModel.forward` does to its arguments before the first layer."""
     if unet.config.center_input_sample:
         sample = 2 * sample - 1.0
@@ -69,13 +71,19 @@ def unet_call(unet: UNet2DConditionModel, sample: Tensor, timestep: Any, encoder
 
 
 def controlnet_call(
-    net: ControlNetModel, sample: Tensor, timestep: Any, encoder_hidden_states: Any, controlnet_cond: Tensor, **kwargs
-):
+    net: ControlNetModel,
+    sample: Tensor,
+    timestep: Any,
+    encoder_hidden_states: Any,
+    controlnet_cond: Tensor,
+    **kwargs: Any,
+) -> Call:
     """What `ControlNetModel.forward` does to its arguments before the first layer."""
     if net.config.controlnet_conditioning_channel_order == "bgr":
         controlnet_cond = torch.flip(controlnet_cond, dims=[1])
     kwargs["attention_mask"] = _mask_to_bias(kwargs.get("attention_mask"), sample.dtype)
-    return Call(sample, timestep, encoder_hidden_states, encoder_hidden_states, controlnet_cond=controlnet_cond, **kwargs)
+    kwargs["controlnet_cond"] = controlnet_cond
+    return Call(sample, timestep, encoder_hidden_states, encoder_hidden_states, **kwargs)
 
 
 def _mask_to_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -134,10 +142,11 @@ def controlnet_time_embedding(net: ControlNetModel, call: Call) -> Tensor:
     if net.config.addition_embed_type == "text":
         emb = emb + net.add_embedding(call.prompt_embeds)
     elif net.config.addition_embed_type == "text_time":
-        missing = {"text_embeds", "time_ids"} - set(call.added_cond_kwargs or {})
+        added = call.added_cond_kwargs or {}
+        missing = {"text_embeds", "time_ids"} - set(added)
         if missing:
             raise ValueError(f"This ControlNet needs added_cond_kwargs {sorted(missing)}.")
-        text_embeds, time_ids = call.added_cond_kwargs["text_embeds"], call.added_cond_kwargs["time_ids"]
+        text_embeds, time_ids = added["text_embeds"], added["time_ids"]
         time_embeds = net.add_time_proj(time_ids.flatten()).reshape(text_embeds.shape[0], -1)
         emb = emb + net.add_embedding(torch.cat([text_embeds, time_embeds], dim=-1).to(emb.dtype))
     return emb

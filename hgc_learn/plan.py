@@ -190,8 +190,4 @@ def _decisive_readers(graph: Graph) -> dict[str, list[str]]:
             found.add(name)
         return found
 
-    return {
-        name: [r for r in those if not dominators(r) & (set(those) - {r})] for name, those in readers.items()
-    }
-
-
+    return {name: [r for r in those if not dominators(r) & (set(those) - {r})] for name, those in readers.items()}
