@@ -1,11 +1,15 @@
 """Well-known architectures by name, built on the meta device: enough to count, plan and benchmark without weights.
 
-Configurations are those of the public checkpoints' config.json files.
+Configurations are those of the public checkpoints' config.json files. `load_architecture` reads those of a pipeline
+folder instead.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,12 +50,26 @@ ARCHITECTURES = [f"{name}{suffix}" for name in _CONFIGS for suffix in ("", "-con
 
 @dataclass(frozen=True)
 class Architecture:
-    """Models on the meta device; `vae_scale_factor` is image pixels per latent pixel."""
+    """Models on the meta device.
+
+    Attributes:
+        unet: the UNet.
+        controlnet: none, one ControlNet, or several as a list.
+        vae_scale_factor: image pixels per latent pixel.
+        num_tokens: length of the prompt embeddings.
+    """
 
     unet: UNet2DConditionModel
-    controlnet: ControlNetModel | None
+    controlnet: ControlNetModel | list[ControlNetModel] | None
     vae_scale_factor: int = 8
     num_tokens: int = 77
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the UNet was made for."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
 
 
 def build_architecture(name: str) -> Architecture:
@@ -68,3 +86,52 @@ def build_architecture(name: str) -> Architecture:
         if name.endswith("-controlnet"):
             controlnet = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
     return Architecture(unet, controlnet)
+
+
+def load_architecture(folder: str | os.PathLike[str]) -> Architecture:
+    """Builds the models of a diffusers pipeline folder on the meta device; reads its configs, never its weights.
+
+    Raises:
+        ValueError: a folder without a UNet's config, or a config that cannot be used; the message names the file.
+    """
+    folder = Path(folder)
+    if not (folder / "unet" / "config.json").is_file():
+        raise ValueError(f"{folder}: not the folder of a diffusers pipeline (it has no unet/config.json).")
+    # A MultiControlNetModel is saved as controlnet, controlnet_1, controlnet_2, ...
+    paths = [folder / "controlnet" / "config.json"]
+    while paths[-1].is_file():
+        paths.append(folder / f"controlnet_{len(paths)}" / "config.json")
+    nets = [_from_config(ControlNetModel, path) for path in paths[:-1]]
+    vae = _read_config(folder / "vae" / "config.json")
+    num_tokens = _read_config(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
+    return Architecture(
+        unet=_from_config(UNet2DConditionModel, folder / "unet" / "config.json"),
+        controlnet=nets if len(nets) > 1 else nets[0] if nets else None,
+        vae_scale_factor=2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1),
+        num_tokens=num_tokens if num_tokens <= 4096 else 77,  # tokenizers without a limit say 1e30
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The config, or {} if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}).") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: does not hold a JSON object.")
+    return config
+
+
+def _from_config(model_class: Any, path: Path) -> Any:
+    config = _read_config(path)
+    name = config.get("_class_name")
+    if name != model_class.__name__:
+        raise ValueError(f"{path}: is the config of a {name}; schedules support {model_class.__name__} only.")
+    try:
+        with torch.device("meta"):
+            return model_class.from_config(config)
+    except Exception as error:  # whatever a broken config makes the model's constructor raise
+        raise ValueError(f"{path}: {model_class.__name__} cannot be built from it ({error}).") from error

@@ -1,0 +1,71 @@
+"""Learned cache schedules for diffusers ControlNet pipelines: the command line.
+
+Every command is a module of `hgc_learn.commands` with a docstring (its help), `add_arguments(parser)` and
+`run(args)`. Those modules import nothing heavy at the top, so that a command needs only what it uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
+
+from hgc_learn import __version__
+
+COMMANDS = ["macs", "inspect"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one message, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `args.run` is the function to call."""
+    description = (__doc__ or "").partition("\n")[0]
+    parser = _Parser(prog="hgc_learn", description=description, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        command: ModuleType = importlib.import_module(f"hgc_learn.commands.{name}")
+        doc = command.__doc__ or ""
+        subparser = subparsers.add_parser(
+            name,
+            help=doc.partition("\n")[0],
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, or 2 for what the user can put right (a ValueError or OSError,
+    told in one line)."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader (`| head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print(f"hgc_learn: {printable(str(error))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def printable(text: str) -> str:
+    """`text` on one line, without control characters: names in files may come from a stranger."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

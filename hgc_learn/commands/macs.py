@@ -1,0 +1,196 @@
+"""Count the multiply-accumulates of one image, on meta tensors: no weights are needed or read.
+
+Two conventions: without the attention matmuls (QK^T and AV), as most papers on caching count, and with them.
+With --schedule also what is left of them under that schedule, step by step.
+
+  hgc_learn macs --arch sd15-controlnet --steps 20 --size 512 --guidance_scale 7.5
+  hgc_learn macs --model path/to/pipeline --schedule hgc_schedule.json --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hgc_learn.architectures import Architecture
+    from hgc_learn.schedule import HGCSchedule
+
+CONVENTIONS = {
+    "macs": "multiply-accumulates of convolutions and linear layers; attention matmuls (QK^T, AV) not counted",
+    "macs_with_attention": "the same with the attention matmuls counted",
+}
+DEFAULT_STEPS = 20
+DEFAULT_GUIDANCE_SCALE = 7.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--arch", metavar="NAME", help="a well-known architecture: sd15-controlnet, sdxl, ...")
+    source.add_argument("--model", metavar="DIR", help="folder of a diffusers pipeline; only its configs are read")
+    parser.add_argument("--schedule", metavar="FILE", help="also count what this schedule leaves")
+    parser.add_argument(
+        "--steps", type=int, help=f"model calls per image (default: the schedule's, else {DEFAULT_STEPS})"
+    )
+    parser.add_argument(
+        "--size", type=_size, help="image size in pixels, N or HEIGHTxWIDTH (default: the schedule's, else the model's)"
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        type=_finite,
+        help="above 1 every call runs two samples per image; 1 or less: one "
+        f"(default: the schedule's, else {DEFAULT_GUIDANCE_SCALE})",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
+    from hgc_learn.architectures import build_architecture, load_architecture
+    from hgc_learn.schedule import HGCSchedule
+
+    schedule = HGCSchedule.load(args.schedule) if args.schedule else None
+    architecture = build_architecture(args.arch) if args.arch else load_architecture(args.model)
+    result = count_macs(
+        architecture, schedule, num_steps=args.steps, size=args.size, guidance_scale=args.guidance_scale
+    )
+    result = {"model": args.arch or args.model, **({"schedule": args.schedule} if schedule else {}), **result}
+    print(json.dumps(result, indent=2) if args.json else _table(result))
+
+
+def count_macs(
+    architecture: Architecture,
+    schedule: HGCSchedule | None = None,
+    *,
+    num_steps: int | None = None,
+    size: tuple[int, int] | None = None,
+    guidance_scale: float | None = None,
+) -> dict[str, Any]:
+    """MACs of one image, in both conventions; what is None comes from the schedule or a default.
+
+    Raises:
+        ValueError: a setting that is out of range, or a schedule for another architecture or number of steps.
+    """
+    from hgc_learn.macs import measure_costs
+    from hgc_learn.plan import compile_plan
+
+    if schedule is not None:
+        _check_schedule(schedule, architecture)
+        if num_steps not in (None, schedule.num_inference_steps):
+            raise ValueError(
+                f"--steps is {num_steps}, the schedule has {schedule.num_inference_steps} steps: leave --steps out."
+            )
+        num_steps = schedule.num_inference_steps
+        size = size or (schedule.height, schedule.width)
+        guidance_scale = schedule.guidance_scale if guidance_scale is None else guidance_scale
+    num_steps = DEFAULT_STEPS if num_steps is None else num_steps
+    guidance_scale = DEFAULT_GUIDANCE_SCALE if guidance_scale is None else guidance_scale
+    if not 1 <= num_steps <= 4096:
+        raise ValueError(f"--steps is {num_steps}; it must be 1 to 4096.")
+    scale = architecture.vae_scale_factor
+    height, width = size or architecture.default_size
+    if height % scale or width % scale:
+        raise ValueError(f"--size is {height}x{width}; this model takes multiples of {scale}.")
+
+    graph, costs = measure_costs(
+        architecture.unet,
+        architecture.controlnet,
+        latent_size=(height // scale, width // scale),
+        image_size=(height, width),
+        num_tokens=architecture.num_tokens,
+    )
+    batch_size = 2 if guidance_scale > 1 else 1
+    per_forward: dict[str, dict[str, int]] = {}
+    for node in graph.nodes.values():
+        entry = per_forward.setdefault(node.model, dict.fromkeys(CONVENTIONS, 0))
+        entry["macs"] += costs[node.name].total(False)
+        entry["macs_with_attention"] += costs[node.name].total(True)
+
+    result: dict[str, Any] = {
+        "num_inference_steps": num_steps,
+        "height": height,
+        "width": width,
+        "guidance_scale": guidance_scale,
+        "batch_size": batch_size,
+        "num_tokens": architecture.num_tokens,
+    }
+    full = compile_plan(graph, {}, num_steps)
+    plan = None if schedule is None else compile_plan(graph, schedule.compute_table(), num_steps)
+    for suffix, attention in (("", False), ("_with_attention", True)):
+        macs = full.macs(costs, batch_size=batch_size, attention=attention)
+        result[f"macs{suffix}"] = macs
+        if plan is not None:
+            per_step = plan.macs_per_step(costs, batch_size=batch_size, attention=attention)
+            result[f"macs_cached{suffix}"] = sum(per_step)
+            result[f"macs_reduction{suffix}"] = 1 - sum(per_step) / macs
+            result[f"macs_cached_per_step{suffix}"] = per_step
+    if plan is not None:
+        result["num_patterns"] = plan.num_patterns()
+        result["cache_bytes_float16"] = plan.cache_bytes(costs, batch_size=batch_size, itemsize=2)
+    result["macs_per_forward_per_sample"] = per_forward
+    result["conventions"] = CONVENTIONS
+    return result
+
+
+def _check_schedule(schedule: HGCSchedule, architecture: Architecture) -> None:
+    from hgc_learn.fingerprint import ModelFingerprint
+
+    # The models here have no weights, hence no norms: only the architecture is compared.
+    difference = schedule.model.difference(ModelFingerprint.of(architecture.unet, architecture.controlnet))
+    if difference is not None:
+        raise ValueError(
+            f"model: the schedule was made for another model ({difference[0]}: {difference[1]}). "
+            "Name that model with --arch or --model."
+        )
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        height, width = (int(part) for part in (text.split("x") if "x" in text else (text, text)))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N or HEIGHTxWIDTH, as in 512 or 768x512") from None
+    if not (1 <= height <= 65_536 and 1 <= width <= 65_536):
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range: 1 to 65536 pixels")
+    return height, width
+
+
+def _table(result: dict[str, Any]) -> str:
+    guided = "with guidance" if result["batch_size"] == 2 else "without guidance"
+    lines = [
+        f"{result['model']}: {result['num_inference_steps']} steps, {result['height']}x{result['width']} pixels, "
+        f"{guided} ({result['batch_size']} sample(s) per call), {result['num_tokens']} tokens",
+        "",
+        f"{'MACs':<28}{'attention matmuls':>20}{'attention matmuls':>20}",
+        f"{'':<28}{'not counted':>20}{'counted':>20}",
+    ]
+
+    def row(name: str, macs: float, macs_with_attention: float) -> str:
+        return f"{name:<28}{_engineering(macs):>20}{_engineering(macs_with_attention):>20}"
+
+    for model, macs in result["macs_per_forward_per_sample"].items():
+        lines.append(row(f"{model}, one sample", macs["macs"], macs["macs_with_attention"]))
+    lines.append(row("one image", result["macs"], result["macs_with_attention"]))
+    if "macs_cached" in result:
+        lines.append(row("one image, scheduled", result["macs_cached"], result["macs_cached_with_attention"]))
+        reduction = f"{result['macs_reduction']:.1%}", f"{result['macs_reduction_with_attention']:.1%}"
+        lines.append(f"{'reduction':<28}{reduction[0]:>20}{reduction[1]:>20}")
+        mebibytes = f"{result['cache_bytes_float16'] / 2**20:.1f} MiB"
+        lines += ["", f"{result['num_patterns']} distinct steps; cache at most {mebibytes} per image in float16", ""]
+        pairs = zip(result["macs_cached_per_step"], result["macs_cached_per_step_with_attention"], strict=True)
+        lines += [row(f"step {i}", *pair) for i, pair in enumerate(pairs)]
+    return "\n".join(lines)
+
+
+def _engineering(macs: float) -> str:
+    return f"{macs / 1e12:.2f}e12" if macs >= 1e12 else f"{macs / 1e9:.2f}e9"
