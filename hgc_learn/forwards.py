@@ -59,7 +59,7 @@ class RoutedForwards:
     def uninstall(self) -> None:
         for module in self.models.values():
             if hasattr(module, "_old_forward"):
-                module._old_forward = partial(type(module).forward, module)
+                module._old_forward = partial(type(module).forward, module)  # type: ignore[assignment]
             else:
                 module.__dict__.pop("forward", None)
         self.new_run()
