@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from hgc_learn import __version__
 
-COMMANDS = ["macs", "inspect"]
+COMMANDS = ["demo", "export", "macs", "inspect"]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -249,7 +249,7 @@ def _can_expand(transformer: Transformer2DModel) -> bool:
 
 
 def run_graph(graph: Graph, calls: dict[str, ops.Call], visit: Callable[[Node, Tensor], Tensor]) -> Tensor:
-    """Runs every node once, dense; `visit(node, fresh)` returns the value that its readers see.
+    """Runs every node once; `visit(node, fresh)` returns the value that its readers see.
 
     `calls` maps a model (`Node.model`) to what it is called with. Returns the UNet's prediction.
     """

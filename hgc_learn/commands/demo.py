@@ -1,0 +1,38 @@
+"""The whole idea on the demonstration teacher: train a router, export a schedule, compare on held-out scenes.
+
+Writes DIR/hgc_schedule.json, DIR/comparison.png and DIR/summary.json and prints a table. Takes minutes on two CPU
+cores. Run it from the root of the repository; `--resume` goes on with an interrupted training.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+TEACHER = "hgc_learn/demo/teacher"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")
+    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="of the training")
+    parser.add_argument("--budget", type=float, default=0.5, help="fraction of the full MACs to keep (default 0.5)")
+    parser.add_argument("--num_scenes", type=int, default=256, help="held-out scenes to judge on (default 256)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
+    parser.add_argument(
+        "training_arguments", nargs="*", metavar="-- ARGUMENT", help="more arguments for the training, after --"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    if not args.config.is_file():
+        raise ValueError(f"{args.config}: no such file; run the demo from the root of the repository.")
+    from hgc_learn.demo.journey import run_demo
+
+    run_demo(
+        args.output,
+        config=args.config,
+        budget=args.budget,
+        num_scenes=args.num_scenes,
+        resume=args.resume,
+        training_arguments=args.training_arguments,
+    )

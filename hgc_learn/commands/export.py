@@ -1,0 +1,42 @@
+"""Turns a trained router into a static schedule file at a budget.
+
+Writes DIR/hgc_schedule.json and a picture of it, DIR/hgc_schedule.png. One training run can be exported at several
+budgets. Needs the `train` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ckpt_path", type=Path, required=True, metavar="CKPT", help="checkpoint of train.py fit")
+    parser.add_argument("--budget", type=float, default=0.5, help="fraction of the full MACs to keep (default 0.5)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument(
+        "--config", type=Path, help="configuration of the training run (default: the one saved beside the checkpoint)"
+    )
+    parser.add_argument(
+        "--refine_rounds",
+        type=int,
+        default=4,
+        help="rounds of local search with real rollouts after rounding; 0 for none (default 4)",
+    )
+    parser.add_argument(
+        "--refine_batches", type=int, default=4, help="training batches that the search measures on (default 4)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from hgc_learn.export import export
+
+    path = export(
+        args.ckpt_path,
+        args.output,
+        args.budget,
+        config=args.config,
+        refine_rounds=args.refine_rounds,
+        refine_batches=args.refine_batches,
+    )
+    print(f"wrote {path}")

@@ -1,0 +1,121 @@
+"""The demonstration from end to end: train, export, compare on held-out scenes, show."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+from hgc_learn.cli import train
+from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
+from hgc_learn.demo.scenes import SceneDataset
+from hgc_learn.evaluation import evaluate_schedule
+from hgc_learn.export import export
+from hgc_learn.figures import picture_grid
+from hgc_learn.inference import HGCSchedule
+from hgc_learn.rollout import SamplingConfig, load_pipeline
+
+EVALUATION_BATCH_SIZE = 16
+
+
+def run_demo(
+    output: Path,
+    *,
+    config: Path,
+    budget: float,
+    num_scenes: int,
+    resume: bool = False,
+    training_arguments: list[str] | None = None,
+) -> dict[str, Any]:
+    """Trains, exports and compares; returns the summary that it writes to `output`/summary.json."""
+    console, start = Console(), time.monotonic()
+    console.rule("1. training the router")
+    ckpt_path = output / "checkpoints" / "last.ckpt"
+    arguments = ["fit", "--config", str(config), "--checkpoint.dirpath", str(ckpt_path.parent)]
+    arguments += ["--trainer.default_root_dir", str(output), *(training_arguments or [])]
+    if resume and ckpt_path.is_file():
+        arguments += ["--ckpt_path", str(ckpt_path)]
+    cli = train(arguments)
+
+    console.rule(f"2. exporting the schedule at a budget of {budget:g}")
+    assert cli.trainer.log_dir is not None
+    path = export(ckpt_path, output, budget, config=Path(cli.trainer.log_dir) / "config.yaml")
+
+    console.rule(f"3. full against cached on {num_scenes} held-out scenes")
+    model = cli.model.hparams
+    summary, pictures = judge(path, model["model"], SamplingConfig(**model["sampling"]), num_scenes)
+    picture_grid(
+        {
+            "control": pictures["control"],
+            "full": pictures["full"],
+            f"cached, {summary['macs_reduction']:.0%} fewer MACs": pictures["cached"],
+        },
+        pictures["text"],
+    ).savefig(output / "comparison.png", dpi=150)
+    summary["minutes"] = round((time.monotonic() - start) / 60, 2)
+    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    console.print(summary_table(summary))
+    for name in ("hgc_schedule.json", "comparison.png", "summary.json"):
+        console.print(f"wrote {output / name}")
+    return summary
+
+
+
+
+
+def judge(
+    path: Path, model: str, sampling: SamplingConfig, num_scenes: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compares a schedule with the uncached teacher on held-out scenes; figures and pictures."""
+    schedule = HGCSchedule.load(path)
+    loader = DataLoader(SceneDataset("test", num_scenes), EVALUATION_BATCH_SIZE)
+    figures, pictures = evaluate_schedule(
+        load_pipeline(model, sampling),
+        sampling,
+        schedule,
+        track(loader, description="generating"),
+        metrics={"control_miou": ControlMeanIoU, "color_accuracy": ColorAccuracy},
+        update=_update,
+    )
+    macs = schedule.macs
+    return {
+        "budget": schedule.producer["settings"]["budget"],
+        "macs_full": macs["full"],
+        "macs_cached": macs["cached"],
+        "macs_reduction": 1 - macs["cached"] / macs["full"],
+        "macs_full_attention": macs["full_attention"],
+        "macs_cached_attention": macs["cached_attention"],
+        **figures,
+        "control_miou_relative_loss": 1 - figures["control_miou_cached"] / figures["control_miou_full"],
+        "color_accuracy_relative_loss": 1 - figures["color_accuracy_cached"] / figures["color_accuracy_full"],
+        "num_threads": torch.get_num_threads(),
+    }, pictures
+
+
+def _update(metric: Metric, pictures: Tensor, batch: dict[str, Any]) -> None:
+    metric.update(pictures, batch["label_map"], batch["object_colors"])
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """The figures as people read them."""
+    table = Table(title=f"Full against cached, {summary['num_samples']} held-out scenes")
+    for heading in ("", "full", "cached", "change"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    full, cached = summary["macs_full"] / 1e9, summary["macs_cached"] / 1e9
+    table.add_row("GMACs per picture", f"{full:.2f}", f"{cached:.2f}", f"{-summary['macs_reduction']:+.1%}")
+    for name, key in (("control mIoU", "control_miou"), ("colour accuracy", "color_accuracy")):
+        loss = summary[f"{key}_relative_loss"]
+        table.add_row(name, f"{summary[f'{key}_full']:.4f}", f"{summary[f'{key}_cached']:.4f}", f"{-loss:+.2%}")
+    table.add_row("PSNR to full", "", f"{summary['psnr_db']:.2f} dB", f"± {summary['psnr_ci95_db']:.2f}")
+    table.add_row("SSIM to full", "", f"{summary['ssim']:.4f}", "")
+    table.add_row("denoising speed", "1.00x", f"{summary['wall_clock_speedup']:.2f}x", "")
+    return table

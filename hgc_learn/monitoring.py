@@ -1,0 +1,47 @@
+"""What TensorBoard shows of a training beside its curves: gate heatmaps and full-against-cached pictures."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from hgc_learn.figures import gate_heatmap, picture_grid
+from hgc_learn.training import RouterModule
+
+
+class ScheduleMonitor(L.Callback):
+    """Draws, after every validation and for every budget, the gates and the pictures that the schedule gives.
+
+    Args:
+        num_pictures: pictures per grid, from the first validation batch.
+    """
+
+    def __init__(self, num_pictures: int = 4):
+        self.num_pictures = num_pictures
+
+    @torch.no_grad()
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, RouterModule)
+        if not isinstance(trainer.logger, TensorBoardLogger) or trainer.sanity_checking:
+            return
+        board, step = trainer.logger.experiment, trainer.global_step
+        router = pl_module.router
+        assert trainer.val_dataloaders is not None
+        batch = next(iter(trainer.val_dataloaders))
+        batch = {name: values[: self.num_pictures] for name, values in batch.items()}
+        batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+        full = pl_module.rollout(batch, torch.ones_like(router.logits, dtype=torch.bool), "pt")
+        for budget in pl_module.hparams["budgets"]:
+            p = router.probabilities(router.price(budget))
+            hard = router.threshold(budget)
+            board.add_figure(f"gates/{budget:g}/soft", gate_heatmap(p.cpu(), router.sites, "P(compute)"), step)
+            board.add_figure(f"gates/{budget:g}/hard", gate_heatmap(hard.cpu(), router.sites, "exported"), step)
+            cached = pl_module.rollout(batch, hard, "pt")
+            columns = {
+                "control": batch["conditioning_image"],
+                "full": full,
+                f"cached ({budget:g})": cached,
+                "difference x 4": 4 * (full - cached).abs(),
+            }
+            board.add_figure(f"pictures/{budget:g}", picture_grid(columns, batch["text"]), step)
