@@ -27,7 +27,7 @@ _SHAPES = {
 
 def _draw_chunk(seeds: range) -> tuple[dict[str, NDArray[np.generic]], list[str]]:
     scenes = [draw_scene(seed) for seed in seeds]
-    arrays = {
+    arrays: dict[str, NDArray[np.generic]] = {
         "images": np.stack([scene.image for scene in scenes]),
         "label_maps": np.stack([scene.label_map for scene in scenes]),
         "object_colors": np.stack([scene.object_colors for scene in scenes]),

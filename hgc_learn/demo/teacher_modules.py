@@ -44,7 +44,7 @@ class _Stage(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
 
         def factor(step: int) -> float:
             return warmup_stable_decay(
@@ -70,6 +70,8 @@ class CaptionModule(_Stage):
 
     learning_rate = 2e-3
     decay_share = 0.5
+    noun_ids: Tensor
+    color_ids: Tensor
 
     def __init__(self, text_encoder: CLIPTextModel, noun_ids: list[int], color_ids: list[int]) -> None:
         super().__init__()
@@ -129,9 +131,13 @@ class AutoencoderModule(_Stage):
         self.log("control_miou", self.control_miou, prog_bar=True)
 
 
-def _average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
+def _average(
+    averaged: tuple[Tensor, ...] | list[Tensor],
+    current: tuple[Tensor, ...] | list[Tensor],
+    num_averaged: Tensor | int,
+) -> None:
     """Exponential moving average whose decay warms up to 0.999; a fixed one would lag in so short a run."""
-    count = num_averaged.item()
+    count = int(num_averaged)
     torch._foreach_lerp_(averaged, current, 1 - min(0.999, (1 + count) / (10 + count)))
 
 
@@ -170,7 +176,10 @@ class DenoiserModule(_Stage):
     num_warmup_steps = 200
     decay_share = 0.28
     num_validation_steps = 20
-    timestep_power = 0.7  # timesteps are 1000 u^power, u uniform: below 1 favours the noisy end, where layout is decided
+    # Timesteps are 1000 u^power, u uniform. A power below 1 favours the noisy end, where layout is decided.
+    timestep_power = 0.7
+
+    empty_ids: Tensor
 
     def __init__(
         self,
@@ -224,6 +233,7 @@ class DenoiserModule(_Stage):
     def pipeline(self) -> StableDiffusionControlNetPipeline:
         """The teacher with the averaged weights."""
         denoiser = self.averaged.module
+        assert isinstance(denoiser, Denoiser)
         return build_pipeline(
             tokenizer=self.tokenizer,
             text_encoder=self.text_encoder,

@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -105,7 +106,7 @@ def fit(
     trainer = L.Trainer(
         accelerator="cpu" if distributed or not torch.cuda.is_available() else "gpu",
         devices=num_processes,
-        strategy="ddp_spawn" if distributed else "auto",
+        strategy=DDPStrategy(start_method="spawn", gradient_as_bucket_view=True) if distributed else "auto",
         max_steps=num_steps,
         max_epochs=-1,
         gradient_clip_val=1.0,
@@ -137,8 +138,8 @@ def train_text_encoder(args: TeacherArguments) -> None:
     save_folder(lambda path: tokenizer.save_pretrained(path), args.output / "tokenizer")
     stage = CaptionModule(
         build_text_encoder(tokenizer),
-        [tokenizer.convert_tokens_to_ids(f"{kind}</w>") for kind in KINDS],
-        [tokenizer.convert_tokens_to_ids(f"{color}</w>") for color in COLORS],
+        [tokenizer.get_vocab()[f"{kind}</w>"] for kind in KINDS],
+        [tokenizer.get_vocab()[f"{color}</w>"] for color in COLORS],
     )
     token_ids = tokenize(tokenizer, read_captions(args.scenes))
     fit(

@@ -44,9 +44,7 @@ def test_vae_makes_latents_of_a_quarter_of_the_size() -> None:
 
 
 def test_learning_rate_warms_up_stays_and_decays() -> None:
-    factors = [
-        warmup_stable_decay(step, num_steps=100, num_warmup_steps=10, decay_share=0.2) for step in range(101)
-    ]
+    factors = [warmup_stable_decay(step, num_steps=100, num_warmup_steps=10, decay_share=0.2) for step in range(101)]
     assert factors[0] == pytest.approx(0.1) and factors[10] == factors[80] == 1 and factors[100] == 0
     assert factors[90] == pytest.approx(0.5)
 
