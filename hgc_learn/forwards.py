@@ -32,6 +32,7 @@ class RoutedForwards:
         for i, net in enumerate(nets):
             self.models["controlnet" if len(nets) == 1 else f"controlnet.nets.{i}"] = net
         self.residuals = {model: self._residual_names(model) for model in self.models if model != "unet"}
+        self.replaced: dict[str, Any] = {}  # by model: the forward that stood in the instance, if any
         self.timesteps: Tensor | None = None
         self.new_run()
 
@@ -53,21 +54,25 @@ class RoutedForwards:
     def install(self) -> None:
         for model, module in self.models.items():
             forward = self.unet_forward if model == "unet" else partial(self.controlnet_forward, model)
-            # accelerate's offload hooks keep the forward they wrap in `_old_forward` and put it back when they go.
-            setattr(module, "_old_forward" if hasattr(module, "_old_forward") else "forward", forward)
+            slot = _forward_slot(module)
+            self.replaced[model] = module.__dict__.get(slot)
+            setattr(module, slot, forward)
 
     def uninstall(self) -> None:
-        for module in self.models.values():
-            if hasattr(module, "_old_forward"):
-                module._old_forward = partial(type(module).forward, module)  # type: ignore[assignment]
+        """Does nothing if others have been installed in the meantime."""
+        if RoutedForwards.installed_on(self.models["unet"]) is not self:
+            return
+        for model, module in self.models.items():
+            slot, forward = _forward_slot(module), self.replaced.pop(model)
+            if forward is None and slot == "forward":
+                del module.forward  # the class's own shows again
             else:
-                module.__dict__.pop("forward", None)
+                setattr(module, slot, forward or partial(type(module).forward, module))
         self.new_run()
 
     @staticmethod
     def installed_on(unet: nn.Module) -> RoutedForwards | None:
-        forward = unet.__dict__.get("_old_forward", unet.__dict__.get("forward"))
-        owner = getattr(forward, "__self__", None)
+        owner = getattr(unet.__dict__.get(_forward_slot(unet)), "__self__", None)
         return owner if isinstance(owner, RoutedForwards) else None
 
     # Where the run stands
@@ -114,6 +119,11 @@ class RoutedForwards:
 
     def controlnet_forward(self, model: str, *args: Any, **kwargs: Any) -> Any:
         return _controlnet_forward(self.models[model], self, model, *args, **kwargs)
+
+
+def _forward_slot(module: nn.Module) -> str:
+    """accelerate's offload hooks keep the forward they wrap in `_old_forward` and put it back when they go."""
+    return "_old_forward" if hasattr(module, "_old_forward") else "forward"
 
 
 @apply_lora_scale("cross_attention_kwargs")
