@@ -1,0 +1,217 @@
+"""Scheduled pipelines: what they give, and that they leave no trace."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from tiny_models import GUIDANCE_SCALE, NUM_STEPS, TinyPipeline, build_pipeline, random_rows
+
+from hgc_learn.inference import apply_schedule, remove_schedule
+
+
+def some_rows(tiny: TinyPipeline, seed: int = 0, **kwargs: Any) -> dict[str, str]:
+    return random_rows(tiny.sites(), random.Random(seed), **kwargs)
+
+
+def forwards_of(tiny: TinyPipeline) -> list[bool]:
+    return ["forward" in model.__dict__ for model in (tiny.pipe.unet, tiny.pipe.controlnet)]
+
+
+def test_all_compute_is_bit_identical(tiny: TinyPipeline) -> None:
+    expected = tiny()
+    sites = tiny.sites()
+    apply_schedule(tiny.pipe, tiny.schedule())
+    assert torch.equal(tiny(), expected)
+    apply_schedule(tiny.pipe, tiny.schedule({site: "C" * NUM_STEPS for site in sites}))
+    assert torch.equal(tiny(), expected)
+
+
+def test_two_calls_are_identical_and_removal_restores(tiny: TinyPipeline) -> None:
+    expected = tiny()
+    handle = apply_schedule(tiny.pipe, tiny.schedule(some_rows(tiny)))
+    first = tiny()
+    assert not torch.equal(first, expected)
+    assert torch.equal(tiny(), first)
+    handle.remove()
+    assert forwards_of(tiny) == [False, False]
+    assert torch.equal(tiny(), expected)
+
+
+def test_context_manager_removes_also_after_an_exception(own: TinyPipeline) -> None:
+    expected = own()
+    with pytest.raises(KeyError), apply_schedule(own.pipe, own.schedule(some_rows(own))):
+        raise KeyError
+    assert forwards_of(own) == [False, False]
+    assert torch.equal(own(), expected)
+
+
+def test_a_new_schedule_replaces_the_old_one(own: TinyPipeline) -> None:
+    old = apply_schedule(own.pipe, own.schedule(some_rows(own, 1)))
+    new = apply_schedule(own.pipe, own.schedule(some_rows(own, 2)))
+    expected = own()
+    old.remove()  # no longer applied: nothing to remove
+    assert torch.equal(own(), expected)
+    new.remove()
+    assert forwards_of(own) == [False, False]
+    remove_schedule(own.pipe)  # nothing applied: does nothing
+
+
+def test_removal_gives_back_a_forward_that_was_replaced_before(own: TinyPipeline) -> None:
+    calls = []
+    forward = own.pipe.unet.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    own.pipe.unet.forward = counted
+    with apply_schedule(own.pipe, own.schedule()):
+        own()
+    assert not calls
+    own()
+    assert len(calls) == NUM_STEPS
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        UniPCMultistepScheduler,
+        DPMSolverMultistepScheduler,
+        EulerDiscreteScheduler,
+        HeunDiscreteScheduler,
+        PNDMScheduler,
+    ],
+)
+def test_schedulers_with_and_without_a_step_index(scheduler: Any) -> None:
+    tiny = build_pipeline("sd15", scheduler=scheduler())
+    expected = tiny()
+    num_calls = tiny.schedule().num_inference_steps
+    apply_schedule(tiny.pipe, tiny.schedule())
+    assert torch.equal(tiny(), expected)
+    handle = apply_schedule(tiny.pipe, tiny.schedule(some_rows(tiny, num_steps=num_calls)))
+    first = tiny()
+    assert torch.equal(tiny(), first)
+    assert handle.stats()["steps_run"] == num_calls
+    assert handle.stats()["steps_refreshed"] == 0
+
+
+def test_reusing_the_prediction_runs_nothing(own: TinyPipeline) -> None:
+    """All steps but the first reuse `eps`: the models' submodules run once."""
+    calls = []
+    hook = own.pipe.unet.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    apply_schedule(own.pipe, own.schedule({"unet:eps": "C" + "-" * (NUM_STEPS - 1)}))
+    own()
+    hook.remove()
+    assert len(calls) == 1
+
+
+def test_stats(own: TinyPipeline) -> None:
+    row = "C-" * (NUM_STEPS // 2)
+    handle = apply_schedule(own.pipe, own.schedule({"unet:eps": row}))
+    stats = handle.stats()
+    assert stats["macs_cached"] * 2 == stats["macs_full"]
+    assert stats["macs_reduction"] == stats["macs_reduction_attention"] == 0.5
+    assert stats["macs_full_attention"] > stats["macs_full"]
+    assert stats["cache_bytes"] == 2 * 4 * 8 * 8 * 4  # two samples of 4 channels, 8x8, float32
+    assert stats["steps_run"] == 0
+    own()
+    assert handle.stats()["steps_run"] == NUM_STEPS
+    assert handle.stats()["steps_refreshed"] == 0
+
+
+def test_cache_is_empty_after_a_run(tiny: TinyPipeline) -> None:
+    handle = apply_schedule(tiny.pipe, tiny.schedule(some_rows(tiny)))
+    tiny()
+    assert not handle._runtime.cache
+
+
+def test_deepcopy_of_a_scheduled_pipeline(own: TinyPipeline) -> None:
+    apply_schedule(own.pipe, own.schedule(some_rows(own)))
+    expected = own()
+    twin = TinyPipeline(own.shape, copy.deepcopy(own.pipe))
+    with torch.no_grad():
+        for parameter in own.pipe.unet.parameters():
+            parameter.zero_()  # the twin must not use the original's modules
+    assert torch.equal(twin(), expected)
+    remove_schedule(own.pipe)
+    assert torch.equal(twin(), expected)
+    remove_schedule(twin.pipe)
+    assert forwards_of(twin) == [False, False]
+
+
+def test_another_pipeline_with_the_same_models_and_scheduler(own: TinyPipeline) -> None:
+    """Image to image from the components of a text-to-image pipeline, as `from_pipe` makes it."""
+    from diffusers import StableDiffusionControlNetImg2ImgPipeline
+
+    apply_schedule(own.pipe, own.schedule(some_rows(own)))
+    expected = own()
+    other = StableDiffusionControlNetImg2ImgPipeline(**own.pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    arguments = own.arguments()
+    arguments["control_image"] = arguments["image"]
+    other(**arguments, strength=0.5)
+    assert torch.equal(own(), expected)
+
+
+def test_accelerate_offload_hooks_before_and_after(own: TinyPipeline) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    models = (own.pipe.unet, own.pipe.controlnet)
+    plain = own()
+    schedule = own.schedule(some_rows(own))
+    with apply_schedule(own.pipe, schedule):
+        scheduled = own()
+        for model in models:
+            add_hook_to_module(model, ModelHook())
+        assert torch.equal(own(), scheduled)
+    assert torch.equal(own(), plain)
+
+    with apply_schedule(own.pipe, schedule):  # the hooks are still there
+        assert torch.equal(own(), scheduled)
+        for model in models:
+            remove_hook_from_module(model)
+        assert torch.equal(own(), scheduled)
+    assert torch.equal(own(), plain)
+
+
+def test_accelerate_sequential_offload(own: TinyPipeline) -> None:
+    """Weights stay on the meta device until their module runs."""
+    from accelerate import cpu_offload
+
+    schedule = own.schedule(some_rows(own))
+    with apply_schedule(own.pipe, schedule):
+        expected = own()
+    for model in (own.pipe.unet, own.pipe.controlnet, own.pipe.vae):
+        cpu_offload(model, torch.device("cpu"), offload_buffers=False)
+    assert own.pipe.unet.conv_in.weight.is_meta
+    apply_schedule(own.pipe, schedule)
+    torch.testing.assert_close(own(), expected)
+
+
+def test_half_precision_keeps_its_type(own: TinyPipeline) -> None:
+    own.pipe.to(torch.bfloat16)
+    expected = own()
+    apply_schedule(own.pipe, own.schedule())
+    assert torch.equal(own(), expected)
+    apply_schedule(own.pipe, own.schedule(some_rows(own)))
+    latents = own()
+    assert latents.dtype == torch.bfloat16
+    assert latents.isfinite().all()
+
+
+def test_a_guidance_scale_other_than_the_schedules_is_told(own: TinyPipeline) -> None:
+    apply_schedule(own.pipe, own.schedule())
+    with pytest.warns(UserWarning, match="guidance_scale is 2.0, the schedule was made for 5.0"):
+        own(guidance_scale=2.0)
+    assert GUIDANCE_SCALE == 5.0
