@@ -8,6 +8,7 @@ between (`rollout`). Nothing is read back from the device during a run.
 from __future__ import annotations
 
 from functools import partial
+from inspect import signature
 from typing import Any
 
 from diffusers.models.controlnets.controlnet import ControlNetOutput
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from hgc_learn import ops
 from hgc_learn.graph import Graph, controlnet_list
+
+_ALL_CONTROLNETS = "controlnet"  # the name that a single one has
 
 
 class RoutedForwards:
@@ -33,6 +36,7 @@ class RoutedForwards:
             self.models["controlnet" if len(nets) == 1 else f"controlnet.nets.{i}"] = net
         self.residuals = {model: self._residual_names(model) for model in self.models if model != "unet"}
         self.replaced: dict[str, Any] = {}  # by model: the forward that stood in the instance, if any
+        self.multi_hook: Any = None
         self.timesteps: Tensor | None = None
         self.new_run()
 
@@ -57,6 +61,8 @@ class RoutedForwards:
             slot = _forward_slot(module)
             self.replaced[model] = module.__dict__.get(slot)
             setattr(module, slot, forward)
+        if len(self.models) > 2:
+            self.multi_hook = self.pipe.controlnet.register_forward_pre_hook(self.before_controlnets, with_kwargs=True)
 
     def uninstall(self) -> None:
         """Does nothing if others have been installed in the meantime."""
@@ -68,6 +74,8 @@ class RoutedForwards:
                 del module.forward  # the class's own shows again
             else:
                 setattr(module, slot, forward or partial(type(module).forward, module))
+        if self.multi_hook is not None:
+            self.multi_hook.remove()
         self.new_run()
 
     @staticmethod
@@ -79,7 +87,7 @@ class RoutedForwards:
 
     def new_run(self) -> None:
         self.cache: dict[str, Tensor] = {}
-        self.num_calls = dict.fromkeys(self.models, 0)
+        self.num_calls = dict.fromkeys([*self.models, _ALL_CONTROLNETS], 0)
         self.seen: dict[str, _Signature] = {}
         self.refreshed: set[int] = set()
         self.first_step = 0
@@ -111,6 +119,14 @@ class RoutedForwards:
         self.seen[model] = signature
         self.num_calls[model] += 1
         return step
+
+    def before_controlnets(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Several ControlNets run one after the other: what changes for the last of them must be known before the
+        first, for all are refreshed together."""
+        inputs = signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        sample, timestep = inputs.pop("sample"), inputs.pop("timestep")
+        del inputs["self"]
+        self.begin(_ALL_CONTROLNETS, timestep, (sample.shape, sample.dtype, sample.device, inputs))
 
     # The forwards
 
