@@ -71,7 +71,7 @@ def test_graph_equals_forward_with_freeu_and_chunked_feed_forward() -> None:
 
 
 def test_graph_equals_forward_with_masks() -> None:
-    unet, controlnet = build_models(UNET_CONFIGS["sd15"])
+    unet = build_models(UNET_CONFIGS["sd15"])[0]
     mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0]])
     graph = build_graph(unet)
     sample, timestep = torch.randn(2, 4, 8, 8), torch.tensor(3)

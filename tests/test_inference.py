@@ -33,7 +33,7 @@ def test_all_compute_is_bit_identical(tiny: TinyPipeline) -> None:
     sites = tiny.sites()
     apply_schedule(tiny.pipe, tiny.schedule())
     assert torch.equal(tiny(), expected)
-    apply_schedule(tiny.pipe, tiny.schedule({site: "C" * NUM_STEPS for site in sites}))
+    apply_schedule(tiny.pipe, tiny.schedule(dict.fromkeys(sites, "C" * NUM_STEPS)))
     assert torch.equal(tiny(), expected)
 
 
