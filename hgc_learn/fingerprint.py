@@ -8,7 +8,6 @@ fine-tuning; a hash of the weights would not.
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,8 @@ from hgc_learn.graph import controlnet_list, meta_copy
 
 NORM_TOLERANCE = 2e-3
 """Relative; rounding a tensor to bfloat16 moves its norm by less."""
+
+MAX_NORM = 1e30
 
 _PROBES = ("conv_in", "mid_block.resnets.0.conv1", "mid_block.resnets.1.conv2", "conv_out", "controlnet_mid_block")
 
@@ -72,8 +73,8 @@ class ModelFingerprint:
             if not isinstance(entry["architecture"], str) or not isinstance(entry["norms"], dict):
                 raise ValueError(f"{name!r}: 'architecture' must be a string and 'norms' an object")
             for key, norm in entry["norms"].items():
-                if isinstance(norm, bool) or not isinstance(norm, int | float) or not math.isfinite(norm):
-                    raise ValueError(f"{name!r}: norm of {key!r} is {norm!r}, not a number")
+                if isinstance(norm, bool) or not isinstance(norm, int | float) or not 0 <= norm < MAX_NORM:
+                    raise ValueError(f"{name!r}: norm of {key!r} is not a number from 0 to {MAX_NORM:g}")
         return cls(
             architecture={name: entry["architecture"] for name, entry in data.items()},
             norms={name: {k: float(v) for k, v in entry["norms"].items()} for name, entry in data.items()},

@@ -44,6 +44,8 @@ def apply_schedule(
         ScheduleError: the file is invalid, or made for another model or scheduler; the message says which.
         ValueError: the pipeline has models whose dataflow is not known.
     """
+    if not hasattr(pipe, "unet"):
+        raise ValueError(f"{type(pipe).__name__} has no unet; schedules support diffusers pipelines with a UNet.")
     if not isinstance(schedule, HGCSchedule):
         schedule = HGCSchedule.load(schedule)
     controlnet = getattr(pipe, "controlnet", None)

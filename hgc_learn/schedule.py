@@ -9,7 +9,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ COMPUTE, REUSE = "C", "-"
 MAX_FILE_BYTES = 16 * 2**20
 MAX_STEPS = 4096
 MAX_SITES = 20_000
+MAX_MACS = 10**24
+MAX_DEPTH = 16
 
 Scalar = str | int | float | bool | None
 
@@ -98,7 +100,7 @@ class HGCSchedule:
         return {site: [c == COMPUTE for c in row] for site, row in self.sites.items()}
 
     @staticmethod
-    def rows(compute: dict[str, Sequence[bool]]) -> dict[str, str]:
+    def rows(compute: Mapping[str, Sequence[bool]]) -> dict[str, str]:
         """The inverse of `compute_table`; sites that are always computed are left out."""
         rows = {site: "".join(COMPUTE if c else REUSE for c in row) for site, row in compute.items()}
         return {site: row for site, row in rows.items() if REUSE in row}
@@ -155,11 +157,13 @@ class HGCSchedule:
             if not isinstance(row, str):
                 raise ScheduleError(f"sites: {site!r} must be a string with one character per step.")
         for name, value in fields["macs"].items():
-            if type(value) is not int or value < 0:
-                raise ScheduleError(f"macs: {name!r} must be a non-negative integer, not {value!r}.")
+            if type(value) is not int or not 0 <= value <= MAX_MACS:
+                raise ScheduleError(f"macs: {name!r} must be an integer from 0 to {MAX_MACS:.0e}.")
         for name, scalar in fields["fidelity"].items():
             if not isinstance(scalar, Scalar):
                 raise ScheduleError(f"fidelity: {name!r} must be a single value, not {type(scalar).__name__}.")
+            _check_finite(scalar, f"fidelity: {name!r}")
+        _check_finite(fields["producer"], "producer")
         try:
             fields["model"] = ModelFingerprint.from_dict(fields["model"])
         except ValueError as error:
@@ -235,12 +239,22 @@ def _number(value: Any, name: str) -> float:
     return value
 
 
+def _check_finite(value: Any, name: str, depth: int = 0) -> None:
+    """JSON reads 1e999 as infinity, which it cannot write."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ScheduleError(f"{name}: {value} is not a finite number.")
+    if depth > MAX_DEPTH:
+        raise ScheduleError(f"{name}: nested deeper than {MAX_DEPTH} levels.")
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_finite(child, name, depth + 1)
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        double = next(key for key in keys if keys.count(key) > 1)
-        raise ScheduleError(f"{double}: appears twice.")
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ScheduleError(f"{key}: appears twice.")
+        result[key] = value
     return result
 
 
