@@ -1,0 +1,271 @@
+"""The schedule file: what it keeps, and all that is refused with the field's name."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import TinyPipeline, build_pipeline, random_rows, shared_pipeline
+
+from hgc_learn.fingerprint import ModelFingerprint
+from hgc_learn.inference import apply_schedule
+from hgc_learn.schedule import MAX_FILE_BYTES, HGCSchedule, ScheduleError
+
+SCHEDULE = HGCSchedule(
+    sites={"unet.mid_block.attentions.0:out": "C--C-", "unet:eps": "CC-CC"},
+    timesteps=(981, 741.5, 501, 261, 21),
+    scheduler="UniPCMultistepScheduler",
+    guidance_scale=7.5,
+    height=512,
+    width=768,
+    model=ModelFingerprint({"unet": "0123456789abcdef"}, {"unet": {"conv_in": 12.5}}),
+    producer={"policy": "router", "version": "0.1.0", "settings": {"budget": 0.5, "seed": 0}},
+    macs={"full": 100, "cached": 45},
+    fidelity={"psnr_db": 31.5, "num_samples": 256, "data": "held out"},
+)
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    return SCHEDULE.to_dict() | fields
+
+
+def write(path: Path, data: Any) -> Path:
+    path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
+    return path
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "hgc_schedule.json"
+    SCHEDULE.save(path)
+    assert HGCSchedule.load(path) == SCHEDULE
+    assert os.listdir(path.parent) == [path.name]
+    rows = path.read_text().splitlines()
+    assert '  "unet:eps": "CC-CC"' in rows  # one site per line, to be read and compared by people
+
+
+def test_saving_does_not_damage_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "hgc_schedule.json"
+    SCHEDULE.save(path)
+    broken = HGCSchedule(**{**vars(SCHEDULE), "producer": {"settings": object()}})
+    with pytest.raises(TypeError):
+        broken.save(path)
+    assert HGCSchedule.load(path) == SCHEDULE
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_rows_are_the_inverse_of_the_table() -> None:
+    assert HGCSchedule.rows(SCHEDULE.compute_table()) == SCHEDULE.sites
+    assert HGCSchedule.rows({"unet:eps": [True, True]}) == {}
+
+
+def nested(depth: int) -> str:
+    return '{"format": "hgc_schedule", "producer": ' + "[" * depth + "]" * depth + "}"
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "not an object": ([1], "JSON object"),
+    "another format": (changed(format="onnx"), "format: is 'onnx'"),
+    "no format": ({}, "format: is None"),
+    "newer version": (changed(version=2), "version: the file has version 2, .* Upgrade hgc_learn"),
+    "version 0": (changed(version=0), "version: is 0"),
+    "version true": (changed(version=True), "version: must be an integer"),
+    "unknown key": (changed(colour="red"), "colour: unknown key"),
+    "missing key": ({k: v for k, v in changed().items() if k != "timesteps"}, "timesteps: missing"),
+    "wrong type": (changed(height="512"), "height: must be an integer, not str"),
+    "float size": (changed(width=512.0), "width: must be an integer, not float"),
+    "negative size": (changed(width=-1), "width: is -1"),
+    "no timesteps": (changed(timesteps=[], num_inference_steps=0, sites={}), "timesteps: 0 entries"),
+    "timestep text": (changed(timesteps=[1, 2, 3, 4, "5"]), "timesteps: '5' is not"),
+    "infinite guidance": (json.dumps(changed()).replace("7.5", "1e999"), "guidance_scale: inf is not a finite number"),
+    "wrong step count": (changed(num_inference_steps=4), "num_inference_steps: is 4, but timesteps has 5"),
+    "short row": (changed(sites={"unet:eps": "C-C"}), "sites: 'unet:eps' has 3 steps, timesteps has 5"),
+    "unknown mark": (changed(sites={"unet:eps": "C-X-C"}), "sites: 'unet:eps' is 'C-X-C'"),
+    "unknown kind": (changed(sites={"unet:map": "CCCCC"}), "sites: 'unet:map' has kind 'map'; known kinds are out"),
+    "row as list": (changed(sites={"unet:eps": [True] * 5}), "sites: 'unet:eps' must be a string"),
+    "reuse at step 0": (changed(sites={"unet:eps": "-CCCC"}), "sites: 'unet:eps' is reused at step 0"),
+    "negative macs": (changed(macs={"full": -1}), "macs: 'full' must be"),
+    "fractional macs": (changed(macs={"full": 1.5}), "macs: 'full' must be"),
+    "huge macs": (changed(macs={"full": 10**30}), "macs: 'full' must be"),
+    "nested fidelity": (changed(fidelity={"psnr_db": [1]}), "fidelity: 'psnr_db' must be a single value"),
+    "infinite fidelity": (json.dumps(changed()).replace("31.5", "1e999"), "fidelity: 'psnr_db'"),
+    "infinite setting": (json.dumps(changed()).replace("0.5", "1e999"), "producer: .*finite"),
+    "no unet": (changed(model={}), "model: 'unet' is missing"),
+    "wrong model": (changed(model={"unet": {"architecture": "0"}}), "model: 'unet' must hold exactly"),
+    "norm text": (changed(model={"unet": {"architecture": "0", "norms": {"a": "1"}}}), "model: 'unet': norm of 'a'"),
+    "huge norm": (
+        changed(model={"unet": {"architecture": "0", "norms": {"a": 10**400}}}),
+        "model: 'unet': norm of 'a'",
+    ),
+    "truncated": (json.dumps(changed())[:-40], "not valid JSON .* truncated"),
+    "empty": ("", "not valid JSON"),
+    "NaN": (json.dumps(changed()).replace("7.5", "NaN"), "NaN is not allowed"),
+    "Infinity": (json.dumps(changed()).replace("31.5", "-Infinity"), "-Infinity is not allowed"),
+    "double key": ('{"format": "hgc_schedule", "width": 1, "width": 2}', "width: appears twice"),
+    "deep nesting": (nested(100_000), "not valid JSON|nested"),
+    "huge integer": (json.dumps(changed()).replace("7.5", "9" * 5000), "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_files_are_refused_with_the_field(tmp_path: Path, case: str) -> None:
+    data, message = REFUSED[case]
+    path = write(tmp_path / "wrong.json", data)
+    with pytest.raises(ScheduleError, match=message) as error:
+        HGCSchedule.load(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def test_files_that_are_no_text_too_large_or_absent_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    with pytest.raises(ScheduleError, match="cannot be read"):
+        HGCSchedule.load(path)
+    with pytest.raises(ScheduleError, match="cannot be read"):
+        HGCSchedule.load(tmp_path)
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ScheduleError, match="not valid JSON"):
+        HGCSchedule.load(path)
+    with open(path, "wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(ScheduleError, match="larger than 16 MiB"):
+        HGCSchedule.load(path)
+
+
+def test_many_keys_are_read_in_linear_time(tmp_path: Path) -> None:
+    """A file at the limit of size whose last key is double must not take hours to refuse."""
+    keys = ",".join(f'"{i}":0' for i in range(300_000))
+    path = write(tmp_path / "many.json", f'{{{keys},"299999":0}}')
+    with pytest.raises(ScheduleError, match="299999: appears twice"):
+        HGCSchedule.load(path)
+
+
+# Mutants of a good file: one value, key or character at a time
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
+    max_leaves=6,
+)
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    places = [path]
+    if isinstance(value, dict | list):
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            places += _places(child, (*path, key))
+    return places
+
+
+@st.composite
+def mutants(draw: st.DrawFn) -> str:
+    data = SCHEDULE.to_dict()
+    data = json.loads(json.dumps(data))
+    place = draw(st.sampled_from(_places(data)[1:]))
+    parent = data
+    for key in place[:-1]:
+        parent = parent[key]
+    how = draw(st.sampled_from(["replace", "remove", "add", "text", "text"]))
+    if how == "replace":
+        parent[place[-1]] = draw(_JSON)
+    elif how == "remove":
+        del parent[place[-1]]
+    elif how == "add" and isinstance(parent, dict):
+        parent[draw(st.text(max_size=8))] = draw(_JSON)
+    text = json.dumps(data, indent=1)
+    if how == "text":
+        start = draw(st.integers(0, len(text)))
+        end = draw(st.integers(start, min(len(text), start + 4)))
+        text = text[:start] + draw(st.text('{}[]",:-0123456789CeE.\\\x00\n', max_size=3)) + text[end:]
+    return text
+
+
+@settings(max_examples=500)
+@given(text=mutants())
+def test_a_mutant_is_refused_or_survives_a_round_trip(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "mutant.json"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        schedule = HGCSchedule.load(path)
+    except ScheduleError:
+        return
+    again = tmp_path_factory.getbasetemp() / "again.json"
+    schedule.save(again)
+    assert HGCSchedule.load(again) == schedule
+    assert schedule.to_dict() == json.loads(text)
+
+
+# Fit to a pipeline
+
+
+@pytest.fixture
+def tiny() -> TinyPipeline:
+    return shared_pipeline("sd15")
+
+
+def zero(pipe: Any) -> None:
+    with torch.no_grad():
+        pipe.controlnet.conv_in.weight.mul_(1.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pipe: setattr(pipe, "controlnet", None), r"architecture: controlnet is absent where \w+ is expected"),
+        (
+            lambda pipe: setattr(pipe, "unet", shared_pipeline("sd2").pipe.unet),
+            r"architecture: unet is \w+ where \w+ is expected\). Use the model it was made for",
+        ),
+        (zero, r"weights: the norm of controlnet.conv_in.weight is .* Pass allow_other_weights=True"),
+    ],
+)
+def test_another_model_is_refused(change: Callable[[Any], None], message: str) -> None:
+    own = build_pipeline("sd15")
+    schedule = own.schedule()
+    change(own.pipe)
+    with pytest.raises(ScheduleError, match=f"model: the schedule was made for another model .{message}"):
+        apply_schedule(own.pipe, schedule)
+    assert "forward" not in own.pipe.unet.__dict__
+
+
+def test_other_weights_can_be_allowed_other_architectures_cannot() -> None:
+    own, other, sd2 = build_pipeline("sd15"), build_pipeline("sd15", seed=1), shared_pipeline("sd2")
+    rows = random_rows(own.sites(), random.Random(0))
+    apply_schedule(other.pipe, own.schedule(rows), allow_other_weights=True)
+    assert other().isfinite().all()
+    with pytest.raises(ScheduleError, match="another model"):
+        apply_schedule(sd2.pipe, own.schedule(rows), allow_other_weights=True)
+
+
+def test_the_fingerprint_survives_a_change_of_precision() -> None:
+    own = build_pipeline("sd15")
+    schedule = own.schedule()
+    for dtype in (torch.float16, torch.bfloat16):
+        apply_schedule(own.pipe.to(dtype), schedule)
+
+
+def test_unknown_sites_are_refused_and_what_was_applied_stays(tiny: TinyPipeline, tmp_path: Path) -> None:
+    good = tiny.schedule({"unet:eps": "C-C-C-"})
+    with apply_schedule(tiny.pipe, good) as handle:
+        expected = tiny()
+        for site in ("unet.nothing:out", "unet.skip.0:out", "unet.mid_block.resnets.0.conv1:out"):
+            path = tmp_path / "schedule.json"
+            tiny.schedule({site: "C-C-C-"}).save(path)
+            with pytest.raises(ScheduleError, match=f"sites: Site '{site}' does not exist in this model"):
+                apply_schedule(tiny.pipe, path)
+        assert handle.schedule is good
+        assert torch.equal(tiny(), expected)
+
+
+def test_pipelines_of_another_kind_are_refused() -> None:
+    class Pipe:
+        transformer = None
+
+    with pytest.raises(ValueError, match="Pipe has no unet"):
+        apply_schedule(Pipe(), SCHEDULE)
