@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -18,18 +22,35 @@ class RouterCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ScheduleMonitor, "monitor")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "router-{step}"})
+        parser.set_defaults(
+            {
+                "checkpoint.save_last": True,
+                "checkpoint.save_top_k": 0,  # the last router is the one to keep
+                "checkpoint.save_on_exception": True,  # Ctrl-C loses nothing
+            }
+        )
 
 
-def train(args: Sequence[str] | None = None, *, run: bool = True) -> RouterCLI:
-    """Runs `fit`, `validate`, ... with the given arguments, or those of the command line.
+def train(args: Sequence[str] | None = None) -> RouterCLI:
+    """Runs `fit`, `validate`, ... with the given arguments, or those of the command line."""
+    return _cli(None if args is None else list(args), run=True)
 
-    With `run=False` nothing is run: the objects that a config describes are built and returned.
-    """
+
+def rebuild(config: Path) -> RouterCLI:
+    """The objects that the saved configuration of a run describes; nothing is run."""
+    settings = yaml.safe_load(config.read_text())
+    for key in ("ckpt_path", "weights_only"):  # arguments of `fit`, not of an object
+        settings.pop(key, None)
+    return _cli(settings, run=False)
+
+
+def _cli(args: list[str] | dict[str, Any] | None, *, run: bool) -> RouterCLI:
+    # Gradients through many steps underflow; on CPUs, arithmetic with denormal numbers is many times slower.
+    torch.set_flush_denormal(True)
     return RouterCLI(
         RouterModule,
         run=run,
-        args=list(args) if args is not None else None,
+        args=args,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"max_steps": 100, "log_every_n_steps": 1, "num_sanity_val_steps": 0},

@@ -57,7 +57,9 @@ def evaluate_schedule(
         latent_errors.append(error / latents["full"].flatten(1).norm(dim=1))
         pair = (pictures["cached"], pictures["full"])
         psnr.append(peak_signal_noise_ratio(*pair, data_range=1.0, dim=(1, 2, 3), reduction="none"))
-        ssim.append(structural_similarity_index_measure(*pair, data_range=1.0, reduction="none"))
+        similarity = structural_similarity_index_measure(*pair, data_range=1.0, reduction="none")
+        assert isinstance(similarity, Tensor)
+        ssim.append(similarity)
         for name, meter in meters.items():
             assert update is not None
             update(meter, pictures[name.rpartition("_")[2]], batch)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from hgc_learn import __version__
-from hgc_learn.cli import train
+from hgc_learn.cli import rebuild
 from hgc_learn.figures import gate_heatmap
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.plan import compile_plan
@@ -72,7 +72,7 @@ def load_run(ckpt_path: Path, config: Path | None = None) -> tuple[RouterModule,
     config = config or ckpt_path.parent.parent / "config.yaml"
     if not config.is_file():
         raise ValueError(f"{config}: no such file; pass --config, the configuration of the training run.")
-    cli = train(["--config", str(config)], run=False)
+    cli = rebuild(config)
     try:
         checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
         cli.model.load_state_dict(checkpoint["state_dict"])

@@ -198,13 +198,14 @@ class _Runtime(RoutedForwards):
 
     def stats(self) -> dict[str, Any]:
         schedule, batch = self.schedule, self.schedule.batch_size
-        scale = self.pipe.vae_scale_factor
+        scale, tokenizer = self.pipe.vae_scale_factor, getattr(self.pipe, "tokenizer", None)
         size = (schedule.height, schedule.width)
         graph, costs = measure_costs(
             self.pipe.unet,
             getattr(self.pipe, "controlnet", None),
             latent_size=(size[0] // scale, size[1] // scale),
             image_size=size,
+            **({} if tokenizer is None else {"num_tokens": tokenizer.model_max_length}),
         )
         plan = compile_plan(graph, schedule.compute_table(), schedule.num_inference_steps)
         full = compile_plan(graph, {}, schedule.num_inference_steps)

@@ -6,6 +6,7 @@ reuse, nothing in between), the backward gives, per sample, the derivative of th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,10 +91,19 @@ def generate(
 
     Returns:
         Latents [B, channels, h, w] or pictures [B, 3, height, width].
+
+    Raises:
+        ValueError: control images of another size than `sampling` says.
     """
+    size = tuple(batch["conditioning_image"].shape[-2:])
+    if size != (sampling.height, sampling.width):
+        raise ValueError(
+            f"conditioning_image is {size[0]}x{size[1]}, the sampling config says {sampling.height}x{sampling.width}: "
+            "give the data module the same height and width."
+        )
     generators = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
     call = type(pipe).__call__
-    call = call.__wrapped__ if grad else call
+    call = inspect.unwrap(call) if grad else call
     kwargs: dict[str, Any] = {}
     if getattr(pipe, "controlnet", None) is not None:
         kwargs["image"] = batch["conditioning_image"]
@@ -172,11 +182,14 @@ class GatedForwards(RoutedForwards):
                     values[name] = fresh
                     continue
                 values[name] = self._gate(name, step, fresh, compute=True)
-                self.cache[name] = fresh
+                self.cache[name] = values[name]
             elif name in probe:
                 with torch.no_grad():
                     fresh = node.run(call, *[self._read(values, i, step) for i in node.inputs])
-                values[name] = self._gate(name, step, fresh, compute=False) if name in load else fresh
+                values[name] = fresh
+                if name in load:
+                    # Kept on, for the gate decides what later steps find in the cache, too.
+                    values[name] = self.cache[name] = self._gate(name, step, fresh, compute=False)
             elif name in load:
                 values[name] = self.cache[name]
         for name in self.residuals.get(model, ()):  # a fresh value in the UNet may read one that is not live

@@ -9,6 +9,8 @@ estimated by another one from a random direction v, since E <v, J d>^2 = |J d|^2
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -88,6 +90,7 @@ class RouterModule(L.LightningModule):
         self.forwards = GatedForwards(self.pipe, expanded, names, len(self.timesteps))
         self.targets: dict[Any, Tensor] = {}
         self.generator = torch.Generator()
+        self.warm_started: Tensor
         self.register_buffer("warm_started", torch.tensor(False))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -138,67 +141,61 @@ class RouterModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         if not self.warm_started:
-            self.warm_start()
+            loader = self.trainer.train_dataloader
+            assert loader is not None
+            self.warm_start(loader)
         self.router.temperature = self.hparams["final_temperature"] ** self.progress()
+        budgets = self.hparams["budgets"]
         # All chance comes from the step's number, so that a resumed run draws what an unbroken one draws.
         self.generator = torch.Generator(self.device).manual_seed(1 + self.global_step)
-        budgets = self.hparams["budgets"]
-        budget = budgets[self.global_step % len(budgets)]
-        price = self.router.price(budget)
-        p = self.router.probabilities(price)
-        compute = torch.bernoulli(p.detach(), generator=self.generator).bool()
-        target = self.teacher_latents(batch)
-        errors, effects = self.flip_effects(batch, compute, target)
-
-        # The gradient of the expected log error by the logits, gate by gate ...
-        loss_gradient = (effects.mean(0) / errors.mean()) * (p * (1 - p)).detach() / self.router.temperature
-        loss_gradient[0] = 0
-        # ... and the multiplier at which moving all logits together no longer pays: the budget's price.
-        expected = self.router.expected_macs(p)
-        (macs_gradient,) = torch.autograd.grad(expected, self.router.logits)
-        multiplier = -loss_gradient.sum() / macs_gradient.sum()
+        gradient, logs = self.router_gradient(batch, budgets[self.global_step % len(budgets)])
         optimizer = self.optimizers()
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
-        self.router.logits.grad = loss_gradient + multiplier * macs_gradient
+        self.router.logits.grad = gradient
         optimizer.step()
         self.router.logits.data.clamp_(-8, 8)
-        self.log_dict(
-            {
-                "train/loss": errors.mean(),
-                "train/expected_macs": expected.detach(),
-                "train/sampled_macs": self.router.kept(compute),
-                "train/multiplier": multiplier,
-                "train/temperature": self.router.temperature,
-            },
-            batch_size=len(target),
-        )
-        self.log("loss_db", -10 * errors.mean().log10(), prog_bar=True, logger=False, batch_size=len(target))
+        self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(batch["text"]))
+        self.log("loss_db", -10 * logs["loss"].log10(), prog_bar=True, logger=False)
+
+    def router_gradient(self, batch: dict[str, Any], budget: float) -> tuple[Tensor, dict[str, Any]]:
+        """Gradient of the expected log error by the logits [steps, sites] along which the expected MACs stay put."""
+        p = self.router.probabilities(self.router.price(budget))
+        compute = torch.bernoulli(p.detach(), generator=self.generator).bool()
+        errors, effects = self.flip_effects(batch, compute, self.teacher_latents(batch))
+        loss_gradient = (effects.mean(0) / errors.mean()) * (p * (1 - p)).detach() / self.router.temperature
+        loss_gradient[0] = 0
+        expected = self.router.expected_macs(p)
+        (macs_gradient,) = torch.autograd.grad(expected, self.router.logits)
+        # The multiplier at which moving all logits together gains nothing: the price of compute at this budget.
+        multiplier = -loss_gradient.sum() / macs_gradient.sum()
+        logs = {
+            "loss": errors.mean(),
+            "expected_macs": expected.detach(),
+            "sampled_macs": self.router.kept(compute),
+            "multiplier": multiplier,
+            "temperature": self.router.temperature,
+        }
+        return loss_gradient + multiplier * macs_gradient, logs
 
     def progress(self) -> float:
         """Share of the training that is done, 0 to 1."""
         total = self.trainer.estimated_stepping_batches
         return min(1.0, self.global_step / total) if total and total != float("inf") else 0.0
 
-    def warm_start(self) -> None:
-        """Sets the logits to log(effect / cost) of reusing each gate alone on the uncached trajectory."""
-        loader = self.trainer.train_dataloader
-        total = torch.zeros_like(self.router.logits)
-        compute = torch.ones_like(total, dtype=torch.bool)
+    def warm_start(self, batches: Iterable[dict[str, Any]]) -> None:
+        """Sets the logits to log(effect / saving) of reusing each gate alone on the uncached trajectory."""
+        compute = torch.ones_like(self.router.logits, dtype=torch.bool)
         self.generator = torch.Generator(self.device).manual_seed(0)
-        count = 0
-        for batch in loader:
-            if count >= self.hparams["num_warm_start_batches"]:
-                break
+        effects = []
+        for batch in itertools.islice(batches, self.hparams["num_warm_start_batches"]):
             batch = self.transfer_batch_to_device(batch, self.device, 0)
-            _, effects = self.flip_effects(batch, compute, self.teacher_latents(batch))
-            total += -effects.mean(0)
-            count += 1
-        savings = self.router.savings().to(total)
-        score = (total / max(count, 1)).clamp_min(1e-12).log() - savings.clamp_min(1e-9).log()
-        score[1:] = (score[1:] - score[1:].mean()) / score[1:].std() * 2
+            effects.append(-self.flip_effects(batch, compute, self.teacher_latents(batch))[1])
+        savings = self.router.savings().to(self.device)
+        score = torch.cat(effects).mean(0).clamp_min(1e-12).log() - savings.clamp_min(1e-9).log()
+        score[1:] = 2 * (score[1:] - score[1:].mean()) / score[1:].std()
         score[:, savings <= 0] = score.max()
+        score[0] = 0
         self.router.logits.data.copy_(score)
-        self.router.logits.data[0] = 0
         self.warm_started.fill_(True)
 
     # Validation: what would be exported now

@@ -1,0 +1,41 @@
+"""List the sites of a model: the tensors that a schedule may keep from an earlier step.
+
+For each, the share of a full step's MACs that reusing it alone saves. The names are what `model.sites` in a training
+configuration matches with glob patterns.
+
+  hgc_learn sites --arch sd15-controlnet --match '*.attn2:out'
+"""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--arch", metavar="NAME", help="a well-known architecture: sd15-controlnet, sdxl, ...")
+    source.add_argument("--model", metavar="DIR", help="folder of a diffusers pipeline; only its configs are read")
+    parser.add_argument("--match", metavar="GLOB", nargs="+", default=["*"], help="only sites that match (default all)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from hgc_learn.architectures import build_architecture, load_architecture
+    from hgc_learn.macs import measure_costs
+    from hgc_learn.plan import live_step
+    from hgc_learn.sites import select_sites
+
+    architecture = build_architecture(args.arch) if args.arch else load_architecture(args.model)
+    height, width = architecture.default_size
+    scale = architecture.vae_scale_factor
+    graph, costs = measure_costs(
+        architecture.unet,
+        architecture.controlnet,
+        latent_size=(height // scale, width // scale),
+        image_size=(height, width),
+        num_tokens=architecture.num_tokens,
+    )
+    full = sum(cost.macs for cost in costs.values())
+    patterns = args.match if args.match != ["*"] else ["*:*"]
+    for site in select_sites(graph, patterns):
+        saved = 1 - sum(costs[name].macs for name in live_step(graph, {site}).run) / full
+        print(f"{saved:7.2%}  {site}")

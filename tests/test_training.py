@@ -1,0 +1,273 @@
+"""The router, its training and its export, on a tiny pipeline with real prompts and control images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from training_fixtures import SAMPLING, save_tiny_teacher
+
+import hgc_learn.rollout
+from hgc_learn.__main__ import main
+from hgc_learn.cli import train
+from hgc_learn.data import ControlDataModule, SceneDataModule
+from hgc_learn.export import export, make_schedule
+from hgc_learn.inference import HGCSchedule, apply_schedule
+from hgc_learn.plan import compile_plan
+from hgc_learn.refine import refine
+from hgc_learn.rollout import generate
+from hgc_learn.training import RouterModule
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+BUDGET = 0.5
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    save_tiny_teacher(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def module(teacher: Path) -> RouterModule:
+    return RouterModule(str(teacher), SAMPLING, budgets=[BUDGET], num_warm_start_batches=1)
+
+
+@pytest.fixture(scope="session")
+def batch() -> dict[str, Any]:
+    return next(iter(SceneDataModule(num_train=2, num_val=2, batch_size=2).train_dataloader()))
+
+
+@pytest.fixture(autouse=True)
+def small_logits(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The shared module's logits are the same before every test."""
+    if "module" in request.fixturenames:
+        router = request.getfixturevalue("module").router
+        with torch.no_grad():
+            router.logits.copy_(torch.randn(router.logits.shape, generator=torch.Generator().manual_seed(0)))
+        router.temperature = 1.0
+    yield
+
+
+def random_table(module: RouterModule, share: float, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    compute = torch.rand(module.router.logits.shape, generator=generator) < share
+    return module.router.with_first_step(compute)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.95, 0.7])
+def test_training_path_equals_inference_path(module: RouterModule, batch: dict[str, Any], share: float) -> None:
+    compute = random_table(module, share, seed=int(100 * share))
+    schedule = make_schedule(module, compute, policy="random", settings={}, fidelity={})
+    with apply_schedule(module.pipe, schedule):
+        inference = generate(module.pipe, SAMPLING, batch)
+    gates = compute.float().expand(2, *compute.shape).clone().requires_grad_()
+    module.forwards.set_schedule(compute, gates)
+    module.forwards.install()
+    training = generate(module.pipe, SAMPLING, batch, grad=True)
+    module.forwards.uninstall()
+    assert training.requires_grad
+    torch.testing.assert_close(training.detach(), inference, rtol=0, atol=1e-5 * float(inference.abs().max()))
+    torch.testing.assert_close(module.rollout(batch, compute), inference, rtol=0, atol=0)
+
+
+def test_gate_derivatives_are_those_of_a_mix(
+    module: RouterModule, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against autograd through gate * fresh + (1 - gate) * cached, written out."""
+
+    class Mix:
+        @staticmethod
+        def apply(fresh: Tensor, cached: Tensor, gate: Tensor, compute: bool) -> Tensor:
+            gate = gate.repeat(len(fresh) // len(gate)).reshape(-1, *[1] * (fresh.ndim - 1))
+            return gate * fresh + (1 - gate) * cached
+
+    compute = random_table(module, 0.95, seed=1)
+    derivatives = []
+    for replacement in (None, Mix):
+        if replacement is not None:
+            monkeypatch.setattr(hgc_learn.rollout, "_HardGate", replacement)
+        gates = compute.float().expand(2, *compute.shape).clone().requires_grad_()
+        module.forwards.set_schedule(compute, gates)
+        module.forwards.install()
+        latents = generate(module.pipe, SAMPLING, batch, grad=True)
+        module.forwards.uninstall()
+        derivatives.append(torch.autograd.grad(latents.sin().sum(), gates)[0])
+    assert derivatives[0].count_nonzero() > 100
+    torch.testing.assert_close(derivatives[0], derivatives[1], rtol=1e-3, atol=1e-4)
+
+
+def test_flip_effects_predict_what_flips_do(module: RouterModule, batch: dict[str, Any]) -> None:
+    compute = random_table(module, 0.99, seed=2)
+    target = module.teacher_latents(batch)
+    module.generator = torch.Generator().manual_seed(0)
+    predicted = torch.stack([module.flip_effects(batch, compute, target)[1].mean(0) for _ in range(12)]).mean(0)
+    error = module.rollout_errors(batch, compute, target).mean()
+    order = predicted.abs().flatten().argsort(descending=True)
+    actual = []
+    for index in (chosen := order[:200:10]):
+        flipped = compute.clone()
+        flipped.view(-1)[index] ^= True
+        change = module.rollout_errors(batch, flipped, target).mean() - error
+        actual.append(change if flipped.view(-1)[index] else -change)  # computing less reusing
+    pair = (predicted.flatten()[chosen], torch.stack(actual))
+    assert (pair[0].sign() == pair[1].sign()).float().mean() > 0.9
+    logs = torch.stack([x.abs().clamp_min(1e-9).log() for x in pair])
+    assert torch.corrcoef(logs)[0, 1] > 0.9
+
+
+def test_price_meets_the_budget_and_threshold_keeps_to_it(module: RouterModule) -> None:
+    router, kept_before = module.router, 0.0
+    for budget in (0.3, 0.5, 0.8, 1.0):
+        p = router.probabilities(router.price(budget))
+        assert float(router.expected_macs(p)) == pytest.approx(budget, abs=2e-3)
+        kept = router.kept(router.threshold(budget))
+        assert kept_before <= kept <= budget
+        kept_before = kept
+    assert kept_before > 0.9
+
+
+def test_kept_is_what_the_plan_says(module: RouterModule) -> None:
+    compute = random_table(module, 0.9, seed=3)
+    plan = compile_plan(module.graph, module.router.table(compute), len(compute))
+    full = compile_plan(module.graph, {}, len(compute))
+    assert module.router.kept(compute) == pytest.approx(plan.macs(module.costs) / full.macs(module.costs), rel=1e-6)
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.1, 1.5])
+def test_impossible_budget_is_refused(module: RouterModule, budget: float) -> None:
+    with pytest.raises(ValueError, match="fraction of full MACs"):
+        module.router.price(budget)
+
+
+def test_gradient_does_not_move_the_expected_macs(module: RouterModule, batch: dict[str, Any]) -> None:
+    module.generator = torch.Generator().manual_seed(0)
+    gradient, logs = module.router_gradient(batch, BUDGET)
+    assert gradient.isfinite().all()
+    assert gradient.abs().sum() > 0
+    assert abs(float(gradient.sum())) < 1e-3 * float(gradient.abs().sum())
+    assert float(logs["expected_macs"]) == pytest.approx(BUDGET, abs=2e-3)
+
+
+def test_refining_lowers_the_error_within_the_budget(module: RouterModule, batch: dict[str, Any]) -> None:
+    module.generator = torch.Generator().manual_seed(0)
+    compute = module.router.threshold(BUDGET)
+    target = module.teacher_latents(batch)
+    before = module.rollout_errors(batch, compute, target).mean()
+    refined = refine(module, [batch], compute, BUDGET, num_rounds=2, max_swaps=16)
+    assert module.router.kept(refined) <= BUDGET
+    assert module.rollout_errors(batch, refined, target).mean() < before
+
+
+def fit(teacher: Path, folder: Path, max_steps: int, *more: str) -> Path:
+    """Trains through the command line's own code; returns the last checkpoint."""
+    arguments = {
+        "trainer.default_root_dir": folder,
+        "trainer.max_steps": max_steps,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_model_summary": "false",
+        "model.model": teacher,
+        "model.num_warm_start_batches": 1,
+        "data": "SceneDataModule",
+        "data.num_train": 4,
+        "data.num_val": 2,
+        "data.batch_size": 2,
+        "checkpoint.dirpath": folder / "checkpoints",
+        **{f"model.sampling.{name}": getattr(SAMPLING, name) for name in ("num_inference_steps", "guidance_scale")},
+        "model.sampling.height": 64,
+        "model.sampling.width": 64,
+    }
+    train(["fit", *(f"--{name}={value}" for name, value in arguments.items()), *more])
+    return folder / "checkpoints" / "last.ckpt"
+
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The 'train_dataloader' does not have many workers",
+    "ignore:The 'val_dataloader' does not have many workers",
+    "ignore:You are trying to `self.log",
+)
+
+
+def test_checkpoint_holds_the_router_only_and_resumes(teacher: Path, tmp_path: Path) -> None:
+    whole = torch.load(fit(teacher, tmp_path / "whole", 4), weights_only=True)
+    assert set(whole["state_dict"]) == {"router.logits", "warm_started"}
+    first = fit(teacher, tmp_path / "parts", 2)
+    second = torch.load(fit(teacher, tmp_path / "parts", 4, f"--ckpt_path={first}"), weights_only=True)
+    assert second["global_step"] == 4
+    torch.testing.assert_close(
+        second["state_dict"]["router.logits"], whole["state_dict"]["router.logits"], rtol=0, atol=0
+    )
+    assert list((tmp_path / "whole").rglob("events.out.tfevents*"))
+
+
+def test_export_writes_a_schedule_that_runs(
+    teacher: Path, tmp_path: Path, module: RouterModule, batch: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ckpt_path = fit(teacher, tmp_path, 1)
+    config = next(tmp_path.rglob("config.yaml"))
+    for budget in (0.4, 0.7):
+        output = tmp_path / str(budget)
+        path = export(ckpt_path, output, budget, config=config, refine_rounds=1, refine_batches=1)
+        schedule = HGCSchedule.load(path)
+        assert schedule.macs["cached"] <= budget * schedule.macs["full"]
+        assert schedule.producer["settings"]["budget"] == budget
+        assert schedule.fidelity["num_samples"] == 2
+        assert (output / "hgc_schedule.png").stat().st_size > 1000
+        with apply_schedule(module.pipe, path) as handle:
+            generate(module.pipe, SAMPLING, batch)
+            assert handle.stats()["macs_cached"] == schedule.macs["cached"]
+    assert main(["inspect", str(path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ckpt_path", "absent.ckpt", "--output", "out"], "absent.ckpt: no such checkpoint"),
+        (["--ckpt_path", __file__, "--output", "out"], "config.yaml: no such file"),
+    ],
+)
+def test_export_refuses_clearly(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses_and_prints_readably(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        train(["fit", "--config", str(config), "--print_config"])
+    assert exit_info.value.code in (None, 0)
+    printed = capsys.readouterr().out
+    assert "num_inference_steps" in printed
+    assert "budgets" in printed
+
+
+def test_custom_data_from_a_folder(tmp_path: Path) -> None:
+    from PIL import Image
+
+    rows = []
+    for i in range(6):
+        for kind in ("photo", "control"):
+            Image.new("RGB", (40, 30), (40 * i, 0, 0)).save(tmp_path / f"{kind}{i}.png")
+        rows.append(
+            {"file_name": f"photo{i}.png", "conditioning_image_file_name": f"control{i}.png", "text": f"picture {i}"}
+        )
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ControlDataModule(str(tmp_path), height=16, width=24, num_train=4, num_val=2, batch_size=2)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert len(batches) == 2
+    assert batches[0]["conditioning_image"].shape == (2, 3, 16, 24)
+    assert 0 <= batches[0]["conditioning_image"].min() <= batches[0]["conditioning_image"].max() <= 1
+    texts = {text for batch in batches for text in batch["text"]}
+    assert texts == {f"picture {i}" for i in range(4)}
+    for kwargs, message in (({"text_column": "caption"}, "no column 'caption'"), ({"num_train": 7}, "has 6 rows")):
+        with pytest.raises(ValueError, match=message):
+            ControlDataModule(str(tmp_path), **{"num_train": 2, "num_val": 1, **kwargs}).setup("fit")
