@@ -69,12 +69,7 @@ def run_demo(
     return summary
 
 
-
-
-
-def judge(
-    path: Path, model: str, sampling: SamplingConfig, num_scenes: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def judge(path: Path, model: str, sampling: SamplingConfig, num_scenes: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compares a schedule with the uncached teacher on held-out scenes; figures and pictures."""
     schedule = HGCSchedule.load(path)
     loader = DataLoader(SceneDataset("test", num_scenes), EVALUATION_BATCH_SIZE)
