@@ -148,7 +148,7 @@ class ExpectedMacs:
         """`p_compute` [..., sites] are probabilities of computing; returns the expected share of the full step's
         MACs, [...]."""
         runs: dict[str, Tensor] = {}
-        ones = torch.ones_like(p_compute[..., 0])
+        ones = p_compute.new_ones(p_compute.shape[:-1])
         total = torch.zeros_like(ones)
         columns = p_compute.unbind(-1)
         for name in self.order:
