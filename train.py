@@ -1,5 +1,9 @@
 """Trains a router: `python train.py fit --config configs/demo.yaml`."""
 
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of each image processor it finds no torchvision for
+
 from hgc_learn.cli import train
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class RouterCLI(LightningCLI):
                 "checkpoint.save_last": True,
                 "checkpoint.save_top_k": 0,  # the last router is the one to keep
                 "checkpoint.save_on_exception": True,  # Ctrl-C loses nothing
+                "checkpoint.enable_version_counter": False,  # a new run in the same folder replaces it
             }
         )
 
@@ -47,11 +49,19 @@ def rebuild(config: Path) -> RouterCLI:
 def _cli(args: list[str] | dict[str, Any] | None, *, run: bool) -> RouterCLI:
     # Gradients through many steps underflow; on CPUs, arithmetic with denormal numbers is many times slower.
     torch.set_flush_denormal(True)
-    return RouterCLI(
-        RouterModule,
-        run=run,
-        args=args,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={"max_steps": 100, "log_every_n_steps": 1, "num_sanity_val_steps": 0},
-    )
+    with warnings.catch_warnings():
+        # The demonstration has arguments of its own on the command line.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+        return RouterCLI(
+            RouterModule,
+            run=run,
+            args=args,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "max_epochs": 8,
+                "log_every_n_steps": 1,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
+        )

@@ -1,0 +1,91 @@
+"""Runs what the README tells people to type, each command made smaller by more arguments."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+SMALL_TRAINING = [
+    "--trainer.max_steps=1",
+    "--data.num_train=2",
+    "--data.num_val=2",
+    "--data.batch_size=2",
+    "--model.sampling.num_inference_steps=4",
+    "--model.num_warm_start_batches=1",
+]
+# What to add so that a command takes seconds. A README command without a row here fails the test below.
+MORE_ARGUMENTS: dict[str, list[str]] = {
+    "python train.py fit --config configs/demo.yaml": SMALL_TRAINING,
+    "python export.py": ["--refine_rounds=1", "--refine_batches=1"],
+    "python -m hgc_learn inspect": [],
+    "python -m hgc_learn macs": [],
+    "python -m hgc_learn sites": [],
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the repository and may be written to."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("hgc_learn", "configs", "examples", "train.py", "export.py"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def run(folder: Path, *arguments: str) -> str:
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_every_command_runs(workplace: Path) -> None:
+    """In order, for they build on each other."""
+    assert len(commands()) >= len(MORE_ARGUMENTS)
+    for command in commands():
+        more = next((more for start, more in MORE_ARGUMENTS.items() if command.startswith(start)), None)
+        assert more is not None, f"no row for {command!r}"
+        run(workplace, *shlex.split(command)[1:], *more)
+    assert (workplace / "runs/export/hgc_schedule.json").is_file()
+
+
+def test_python_runs(workplace: Path) -> None:
+    (code,) = blocks("python")
+    assert "macs_reduction" in run(workplace, "-c", code)
+
+
+def test_demo_command(workplace: Path) -> None:
+    """What `make demo` runs, on fewer scenes and steps; it writes what the README promises."""
+    assert "python -m hgc_learn demo" in (ROOT / "Makefile").read_text()
+    output = run(workplace, "-m", "hgc_learn", "demo", "--num_scenes=4", "--", *SMALL_TRAINING)
+    assert "control mIoU" in output
+    for name in ("hgc_schedule.json", "comparison.png", "summary.json"):
+        assert (workplace / "runs/demo" / name).stat().st_size > 500
+
+
+def test_links_and_pictures_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
