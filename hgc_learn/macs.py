@@ -38,7 +38,8 @@ class NodeCost:
 
 
 def split_macs(counter: FlopCounterMode) -> tuple[int, int]:
-    """(MACs without attention matmuls, MACs of the attention matmuls) that a counter has seen."""
+    """(MACs without attention matmuls, MACs of the attention matmuls) that a counter has seen at batch size 1 (linear
+    layers on larger batches may reach it as batched products too)."""
     macs = attention = 0
     for op, flops in counter.get_flop_counts().get("Global", {}).items():
         if any(name in str(op) for name in _ATTENTION_OPS):

@@ -1,0 +1,233 @@
+"""The command line: numbers, refusals with one message, what a command needs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_schedule import SCHEDULE, changed
+from tiny_models import IMAGE_SIZE, NUM_STEPS, build_pipeline, shared_pipeline
+
+from hgc_learn.__main__ import COMMANDS, build_parser, main
+from hgc_learn.inference import apply_schedule
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Runs the command, which must end with status 2 and one line of error; returns that line."""
+    try:
+        status = main(argv)
+    except SystemExit as error:
+        status = error.code
+    output = capsys.readouterr()
+    assert status == 2
+    assert output.out == ""
+    assert output.err.endswith("\n")
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+def test_macs_of_sd15_in_both_conventions(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["macs", "--arch", "sd15-controlnet", "--steps", "20", "--size", "512", "--guidance_scale", "7.5"]
+    assert main([*argv, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["macs"] == pytest.approx(18.20e12, rel=0.005)
+    assert result["macs_with_attention"] == pytest.approx(21.73e12, rel=0.005)
+    per_forward = result["macs_per_forward_per_sample"]
+    assert per_forward["unet"]["macs"] == pytest.approx(338.6e9, rel=0.005)
+    assert per_forward["controlnet"]["macs"] == pytest.approx(116.4e9, rel=0.005)
+    assert per_forward["unet"]["macs_with_attention"] == pytest.approx(401.6e9, rel=0.005)
+    assert per_forward["controlnet"]["macs_with_attention"] == pytest.approx(141.6e9, rel=0.005)
+    assert "not counted" in result["conventions"]["macs"]
+    assert main(argv) == 0
+    table = capsys.readouterr().out
+    assert "18.20e12" in table
+    assert "21.73e12" in table
+
+
+def test_guidance_doubles_and_steps_multiply(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    save_configs(tmp_path)
+
+    def macs(*argv: str) -> int:
+        assert main(["macs", "--model", str(tmp_path), "--json", *argv]) == 0
+        return json.loads(capsys.readouterr().out)["macs"]
+
+    one = macs("--steps", "1", "--guidance_scale", "1")
+    assert macs("--steps", "1", "--guidance_scale", "7.5") == 2 * one
+    assert macs("--steps", "3", "--guidance_scale", "0") == 3 * one
+    assert macs("--steps", "1", "--guidance_scale", "1", "--size", "16") == one
+    assert macs("--steps", "1", "--guidance_scale", "1", "--size", "16x32") > 1.5 * one
+
+
+def save_configs(folder: Path, num_controlnets: int = 1) -> None:
+    """A pipeline folder without any weights."""
+    pipe = build_pipeline("sd15", num_controlnets=num_controlnets).pipe
+    pipe.unet.save_config(folder / "unet")
+    pipe.vae.save_config(folder / "vae")
+    nets = pipe.controlnet.nets if num_controlnets > 1 else [pipe.controlnet]
+    for i, net in enumerate(nets):
+        net.save_config(folder / ("controlnet" if i == 0 else f"controlnet_{i}"))
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"model_max_length": 9}')
+
+
+def test_macs_of_a_folder_and_a_schedule(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tiny = shared_pipeline("sd15")
+    save_configs(tmp_path)
+    path = tmp_path / "hgc_schedule.json"
+    schedule = tiny.schedule({"unet:eps": "C-C-C-"})
+    schedule.save(path)
+    assert main(["macs", "--model", str(tmp_path), "--schedule", str(path), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["num_tokens"] == 9
+    assert (result["height"], result["width"]) == (IMAGE_SIZE, IMAGE_SIZE)
+    assert result["num_inference_steps"] == NUM_STEPS
+    assert result["macs_reduction"] == 0.5
+    assert result["macs_cached"] * 2 == result["macs"]
+    assert [macs > 0 for macs in result["macs_cached_per_step"]] == [True, False] * 3
+    with apply_schedule(tiny.pipe, schedule) as handle:
+        assert handle.stats()["macs_cached"] < result["macs_cached"] * 1.2
+    assert main(["macs", "--model", str(tmp_path), "--schedule", str(path)]) == 0
+    assert "50.0%" in capsys.readouterr().out
+
+
+def test_macs_of_a_folder_with_two_controlnets(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    save_configs(tmp_path, num_controlnets=2)
+    assert main(["macs", "--model", str(tmp_path), "--json"]) == 0
+    models = json.loads(capsys.readouterr().out)["macs_per_forward_per_sample"]
+    assert list(models) == ["controlnet.nets.0", "controlnet.nets.1", "unet"]
+
+
+def test_macs_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "known: sd15, sd15-controlnet" in refused(capsys, "macs", "--arch", "sd3")
+    assert "it has no unet/config.json" in refused(capsys, "macs", "--model", str(tmp_path / "nothing"))
+    assert "--arch --model is required" in refused(capsys, "macs")
+    assert "multiples of 8" in refused(capsys, "macs", "--arch", "sd15", "--size", "500")
+    assert "HEIGHTxWIDTH" in refused(capsys, "macs", "--arch", "sd15", "--size", "big")
+    assert "out of range" in refused(capsys, "macs", "--arch", "sd15", "--size", "-8")
+    assert "--steps is 0" in refused(capsys, "macs", "--arch", "sd15", "--steps", "0")
+    assert "finite" in refused(capsys, "macs", "--arch", "sd15", "--guidance_scale", "nan")
+    assert "cannot be read" in refused(capsys, "macs", "--arch", "sd15", "--schedule", str(tmp_path / "none.json"))
+    SCHEDULE.save(tmp_path / "other.json")
+    message = refused(capsys, "macs", "--arch", "sd15", "--schedule", str(tmp_path / "other.json"))
+    assert "made for another model" in message
+    save_configs(tmp_path)
+    path = tmp_path / "hgc_schedule.json"
+    shared_pipeline("sd15").schedule().save(path)
+    assert "leave --steps out" in refused(
+        capsys, "macs", "--model", str(tmp_path), "--schedule", str(path), "--steps", "4"
+    )
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    assert "config of a FluxTransformer2DModel" in refused(capsys, "macs", "--model", str(tmp_path))
+    (tmp_path / "unet" / "config.json").write_text("{")
+    assert "unet/config.json: not valid JSON" in refused(capsys, "macs", "--model", str(tmp_path))
+
+
+def test_inspect_shows_what_the_file_holds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    SCHEDULE.save(tmp_path / "hgc_schedule.json")
+    assert main(["inspect", str(tmp_path / "hgc_schedule.json")]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "UniPCMultistepScheduler, 5 steps, 512x768 pixels, guidance scale 7.5 (with guidance)",
+        "981 741.5 501 261 21",
+        "unet: architecture 0123456789abcdef",
+        "policy: router",
+        "psnr_db: 31.5",
+        "reduction: 55.0% (attention matmuls not counted)",
+        "1 out, 1 eps; 3 distinct steps",
+    ):
+        assert part in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["unet.mid_block.attentions.0:out", "C--C-", "2", "2"] in rows
+    assert ["unet:eps", "CC-CC", "4", "1"] in rows
+
+
+def test_inspect_of_a_schedule_that_reuses_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(changed(sites={}, producer={}, macs={}, fidelity={})))
+    assert main(["inspect", str(path)]) == 0
+    assert "none: every step computes all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        (json.dumps(changed(version=9)), "version: the file has version 9"),
+        (json.dumps(changed(**{"a\nb\x1b[31m\ud800": 1})), r"a\nb\x1b[31m"),
+    ],
+)
+def test_inspect_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "wrong.json"
+    path.write_text(text)
+    assert message in refused(capsys, "inspect", str(path))
+    assert "cannot be read" in refused(capsys, "inspect", str(tmp_path / "none"))
+    assert "FILE" in refused(capsys, "inspect")
+
+
+def test_strings_of_strangers_do_not_reach_the_terminal_as_they_are(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(changed(scheduler="\x1b[2J", producer={"a\n": "\ud800"})))
+    assert main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert r"\x1b[2J" in text
+    assert r"\ud800" in text
+
+
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as end:
+            build_parser().parse_args([command, "--help"])
+        assert end.value.code == 0
+        assert f"usage: hgc_learn {command}" in capsys.readouterr().out
+    assert "COMMAND" in refused(capsys)
+    assert "invalid choice: 'nothing'" in refused(capsys, "nothing")
+
+
+ROOT = Path(__file__).parents[1]
+CORE_ONLY = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Absent(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"lightning", "pytorch_lightning", "datasets", "torchmetrics", "transformers",
+                                      "jsonargparse", "matplotlib", "tensorboard", "scipy"}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import hgc_learn.inference
+from hgc_learn.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "argv", [["inspect", "hgc_schedule.json"], ["macs", "--arch", "sd15-controlnet", "--size", "64"]]
+)
+def test_the_core_install_is_enough(tmp_path: Path, argv: list[str]) -> None:
+    """Inference, `inspect` and `macs` without lightning, datasets, torchmetrics, transformers and the like."""
+    SCHEDULE.save(tmp_path / "hgc_schedule.json")
+    argv = [str(tmp_path / a) if a.endswith(".json") else a for a in argv]
+    done = subprocess.run(
+        [sys.executable, "-c", CORE_ONLY, *argv], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_the_module_runs_and_its_errors_have_no_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hgc_learn", "inspect", str(tmp_path / "none.json")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"hgc_learn: {tmp_path / 'none.json'}: cannot be read (No such file or directory).\n"

@@ -1,0 +1,148 @@
+"""The plan tells the truth: operations counted while a scheduled pipeline runs equal its prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import (
+    GUIDANCE_SCALE,
+    IMAGE_SIZE,
+    NUM_STEPS,
+    NUM_TOKENS,
+    SHAPES,
+    VAE_SCALE_FACTOR,
+    build_pipeline,
+    shared_pipeline,
+)
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from hgc_learn.architectures import ARCHITECTURES, build_architecture
+from hgc_learn.inference import apply_schedule, remove_schedule
+from hgc_learn.macs import NodeCost, measure_costs
+from hgc_learn.plan import compile_plan
+
+LATENT_SIZE = IMAGE_SIZE // VAE_SCALE_FACTOR
+
+
+def costs_of(pipe: Any) -> tuple[Any, dict[str, NodeCost]]:
+    return measure_costs(
+        pipe.unet,
+        pipe.controlnet,
+        latent_size=(LATENT_SIZE, LATENT_SIZE),
+        image_size=(IMAGE_SIZE, IMAGE_SIZE),
+        num_tokens=NUM_TOKENS,
+    )
+
+
+@cache
+def shared_costs(shape: str) -> tuple[Any, dict[str, NodeCost]]:
+    return costs_of(shared_pipeline(shape).pipe)
+
+
+def counted(run: Callable[[], Any]) -> tuple[int, int]:
+    """(MACs without attention matmuls, with them) of everything that `run` does on the CPU."""
+    fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unknown to the counter
+    with FlopCounterMode(display=False, custom_mapping={fused_attention: attention_flops}) as counter:
+        run()
+    macs = counter.get_total_flops() // 2
+    attention_macs = counter.get_flop_counts().get("Global", {}).get(fused_attention, 0) // 2
+    assert attention_macs > 0 or macs == 0
+    return macs - attention_macs, macs
+
+
+def attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def assert_plan_is_true(tiny: Any, rows: dict[str, str], costs: Any, guidance_scale: float, **kwargs: Any) -> None:
+    """With prompt embeddings given and latents returned only the UNet and the ControlNets multiply matrices."""
+    graph, cost = costs
+    schedule = tiny.schedule(rows, guidance_scale=guidance_scale)
+    plan = compile_plan(graph, schedule.compute_table(), NUM_STEPS)
+    try:
+        apply_schedule(tiny.pipe, schedule)
+        macs = counted(lambda: tiny(guidance_scale=guidance_scale, **kwargs))
+    finally:
+        remove_schedule(tiny.pipe)
+    batch_size = 2 if guidance_scale > 1 else 1
+    assert macs == tuple(plan.macs(cost, batch_size=batch_size, attention=attention) for attention in (False, True))
+
+
+@st.composite
+def rows_of(draw: st.DrawFn, shape: str) -> dict[str, str]:
+    sites = draw(st.lists(st.sampled_from(shared_pipeline(shape).sites()), max_size=12, unique=True))
+    row = st.text("C-", min_size=NUM_STEPS - 1, max_size=NUM_STEPS - 1)
+    return {site: "C" + draw(row) for site in sites}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@settings(max_examples=8)
+@given(data=st.data(), guided=st.booleans())
+def test_counted_operations_equal_the_plans(shape: str, data: st.DataObject, guided: bool) -> None:
+    rows = data.draw(rows_of(shape))
+    assert_plan_is_true(shared_pipeline(shape), rows, shared_costs(shape), GUIDANCE_SCALE if guided else 1.0)
+
+
+def test_counted_operations_of_the_unscheduled_pipeline_equal_the_full_plans() -> None:
+    graph, costs = shared_costs("sd15")
+    plan = compile_plan(graph, {}, NUM_STEPS)
+    assert counted(shared_pipeline("sd15")) == (plan.macs(costs), plan.macs(costs, attention=True))
+
+
+def test_counted_operations_with_two_controlnets() -> None:
+    tiny = build_pipeline("sd15", num_controlnets=2)
+    image = tiny.arguments()["image"]
+    rows = {"controlnet.nets.1.controlnet_mid_block:control": "C--C--", "unet.up_blocks.3.attentions.0:out": "C-C-C-"}
+    assert_plan_is_true(tiny, rows, costs_of(tiny.pipe), GUIDANCE_SCALE, image=[image, image])
+
+
+def test_counting_does_not_depend_on_weights_or_device() -> None:
+    """A node's cost is per sample: an odd size has its own, twice the batch is twice the cost."""
+    pipe = shared_pipeline("sd15").pipe
+    kwargs = {"image_size": (20, 26), "num_tokens": NUM_TOKENS}
+    graph, costs = measure_costs(pipe.unet, pipe.controlnet, latent_size=(10, 13), **kwargs)
+    assert set(costs) == set(graph.nodes)
+    plan = compile_plan(graph, {}, 1)
+    assert plan.macs(costs, batch_size=4) == 4 * plan.macs(costs, batch_size=1)
+    assert costs["unet:eps"].numel == 4 * 10 * 13
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "macs", "macs_with_attention"),
+    [
+        ("sd15-controlnet", 512, 18.20e12, 21.73e12),
+        ("sd15", 512, 13.54e12, 16.07e12),
+    ],
+)
+def test_known_architectures(name: str, size: int, macs: float, macs_with_attention: float) -> None:
+    architecture = build_architecture(name)
+    latent_size = size // architecture.vae_scale_factor
+    graph, costs = measure_costs(
+        architecture.unet,
+        architecture.controlnet,
+        latent_size=(latent_size, latent_size),
+        image_size=(size, size),
+    )
+    plan = compile_plan(graph, {}, 20)
+    assert plan.macs(costs) == pytest.approx(macs, rel=0.005)
+    assert plan.macs(costs, attention=True) == pytest.approx(macs_with_attention, rel=0.005)
+
+
+def test_parameters_of_known_architectures() -> None:
+    """Those of the public checkpoints, in millions."""
+    expected = {"sd15": (860, 361), "sd21": (866, 364), "sdxl": (2567, 1251)}
+    for name, (unet, controlnet) in expected.items():
+        assert name in ARCHITECTURES
+        architecture = build_architecture(f"{name}-controlnet")
+        assert round(architecture.unet.num_parameters() / 1e6) == unet
+        assert not isinstance(architecture.controlnet, list)
+        assert architecture.controlnet is not None
+        assert round(architecture.controlnet.num_parameters() / 1e6) == controlnet
+    with pytest.raises(ValueError, match="Unknown architecture 'sd3'; known: sd15,"):
+        build_architecture("sd3")
