@@ -192,18 +192,22 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
 ROOT = Path(__file__).parents[1]
 CORE_ONLY = """
 import sys
-from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 
-class Absent(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"lightning", "pytorch_lightning", "datasets", "torchmetrics", "transformers",
-                                      "jsonargparse", "matplotlib", "tensorboard", "scipy"}:
-            raise ModuleNotFoundError(name)
+ABSENT = {"lightning", "pytorch_lightning", "datasets", "torchmetrics", "transformers", "jsonargparse", "matplotlib",
+          "tensorboard", "scipy", "rich", "accelerate"}
 
-sys.meta_path.insert(0, Absent())
+class CoreOnly(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in ABSENT else super().find_spec(name, path, target)
+
+sys.meta_path = [CoreOnly if finder is PathFinder else finder for finder in sys.meta_path]
 import hgc_learn.inference
 from hgc_learn.__main__ import main
-sys.exit(main(sys.argv[1:]))
+status = main(sys.argv[1:])
+assert not ABSENT & set(sys.modules)
+sys.exit(status)
 """
 
 
