@@ -5,6 +5,7 @@ A batch is a dict: `text` (list of B prompts), `conditioning_image` [B, 3, heigh
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class ControlDataModule(L.LightningDataModule):
         self.val_data = _Prompts(rows, range(len(rows) - hp["num_val"], len(rows)), hp)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return _train_loader(self.train_data, self.hparams["batch_size"])
+        return _TrainLoader(self.train_data, self.hparams["batch_size"], self)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         return DataLoader(self.val_data, self.hparams["batch_size"])
@@ -104,13 +105,28 @@ class SceneDataModule(L.LightningDataModule):
         self.save_hyperparameters()
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return _train_loader(SceneDataset("train", self.hparams["num_train"]), self.hparams["batch_size"])
+        return _TrainLoader(SceneDataset("train", self.hparams["num_train"]), self.hparams["batch_size"], self)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         return DataLoader(SceneDataset("validation", self.hparams["num_val"]), self.hparams["batch_size"])
 
 
-def _train_loader(data: Dataset[dict[str, Any]], batch_size: int) -> DataLoader[dict[str, Any]]:
-    # Its order is a function of the epoch alone, so a resumed run sees the batches that an unbroken one sees.
-    sampler: DistributedSampler[dict[str, Any]] = DistributedSampler(data, num_replicas=1, rank=0, drop_last=True)
-    return DataLoader(data, batch_size, sampler=sampler, drop_last=True)
+class _TrainLoader(DataLoader[dict[str, Any]]):
+    """Goes through the data in an order that is a function of the epoch alone, and on from where a checkpoint was
+    saved: a resumed run sees the batches that an unbroken one sees. Lightning saves and restores its state."""
+
+    def __init__(self, data: Dataset[dict[str, Any]], batch_size: int, module: L.LightningDataModule):
+        sampler: DistributedSampler[dict[str, Any]] = DistributedSampler(data, num_replicas=1, rank=0)
+        super().__init__(data, batch_size, sampler=sampler, drop_last=True)
+        self.module, self.num_done = module, 0
+
+    def __iter__(self) -> Any:
+        num_done, self.num_done = self.num_done, 0
+        return itertools.islice(super().__iter__(), num_done, None)
+
+    def state_dict(self) -> dict[str, int]:
+        trainer = self.module.trainer
+        return {"num_done": 0 if trainer is None else trainer.global_step % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.num_done = state["num_done"]
