@@ -104,11 +104,17 @@ def evaluate_teacher(
     }
 
 
-def save_grid(pipeline: StableDiffusionControlNetPipeline, path: Path, *, num_rows: int = 8, offset: int = 0) -> None:
+def save_grid(
+    pipeline: StableDiffusionControlNetPipeline,
+    path: Path,
+    *,
+    num_rows: int = 8,
+    guidance_scale: float = GUIDANCE_SCALE,
+) -> None:
     """Save a picture of test scenes: control, 20 steps, 10 steps, the drawn picture; two scenes per row."""
     from matplotlib import pyplot as plt
 
-    batch = next(iter(DataLoader(SceneDataset("test", 2 * num_rows, offset), 2 * num_rows)))
+    batch = next(iter(DataLoader(SceneDataset("test", 2 * num_rows), 2 * num_rows)))
     columns = {"control": batch["conditioning_image"]}
     for steps in (20, 10):
         columns[f"{steps} steps"] = sample_pictures(
@@ -117,6 +123,7 @@ def save_grid(pipeline: StableDiffusionControlNetPipeline, path: Path, *, num_ro
             conditioning_images=batch["conditioning_image"],
             seeds=batch["seed"].tolist(),
             num_inference_steps=steps,
+            guidance_scale=guidance_scale,
         )
     columns["drawn"] = batch["image"] / 2 + 0.5
     figure, axes = plt.subplots(num_rows, 8, figsize=(12, 1.68 * num_rows), layout="constrained")
@@ -148,12 +155,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = evaluate_teacher(
         pipeline, split=args.split, num_scenes=args.num_scenes, guidance_scale=args.guidance_scale
     )
+    command = f"python -m hgc_learn.demo.evaluate_teacher --split {args.split} --num_scenes {args.num_scenes}"
+    figures = {"command": f"{command} --guidance_scale {args.guidance_scale:g}", **figures}
     text = json.dumps(figures, indent=2)
     print(text)
     partial = output / "figures.json.partial"
     partial.write_text(f"{text}\n")
     partial.replace(output / "figures.json")
-    save_grid(pipeline, output / "grid.png")
+    save_grid(pipeline, output / "grid.png", guidance_scale=args.guidance_scale)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ SCHEDULER_CONFIG = {
     "prediction_type": "v_prediction",
 }
 ZERO_CONVOLUTION_STD = 0.05
-GUIDANCE_SCALE = 4.0
+GUIDANCE_SCALE = 7.5  # as for SD1.5; lower values obey as well but hardly bend the sampler's path
 
 
 def build_tokenizer() -> CLIPTokenizer:

@@ -177,7 +177,10 @@ class DenoiserModule(_Stage):
     decay_share = 0.28
     num_validation_steps = 20
     # Timesteps are 1000 u^power, u uniform. A power below 1 favours the noisy end, where layout is decided.
-    timestep_power = 0.7
+    timestep_power = 0.85
+    # Objects cover a fifth of the picture but hold nearly all that can be controlled. Where a known map weights the
+    # error only the speed of learning changes; the best prediction at each place stays the same.
+    object_weight = 2.0
 
     empty_ids: Tensor
 
@@ -220,10 +223,12 @@ class DenoiserModule(_Stage):
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
         target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
         prediction = self.denoiser(noisy, timesteps, text, label_map_to_conditioning(label_maps))
-        errors = (prediction - target).pow(2).mean((1, 2, 3))
+        errors = (prediction - target).pow(2).mean(1)
+        objects = F.adaptive_avg_pool2d((label_maps > 0).float(), errors.shape[1:])
+        weights = 1 + self.object_weight * objects
         self.log("loss", errors.mean(), prog_bar=True)
-        self.log("loss_noisy", errors.detach()[timesteps >= num_timesteps // 2].mean().nan_to_num(), prog_bar=True)
-        return errors.mean()
+        self.log("loss_objects", (objects * errors).sum() / objects.sum(), prog_bar=True)
+        return (weights * errors).sum() / weights.sum()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then update the average. Here, because checkpoints are written before `on_train_batch_end`."""

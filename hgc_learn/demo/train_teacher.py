@@ -55,9 +55,9 @@ class TeacherArguments:
     text_encoder_batch_size: int = 64
     vae_steps: int = 2000
     vae_batch_size: int = 16
-    denoiser_steps: int = 8000
+    denoiser_steps: int = 3850
     denoiser_batch_size: int = 32
-    validation_interval: int = 900
+    validation_interval: int = 1000
     validation_scenes: int = 64
     seed: int = 0
 
@@ -113,7 +113,7 @@ def fit(
         check_val_every_n_epoch=None if validation else 1,
         val_check_interval=validation_interval if validation else None,
         num_sanity_val_steps=0,
-        logger=CSVLogger(args.output, name="logs", version=name),
+        logger=CSVLogger(args.output / "logs", name=name),
         log_every_n_steps=20,
         callbacks=[checkpoint, TQDMProgressBar(refresh_rate=10), *callbacks],
         enable_model_summary=False,
