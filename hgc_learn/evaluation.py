@@ -15,6 +15,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from hgc_learn.inference import HGCSchedule, apply_schedule, remove_schedule
 from hgc_learn.rollout import SamplingConfig, generate
 
+MAX_PSNR_DB = 120.0  # of identical pictures it is infinite, which no JSON number is
+
 UpdateMetric = Callable[[Metric, Tensor, dict[str, Any]], None]
 
 
@@ -68,7 +70,7 @@ def evaluate_schedule(
             shown["control"].append(batch["conditioning_image"])
             for way, x in pictures.items():
                 shown[way].append(x)
-    values = torch.cat(psnr)
+    values = torch.cat(psnr).clamp(max=MAX_PSNR_DB)
     figures = {
         "num_samples": len(values),
         "psnr_db": float(values.mean()),

@@ -13,6 +13,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from hgc_learn import __version__
 from hgc_learn.cli import rebuild
+from hgc_learn.evaluation import MAX_PSNR_DB
 from hgc_learn.figures import gate_heatmap
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.plan import compile_plan
@@ -120,5 +121,5 @@ def measure_fidelity(module: RouterModule, data: Any, compute: Tensor) -> dict[s
         full = module.rollout(batch, all_compute, "pt")
         cached = module.rollout(batch, compute, "pt")
         psnr.append(peak_signal_noise_ratio(cached, full, data_range=1.0, dim=(1, 2, 3), reduction="none"))
-    values = torch.cat(psnr)
+    values = torch.cat(psnr).clamp(max=MAX_PSNR_DB)
     return {"psnr_db": round(float(values.mean()), 3), "num_samples": len(values), "split": "validation"}
