@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = args.output or args.pipeline
     output.mkdir(parents=True, exist_ok=True)
 
-    pipeline = StableDiffusionControlNetPipeline.from_pretrained(args.pipeline, torch_dtype=torch.float32)
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(args.pipeline)
     figures = evaluate_teacher(
         pipeline, split=args.split, num_scenes=args.num_scenes, guidance_scale=args.guidance_scale
     )
