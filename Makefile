@@ -9,8 +9,9 @@ WORKERS ?= 2
 .PHONY: demo test lint format clean
 .DELETE_ON_ERROR:
 
+# `make demo ARGS=--resume` goes on with an interrupted one.
 demo: $(INSTALLED)
-	$(BIN)/python -m hgc_learn demo
+	$(BIN)/python -m hgc_learn demo $(ARGS)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)

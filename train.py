@@ -2,6 +2,8 @@
 
 import os
 
+# Threads that wait by spinning starve each other when something else takes a core: some hundred times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of each image processor it finds no torchvision for
 
 from hgc_learn.cli import train

@@ -50,6 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, or 2 for what the user can put right (a ValueError or OSError,
     told in one line)."""
+    # Threads that wait by spinning starve each other when something else takes a core: some hundred times slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # transformers warns of each image processor that it finds no torchvision for; none is used here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     args = build_parser().parse_args(argv)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from textwrap import wrap
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
@@ -24,26 +23,24 @@ def gate_heatmap(gates: ArrayLike, sites: Sequence[str], title: str = "") -> Fig
     return figure
 
 
-def picture_grid(columns: dict[str, Tensor], titles: Sequence[str] = ()) -> Figure:
-    """Draws pictures side by side.
+def picture_grid(rows: dict[str, Tensor], titles: Sequence[str] = ()) -> Figure:
+    """Draws pictures under each other, a sample a column.
 
     Args:
-        columns: by heading, pictures [rows, 3, height, width] in [0, 1].
-        titles: one per row, shown on its left.
+        rows: by heading, pictures [samples, 3, height, width] in [0, 1].
+        titles: one per sample, shown above it.
     """
-    num_rows = len(next(iter(columns.values())))
-    figure, axes = plt.subplots(
-        num_rows, len(columns), figsize=(1.7 * len(columns), 1.75 * num_rows), squeeze=False, layout="constrained"
-    )
-    for column, (heading, pictures) in enumerate(columns.items()):
-        axes[0, column].set_title(heading, fontsize=8)
-        for row in range(num_rows):
-            axes[row, column].imshow(pictures[row].permute(1, 2, 0).clamp(0, 1).float().cpu().numpy())
+    num_samples = len(next(iter(rows.values())))
+    figure = Figure(figsize=(0.3 + 1.5 * num_samples, 0.5 + 1.5 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), num_samples, squeeze=False)
+    for row, (heading, pictures) in enumerate(rows.items()):
+        axes[row, 0].set_ylabel(heading, fontsize=9)
+        for column in range(num_samples):
+            axes[row, column].imshow(pictures[column].permute(1, 2, 0).clamp(0, 1).float().cpu().numpy())
             axes[row, column].set_xticks([])
             axes[row, column].set_yticks([])
-            if column == 0 and row < len(titles):
-                axes[row, column].set_ylabel("\n".join(wrap(titles[row], 24)), fontsize=5)
-    plt.close(figure)
+            if row == 0 and column < len(titles):
+                axes[row, column].set_title("\n".join(wrap(titles[column], 22)), fontsize=7)
     return figure
 
 

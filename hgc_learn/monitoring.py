@@ -38,10 +38,10 @@ class ScheduleMonitor(L.Callback):
             board.add_figure(f"gates/{budget:g}/soft", gate_heatmap(p.cpu(), router.sites, "P(compute)"), step)
             board.add_figure(f"gates/{budget:g}/hard", gate_heatmap(hard.cpu(), router.sites, "exported"), step)
             cached = pl_module.rollout(batch, hard, "pt")
-            columns = {
+            rows = {
                 "control": batch["conditioning_image"],
                 "full": full,
-                f"cached ({budget:g})": cached,
+                f"cached at {budget:g}": cached,
                 "difference x 4": 4 * (full - cached).abs(),
             }
-            board.add_figure(f"pictures/{budget:g}", picture_grid(columns, batch["text"]), step)
+            board.add_figure(f"pictures/{budget:g}", picture_grid(rows, batch["text"]), step)

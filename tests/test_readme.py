@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -89,3 +90,16 @@ def test_demo_command(workplace: Path) -> None:
 def test_links_and_pictures_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_figures_are_the_measured_ones() -> None:
+    figures = json.loads((ROOT / "docs/figures/demo.json").read_text())
+    assert figures["num_samples"] >= 256
+    for text in (
+        f"{figures['macs_reduction']:.1%} fewer MACs",
+        f"{figures['psnr_db']:.1f} dB",
+        f"{figures['control_miou_full']:.4f} | {figures['control_miou_cached']:.4f}",
+        f"{figures['color_accuracy_full']:.4f} | {figures['color_accuracy_cached']:.4f}",
+        f"{figures['wall_clock_speedup']:.2f}x",
+    ):
+        assert text in README, text

@@ -44,6 +44,8 @@ def run_demo(
     arguments += ["--trainer.default_root_dir", str(output), *(training_arguments or [])]
     if resume and ckpt_path.is_file():
         arguments += ["--ckpt_path", str(ckpt_path)]
+    elif ckpt_path.is_file():
+        console.print(f"{ckpt_path} of an earlier training will be replaced; --resume goes on with it instead.")
     cli = train(arguments)
 
     console.rule(f"2. exporting the schedule at a budget of {budget:g}")
@@ -57,7 +59,7 @@ def run_demo(
         {
             "control": pictures["control"],
             "full": pictures["full"],
-            f"cached, {summary['macs_reduction']:.0%} fewer MACs": pictures["cached"],
+            f"cached\n{summary['macs_reduction']:.0%} fewer MACs": pictures["cached"],
         },
         pictures["text"],
     ).savefig(output / "comparison.png", dpi=150)
