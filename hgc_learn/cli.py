@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from hgc_learn import data  # noqa: F401  (makes the data modules known to the command line by their short names)
 from hgc_learn.monitoring import ScheduleMonitor
 from hgc_learn.training import RouterModule
+
+
+class KeepConfig(SaveConfigCallback):
+    """Puts the run's configuration into its checkpoints too, so that one file is all that export needs."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, RouterModule)
+        pl_module.config = self.parser.dump(self.config, skip_none=False)
 
 
 class RouterCLI(LightningCLI):
@@ -38,9 +46,9 @@ def train(args: Sequence[str] | None = None) -> RouterCLI:
     return _cli(None if args is None else list(args), run=True)
 
 
-def rebuild(config: Path) -> RouterCLI:
-    """The objects that the saved configuration of a run describes; nothing is run."""
-    settings = yaml.safe_load(config.read_text())
+def rebuild(config: str) -> RouterCLI:
+    """The objects that the configuration of a run (YAML) describes; nothing is run."""
+    settings = yaml.safe_load(config)
     for key in ("ckpt_path", "weights_only"):  # arguments of `fit`, not of an object
         settings.pop(key, None)
     return _cli(settings, run=False)
@@ -57,6 +65,7 @@ def _cli(args: list[str] | dict[str, Any] | None, *, run: bool) -> RouterCLI:
             run=run,
             args=args,
             seed_everything_default=0,
+            save_config_callback=KeepConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "max_epochs": 8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ def export(
     ckpt_path: Path,
     output: Path,
     budget: float = 0.5,
-    config: Path | None = None,
     refine_rounds: int = 4,
     refine_batches: int = 4,
 ) -> Path:
@@ -36,14 +36,13 @@ def export(
         ckpt_path: checkpoint of `train.py fit`.
         output: folder to write to.
         budget: fraction of the full MACs to keep.
-        config: of the training run; by default the one that `fit` saved beside the checkpoint.
         refine_rounds: rounds of local search with real rollouts on training batches; 0 for none.
         refine_batches: training batches it measures on.
 
     Raises:
-        ValueError: the checkpoint or its config cannot be found or read, or the budget cannot be met.
+        ValueError: the checkpoint cannot be found or read, or the budget cannot be met.
     """
-    module, data = load_run(ckpt_path, config)
+    module, data = load_run(ckpt_path)
     compute = module.router.threshold(budget)
     with Progress() as progress:
         if refine_rounds:
@@ -66,19 +65,22 @@ def export(
     return path
 
 
-def load_run(ckpt_path: Path, config: Path | None = None) -> tuple[RouterModule, Any]:
+def load_run(ckpt_path: Path) -> tuple[RouterModule, Any]:
     """Rebuilds the module (with the checkpoint's router) and the data module of a training run."""
     if not ckpt_path.is_file():
         raise ValueError(f"{ckpt_path}: no such checkpoint.")
-    config = config or ckpt_path.parent.parent / "config.yaml"
-    if not config.is_file():
-        raise ValueError(f"{config}: no such file; pass --config, the configuration of the training run.")
-    cli = rebuild(config)
     try:
         checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        config = checkpoint["config"]
+    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError):
+        config = None
+    if not isinstance(config, str):
+        raise ValueError(f"{ckpt_path}: not a checkpoint written by `python train.py fit`.")
+    cli = rebuild(config)
+    try:
         cli.model.load_state_dict(checkpoint["state_dict"])
-    except (RuntimeError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{ckpt_path}: not a checkpoint of this configuration ({error}).") from None
+    except RuntimeError as error:
+        raise ValueError(f"{ckpt_path}: its router is not one of its own configuration ({error}).") from None
     cli.datamodule.setup("fit")
     cli.model.pipe.to(cli.model.device)
     return cli.model, cli.datamodule

@@ -90,11 +90,15 @@ class RouterModule(L.LightningModule):
         self.forwards = GatedForwards(self.pipe, expanded, names, len(self.timesteps))
         self.targets: dict[Any, Tensor] = {}
         self.generator = torch.Generator()
+        self.config: str | None = None  # of the run, as YAML; goes into the checkpoint
         self.warm_started: Tensor
         self.register_buffer("warm_started", torch.tensor(False))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.router.parameters(), lr=self.hparams["learning_rate"], betas=(0.9, 0.95))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.config
 
     # Trajectories
 

@@ -224,10 +224,9 @@ def test_export_writes_a_schedule_that_runs(
     teacher: Path, tmp_path: Path, module: RouterModule, batch: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     ckpt_path = fit(teacher, tmp_path, 1)
-    config = next(tmp_path.rglob("config.yaml"))
     for budget in (0.4, 0.7):
         output = tmp_path / str(budget)
-        path = export(ckpt_path, output, budget, config=config, refine_rounds=1, refine_batches=1)
+        path = export(ckpt_path, output, budget, refine_rounds=1, refine_batches=1)
         schedule = HGCSchedule.load(path)
         assert schedule.macs["cached"] <= budget * schedule.macs["full"]
         assert schedule.producer["settings"]["budget"] == budget
@@ -243,7 +242,7 @@ def test_export_writes_a_schedule_that_runs(
     ("arguments", "message"),
     [
         (["--ckpt_path", "absent.ckpt", "--output", "out"], "absent.ckpt: no such checkpoint"),
-        (["--ckpt_path", __file__, "--output", "out"], "config.yaml: no such file"),
+        (["--ckpt_path", __file__, "--output", "out"], "not a checkpoint written by"),
     ],
 )
 def test_export_refuses_clearly(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

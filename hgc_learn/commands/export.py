@@ -15,9 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=0.5, help="fraction of the full MACs to keep (default 0.5)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     parser.add_argument(
-        "--config", type=Path, help="configuration of the training run (default: the one saved beside the checkpoint)"
-    )
-    parser.add_argument(
         "--refine_rounds",
         type=int,
         default=4,
@@ -35,7 +32,6 @@ def run(args: argparse.Namespace) -> None:
         args.ckpt_path,
         args.output,
         args.budget,
-        config=args.config,
         refine_rounds=args.refine_rounds,
         refine_batches=args.refine_batches,
     )

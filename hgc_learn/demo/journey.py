@@ -49,8 +49,7 @@ def run_demo(
     cli = train(arguments)
 
     console.rule(f"2. exporting the schedule at a budget of {budget:g}")
-    assert cli.trainer.log_dir is not None
-    path = export(ckpt_path, output, budget, config=Path(cli.trainer.log_dir) / "config.yaml")
+    path = export(ckpt_path, output, budget)
 
     console.rule(f"3. full against cached on {num_scenes} held-out scenes")
     model = cli.model.hparams
