@@ -10,7 +10,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NoReturn
 
@@ -48,16 +48,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, or 2 for what the user can put right (a ValueError or OSError,
-    told in one line)."""
+    """Runs one command; returns the exit status."""
+
+    def run() -> None:
+        args = build_parser().parse_args(argv)
+        args.run(args)
+        sys.stdout.flush()
+
+    return guarded(run)
+
+
+def guarded(run: Callable[[], object]) -> int:
+    """Runs a program; returns the exit status: 0, or 2 for what the user can put right (a ValueError or OSError, told
+    in one line)."""
     # Threads that wait by spinning starve each other when something else takes a core: some hundred times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # transformers warns of each image processor that it finds no torchvision for; none is used here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    args = build_parser().parse_args(argv)
     try:
-        args.run(args)
-        sys.stdout.flush()
+        run()
     except BrokenPipeError:  # the reader (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:

@@ -16,6 +16,9 @@ import torch
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+from hgc_learn.graph import Graph
+from hgc_learn.macs import NodeCost, measure_costs
+
 _SD15: dict[str, Any] = {
     "sample_size": 64,
     "block_out_channels": (320, 640, 1280, 1280),
@@ -50,10 +53,10 @@ ARCHITECTURES = [f"{name}{suffix}" for name in _CONFIGS for suffix in ("", "-con
 
 @dataclass(frozen=True)
 class Architecture:
-    """Models on the meta device.
+    """What has to be known of a pipeline to count with it.
 
     Attributes:
-        unet: the UNet.
+        unet: the UNet, on any device; its weights are not read.
         controlnet: none, one ControlNet, or several as a list.
         vae_scale_factor: image pixels per latent pixel.
         num_tokens: length of the prompt embeddings.
@@ -70,6 +73,24 @@ class Architecture:
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    @classmethod
+    def of(cls, pipe: Any) -> Architecture:
+        """That of a diffusers pipeline."""
+        tokenizer = getattr(pipe, "tokenizer", None)
+        num_tokens = 77 if tokenizer is None else _num_tokens(tokenizer.model_max_length)
+        return cls(pipe.unet, getattr(pipe, "controlnet", None), pipe.vae_scale_factor, num_tokens)
+
+    def measure(self, size: tuple[int, int] | None = None) -> tuple[Graph, dict[str, NodeCost]]:
+        """The expanded graph and its costs at an image size (height, width) in pixels; see `measure_costs`."""
+        height, width = size or self.default_size
+        return measure_costs(
+            self.unet,
+            self.controlnet,
+            latent_size=(height // self.vae_scale_factor, width // self.vae_scale_factor),
+            image_size=(height, width),
+            num_tokens=self.num_tokens,
+        )
 
 
 def build_architecture(name: str) -> Architecture:
@@ -108,8 +129,12 @@ def load_architecture(folder: str | os.PathLike[str]) -> Architecture:
         unet=_from_config(UNet2DConditionModel, folder / "unet" / "config.json"),
         controlnet=nets if len(nets) > 1 else nets[0] if nets else None,
         vae_scale_factor=2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1),
-        num_tokens=num_tokens if num_tokens <= 4096 else 77,  # tokenizers without a limit say 1e30
+        num_tokens=_num_tokens(num_tokens),
     )
+
+
+def _num_tokens(model_max_length: int) -> int:
+    return model_max_length if model_max_length <= 4096 else 77  # tokenizers without a limit say 1e30
 
 
 def _read_config(path: Path) -> dict[str, Any]:

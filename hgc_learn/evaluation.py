@@ -15,9 +15,14 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from hgc_learn.inference import HGCSchedule, apply_schedule, remove_schedule
 from hgc_learn.rollout import SamplingConfig, generate
 
-MAX_PSNR_DB = 120.0  # of identical pictures it is infinite, which no JSON number is
-
 UpdateMetric = Callable[[Metric, Tensor, dict[str, Any]], None]
+
+
+def picture_psnr(pictures: Tensor, references: Tensor) -> Tensor:
+    """PSNR in dB of each picture [batch, 3, height, width] in [0, 1] against its reference: float32 [batch]. Of
+    identical pictures it would be infinite, which no JSON number is; it ends at 120."""
+    psnr = peak_signal_noise_ratio(pictures, references, data_range=1.0, dim=(1, 2, 3), reduction="none")
+    return psnr.clamp(max=120.0)
 
 
 def evaluate_schedule(
@@ -58,7 +63,7 @@ def evaluate_schedule(
         error = (latents["cached"] - latents["full"]).flatten(1).norm(dim=1)
         latent_errors.append(error / latents["full"].flatten(1).norm(dim=1))
         pair = (pictures["cached"], pictures["full"])
-        psnr.append(peak_signal_noise_ratio(*pair, data_range=1.0, dim=(1, 2, 3), reduction="none"))
+        psnr.append(picture_psnr(*pair))
         similarity = structural_similarity_index_measure(*pair, data_range=1.0, reduction="none")
         assert isinstance(similarity, Tensor)
         ssim.append(similarity)
@@ -70,7 +75,7 @@ def evaluate_schedule(
             shown["control"].append(batch["conditioning_image"])
             for way, x in pictures.items():
                 shown[way].append(x)
-    values = torch.cat(psnr).clamp(max=MAX_PSNR_DB)
+    values = torch.cat(psnr)
     figures = {
         "num_samples": len(values),
         "psnr_db": float(values.mean()),

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from hgc_learn import __version__
 from hgc_learn.cli import rebuild
-from hgc_learn.evaluation import MAX_PSNR_DB
+from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import gate_heatmap
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.plan import compile_plan
@@ -122,6 +121,6 @@ def measure_fidelity(module: RouterModule, data: Any, compute: Tensor) -> dict[s
         batch = module.transfer_batch_to_device(batch, module.device, 0)
         full = module.rollout(batch, all_compute, "pt")
         cached = module.rollout(batch, compute, "pt")
-        psnr.append(peak_signal_noise_ratio(cached, full, data_range=1.0, dim=(1, 2, 3), reduction="none"))
-    values = torch.cat(psnr).clamp(max=MAX_PSNR_DB)
+        psnr.append(picture_psnr(cached, full))
+    values = torch.cat(psnr)
     return {"psnr_db": round(float(values.mean()), 3), "num_samples": len(values), "split": "validation"}

@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from hgc_learn import ops
+from hgc_learn.architectures import Architecture
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.forwards import RoutedForwards
 from hgc_learn.graph import Graph, build_graph
-from hgc_learn.macs import measure_costs
 from hgc_learn.plan import Plan, StepPlan, compile_plan
 from hgc_learn.schedule import HGCSchedule, ScheduleError
 from hgc_learn.sites import enclosing_module, is_inside
@@ -198,15 +198,7 @@ class _Runtime(RoutedForwards):
 
     def stats(self) -> dict[str, Any]:
         schedule, batch = self.schedule, self.schedule.batch_size
-        scale, tokenizer = self.pipe.vae_scale_factor, getattr(self.pipe, "tokenizer", None)
-        size = (schedule.height, schedule.width)
-        graph, costs = measure_costs(
-            self.pipe.unet,
-            getattr(self.pipe, "controlnet", None),
-            latent_size=(size[0] // scale, size[1] // scale),
-            image_size=size,
-            **({} if tokenizer is None else {"num_tokens": tokenizer.model_max_length}),
-        )
+        graph, costs = Architecture.of(self.pipe).measure((schedule.height, schedule.width))
         plan = compile_plan(graph, schedule.compute_table(), schedule.num_inference_steps)
         full = compile_plan(graph, {}, schedule.num_inference_steps)
         result: dict[str, Any] = {"num_inference_steps": schedule.num_inference_steps}

@@ -19,8 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from hgc_learn import ops
 from hgc_learn.graph import Graph, build_graph, controlnet_list, meta_copy
 
-CONVENTIONS = {False: "attention matmuls not counted", True: "attention matmuls counted"}
-
 # Linear layers reach the counter as mm/addmm, attention as batched products or fused attention.
 _ATTENTION_OPS = ("bmm", "baddbmm", "_scaled_dot_product", "_efficient_attention", "_flash_attention")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -57,8 +58,11 @@ def load_pipeline(
         dtype: of all models: `float32`, `float16` or `bfloat16`.
 
     Raises:
-        ValueError: an unknown dtype or scheduler.
+        ValueError: a folder that does not exist, an unknown dtype or scheduler.
     """
+    for name, source in (("model", model), ("controlnet", controlnet)):
+        if source is not None and not Path(source).is_dir() and source.count("/") != 1:
+            raise ValueError(f"{name}: {source!r} is neither a folder here nor a hub id (owner/name).")
     if dtype not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"dtype {dtype!r} is not one of float32, float16, bfloat16.")
     torch_dtype = getattr(torch, dtype)

@@ -18,8 +18,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from hgc_learn.architectures import Architecture
 from hgc_learn.graph import build_graph
-from hgc_learn.macs import measure_costs
 from hgc_learn.rollout import GatedForwards, SamplingConfig, generate, load_pipeline
 from hgc_learn.router import Router
 from hgc_learn.sites import enclosing_module, is_inside, select_sites
@@ -72,14 +72,7 @@ class RouterModule(L.LightningModule):
         self.sampling = sampling
         self.pipe = load_pipeline(model, sampling, controlnet=controlnet, dtype=dtype)  # no nn.Module: not saved
         net = getattr(self.pipe, "controlnet", None)
-        scale = self.pipe.vae_scale_factor
-        self.graph, self.costs = measure_costs(
-            self.pipe.unet,
-            net,
-            latent_size=(sampling.height // scale, sampling.width // scale),
-            image_size=(sampling.height, sampling.width),
-            num_tokens=self.pipe.tokenizer.model_max_length,
-        )
+        self.graph, self.costs = Architecture.of(self.pipe).measure((sampling.height, sampling.width))
         names = select_sites(self.graph, sites)
         self.pipe.scheduler.set_timesteps(sampling.num_inference_steps)
         self.timesteps = tuple(self.pipe.scheduler.timesteps.tolist())

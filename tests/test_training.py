@@ -13,7 +13,7 @@ from torch import Tensor
 from training_fixtures import SAMPLING, save_tiny_teacher
 
 import hgc_learn.rollout
-from hgc_learn.__main__ import main
+from hgc_learn.__main__ import guarded, main
 from hgc_learn.cli import train
 from hgc_learn.data import ControlDataModule, SceneDataModule
 from hgc_learn.export import export, make_schedule
@@ -250,6 +250,24 @@ def test_export_refuses_clearly(arguments: list[str], message: str, capsys: pyte
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--model.model=nowhere", "model: 'nowhere' is neither a folder here nor a hub id"),
+        ("--model.sampling.scheduler=Nonesuch", "no scheduler named 'Nonesuch'"),
+        ("--model.budgets=[0.01]", "A budget of 0.01 cannot be met"),
+        ("--model.sites=[nothing]", "No site matches 'nothing'"),
+    ],
+)
+def test_training_refuses_in_one_line(
+    teacher: Path, tmp_path: Path, argument: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert guarded(lambda: fit(teacher, tmp_path, 1, argument)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[-1]
+    assert not any("Traceback" in line for line in lines)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

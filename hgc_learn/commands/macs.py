@@ -72,7 +72,6 @@ def count_macs(
     Raises:
         ValueError: a setting that is out of range, or a schedule for another architecture or number of steps.
     """
-    from hgc_learn.macs import measure_costs
     from hgc_learn.plan import compile_plan
 
     if schedule is not None:
@@ -93,13 +92,7 @@ def count_macs(
     if height % scale or width % scale:
         raise ValueError(f"--size is {height}x{width}; this model takes multiples of {scale}.")
 
-    graph, costs = measure_costs(
-        architecture.unet,
-        architecture.controlnet,
-        latent_size=(height // scale, width // scale),
-        image_size=(height, width),
-        num_tokens=architecture.num_tokens,
-    )
+    graph, costs = architecture.measure((height, width))
     batch_size = 2 if guidance_scale > 1 else 1
     per_forward: dict[str, dict[str, int]] = {}
     for node in graph.nodes.values():

@@ -20,20 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from hgc_learn.architectures import build_architecture, load_architecture
-    from hgc_learn.macs import measure_costs
     from hgc_learn.plan import live_step
     from hgc_learn.sites import select_sites
 
     architecture = build_architecture(args.arch) if args.arch else load_architecture(args.model)
-    height, width = architecture.default_size
-    scale = architecture.vae_scale_factor
-    graph, costs = measure_costs(
-        architecture.unet,
-        architecture.controlnet,
-        latent_size=(height // scale, width // scale),
-        image_size=(height, width),
-        num_tokens=architecture.num_tokens,
-    )
+    graph, costs = architecture.measure()
     full = sum(cost.macs for cost in costs.values())
     patterns = args.match if args.match != ["*"] else ["*:*"]
     for site in select_sites(graph, patterns):

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.demo.teacher import GUIDANCE_SCALE, TEACHER_DIR, sample_pictures
+from hgc_learn.evaluation import picture_psnr
 
 
 class ControlScores:
@@ -36,11 +37,6 @@ class ControlScores:
     def compute(self) -> dict[str, float]:
         """Both figures, in [0, 1]."""
         return {name: round(metric.compute().item(), 4) for name, metric in self.metrics.items()}
-
-
-def picture_psnr(pictures: Tensor, references: Tensor) -> Tensor:
-    """PSNR in dB of each picture [B, 3, H, W] in [0, 1] against its reference: float32 [B]."""
-    return -10 * (pictures - references).pow(2).mean((1, 2, 3)).clamp(min=1e-10).log10()
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from diffusers import StableDiffusionControlNetPipeline
 from torch.utils.data import default_collate
 
 from hgc_learn.demo import train_teacher
-from hgc_learn.demo.evaluate_teacher import evaluate_teacher, picture_psnr
+from hgc_learn.demo.evaluate_teacher import evaluate_teacher
 from hgc_learn.demo.scenes import COLORS, KINDS, SceneDataset, draw_scene
 from hgc_learn.demo.teacher import (
     MAX_TOKENS,
@@ -18,6 +18,7 @@ from hgc_learn.demo.teacher import (
     tokenize,
 )
 from hgc_learn.demo.teacher_modules import warmup_stable_decay
+from hgc_learn.evaluation import picture_psnr
 
 pytestmark = [  # other libraries' warnings about each other
     pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec:FutureWarning"),  # lightning, torch
