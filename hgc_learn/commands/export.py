@@ -1,7 +1,8 @@
 """Turns a trained router into a static schedule file at a budget.
 
 Writes DIR/hgc_schedule.json and a picture of it, DIR/hgc_schedule.png. One training run can be exported at several
-budgets. Needs the `train` extra.
+budgets. Needs the `train` extra. The checkpoint's configuration names classes that are built: export your own
+checkpoints, and share schedule files, which are only data.
 """
 
 from __future__ import annotations
