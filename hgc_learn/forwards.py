@@ -11,6 +11,7 @@ from functools import partial
 from inspect import signature
 from typing import Any
 
+import torch
 from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils.peft_utils import apply_lora_scale
@@ -49,9 +50,19 @@ class RoutedForwards:
         the prediction or the residuals that are needed."""
         raise NotImplementedError
 
+    def runs_half(self, step: int) -> bool:
+        """Whether the guided half of the batch is run alone. The unguided prediction is then the guided one less
+        `values[graph.guidance]`."""
+        return False
+
     def check_run(self, timesteps: Tensor, timestep: Any) -> int:
         """Called once per run; returns the index of its first step."""
         return 0
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether batches are made of an unguided and a guided half; may change in mid-run."""
+        return bool(getattr(self.pipe, "do_classifier_free_guidance", False))
 
     # Replacing the forwards
 
@@ -86,7 +97,7 @@ class RoutedForwards:
     # Where the run stands
 
     def new_run(self) -> None:
-        self.cache: dict[str, Tensor] = {}
+        self.cache: dict[Any, Tensor] = {}
         self.num_calls = dict.fromkeys([*self.models, _ALL_CONTROLNETS], 0)
         self.seen: dict[str, _Signature] = {}
         self.refreshed: set[int] = set()
@@ -179,9 +190,17 @@ def _unet_forward(
         "encoder_attention_mask": encoder_attention_mask,
     }
     step = forwards.begin("unet", timestep, (sample.shape, sample.dtype, sample.device, encoder_hidden_states, kwargs))
+    is_half = forwards.is_guided and forwards.runs_half(step)
+    if is_half:
+        batch_size = sample.shape[0]
+        residuals = [r if r.shape[0] < batch_size else ops.guided_half(r) for r in residuals]
+        sample, encoder_hidden_states = ops.guided_half((sample, encoder_hidden_states))
+        kwargs = _halved(kwargs)
     call = ops.unet_call(unet, sample, timestep, encoder_hidden_states, **kwargs)
     values = forwards.execute("unet", step, call, dict(zip(forwards.graph.residuals, residuals, strict=True)))
     prediction = values[forwards.graph.output]
+    if is_half:
+        prediction = torch.cat([prediction - values[forwards.graph.guidance], prediction])
     return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
 
@@ -216,6 +235,13 @@ def _controlnet_forward(
     }
     inputs = (sample.shape, sample.dtype, sample.device, encoder_hidden_states, controlnet_cond, kwargs)
     step = forwards.begin(model, timestep, inputs)
+    if (
+        forwards.is_guided and forwards.runs_half(step) and not guess_mode
+    ):  # in guess mode it gets the guided half anyway
+        sample, encoder_hidden_states, controlnet_cond = ops.guided_half(
+            (sample, encoder_hidden_states, controlnet_cond)
+        )
+        kwargs = _halved(kwargs)
     call = ops.controlnet_call(net, sample, timestep, encoder_hidden_states, controlnet_cond, **kwargs)
     values = forwards.execute(model, step, call, {})
     empty = sample.new_empty(0)
@@ -223,6 +249,11 @@ def _controlnet_forward(
     if not return_dict:
         return down, mid
     return ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=mid)
+
+
+def _halved(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The guided half of all arguments but those of the attention processors, whose tensors have no batch."""
+    return {k: v if k == "cross_attention_kwargs" else ops.guided_half(v) for k, v in kwargs.items()}
 
 
 class _Signature:

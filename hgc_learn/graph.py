@@ -49,11 +49,13 @@ class Node:
 
 @dataclass
 class Graph:
-    """Nodes in execution order; `output` is the UNet's prediction, `residuals[n]` the n-th ControlNet
-    residual as the UNet receives it (empty without a ControlNet)."""
+    """Nodes in execution order; `output` is the UNet's prediction, `guidance` its guided less its unguided half
+    (nothing reads it: see `hgc_learn.plan`), `residuals[n]` the n-th ControlNet residual as the UNet receives it
+    (empty without a ControlNet)."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
     output: str = "unet:eps"
+    guidance: str = "unet:guidance"
     residuals: tuple[str, ...] = ()
 
     def consumers(self) -> dict[str, list[str]]:
@@ -158,7 +160,8 @@ class _Builder:
         for i, block in enumerate(unet.up_blocks):
             level = len(unet.up_blocks) - 2 - i
             x = self.add_up(f"unet.up_blocks.{i}", block, x, down, level)
-        self.add("unet:eps", partial(ops.unet_head, unet), x)
+        x = self.add("unet:eps", partial(ops.unet_head, unet), x)
+        self.add("unet:guidance", ops.guidance, x)
 
     def add_down(self, path: str, model: Any, x: str) -> tuple[str, list[str]]:
         """The encoder; returns its last tensor and all that the decoder will read."""
@@ -249,17 +252,19 @@ def _can_expand(transformer: Transformer2DModel) -> bool:
 
 
 def run_graph(graph: Graph, calls: dict[str, ops.Call], visit: Callable[[Node, Tensor], Tensor]) -> Tensor:
-    """Runs every node once; `visit(node, fresh)` returns the value that its readers see.
+    """Runs every node once but `guidance`; `visit(node, fresh)` returns the value that its readers see.
 
     `calls` maps a model (`Node.model`) to what it is called with. Returns the UNet's prediction.
     """
     values: dict[str, Tensor] = {}
-    last_reader = {name: node.name for node in graph.nodes.values() for name in node.inputs}
+    last_reader = {n: node.name for node in graph.nodes.values() for n in node.inputs if n != graph.output}
     for node in graph.nodes.values():
+        if node.name == graph.guidance:
+            continue
         inputs = [values[name] for name in node.inputs]
         values[node.name] = visit(node, node.run(calls[node.model], *inputs))
         for name in set(node.inputs):
-            if last_reader[name] == node.name:
+            if last_reader.get(name) == node.name:
                 del values[name]
     return values[graph.output]
 

@@ -12,6 +12,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hgc_learn import ops
@@ -19,7 +20,8 @@ from hgc_learn.architectures import Architecture
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.forwards import RoutedForwards
 from hgc_learn.graph import Graph, build_graph
-from hgc_learn.plan import Plan, StepPlan, compile_plan
+from hgc_learn.plan import Load, Plan, StepPlan, compile_plan
+from hgc_learn.predictors import BY_CODE, Fill
 from hgc_learn.schedule import HGCSchedule, ScheduleError
 from hgc_learn.sites import enclosing_module, is_inside
 
@@ -53,11 +55,11 @@ def apply_schedule(
     expand = {enclosing_module(site) for site in schedule.sites if is_inside(site)}
     graph = build_graph(pipe.unet, controlnet, expand)
     try:
-        plan = compile_plan(graph, schedule.compute_table(), schedule.num_inference_steps)
+        plan = compile_plan(graph, schedule.sites, schedule.num_inference_steps)
+        runtime = _Runtime(pipe, schedule, graph, plan)
     except ValueError as error:
         raise ScheduleError(f"sites: {error}") from None
     remove_schedule(pipe)
-    runtime = _Runtime(pipe, schedule, graph, plan)
     runtime.install()
     return ScheduleHandle(pipe, runtime)
 
@@ -116,9 +118,9 @@ class _Program:
     """What one model runs at one step."""
 
     ops: tuple[_Op, ...]
-    load: tuple[str, ...]
+    load: tuple[Load, ...]
     store: tuple[str, ...]
-    free: tuple[str, ...]
+    free: tuple[tuple[str, int], ...]
 
 
 def _compile(graph: Graph, step: StepPlan, model: str) -> _Program:
@@ -132,11 +134,9 @@ def _compile(graph: Graph, step: StepPlan, model: str) -> _Program:
     for node in nodes:
         drop = {name for name in node.inputs if last_reader[name] == node.name and name not in results}
         program.append(_Op(node.name, node.run, node.inputs, tuple(drop)))
-
-    def mine(names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(name for name in names if graph.nodes[name].model == model)
-
-    return _Program(tuple(program), mine(step.load), tuple(n for n in step.store if n in own), mine(step.free))
+    load = tuple(load for load in step.load if graph.nodes[load.site].model == model)
+    free = tuple(key for key in step.free if graph.nodes[key[0]].model == model)
+    return _Program(tuple(program), load, tuple(n for n in step.store if n in own), free)
 
 
 class _Runtime(RoutedForwards):
@@ -146,10 +146,26 @@ class _Runtime(RoutedForwards):
         super().__init__(pipe, graph, len(plan.steps))
         self.schedule, self.plan = schedule, plan
         # A refresh computes everything and keeps whatever any later step may load.
-        loaded = {name for step in plan.steps for name in step.load}
-        refresh = StepPlan(tuple(graph.nodes), (), tuple(n for n in graph.nodes if n in loaded))
+        loaded = {name for step in plan.steps for name in step.loaded}
+        everything = tuple(name for name in graph.nodes if name != graph.guidance or name in loaded)
+        refresh = StepPlan(everything, (), store=tuple(name for name in everything if name in loaded))
         self.programs = {m: [_compile(graph, step, m) for step in plan.steps] for m in self.models}
         self.refresh = {m: _compile(graph, refresh, m) for m in self.models}
+        self.fills = {
+            (load.site, i, sources): self._coefficients(load, i, sources)
+            for i, step in enumerate(plan.steps)
+            for load in step.load
+            for sources in (load.guided, load.unguided)
+            if sources
+        }
+
+    def _coefficients(self, load: Load, step: int, sources: tuple[int, ...]) -> Fill:
+        names = (parameter.name for parameter in BY_CODE[load.code].parameters)
+        parameters = {name: self.schedule.tensors[f"{load.site}/{name}"] for name in names}
+        return BY_CODE[load.code].fill([step - source for source in sources], step, parameters)
+
+    def runs_half(self, step: int) -> bool:
+        return self.plan.steps[step].is_half and step not in self.refreshed
 
     def check_run(self, timesteps: Tensor, timestep: Any) -> int:
         """Compares the run with the schedule, once, and returns the index of its first step."""
@@ -182,24 +198,93 @@ class _Runtime(RoutedForwards):
         return min(range(len(actual)), key=lambda i: abs(actual[i] - float(timestep)))
 
     def execute(self, model: str, step: int, call: ops.Call, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        program = self.refresh[model] if step in self.refreshed else self.programs[model][step]
-        values = given
-        for name in program.load:
-            values[name] = self.cache[name]
+        is_refresh = step in self.refreshed
+        program = self.refresh[model] if is_refresh else self.programs[model][step]
+        has_halves = self.is_guided and not call.guess_mode
+        is_half = has_halves and self.runs_half(step)
+        num_guided = len(call.sample) if is_half else len(call.sample) // 2
+        values, guidance = given, self.graph.guidance
+        for load in program.load:
+            if has_halves:
+                values[load.site] = self._load(load, step, num_guided, is_half)
+            elif load.site != guidance:
+                values[load.site] = self._fill_in(load, step, load.guided, slice(None))
         for op in program.ops:
+            if op.name == guidance and not has_halves:
+                continue
             values[op.name] = op.run(call, *[values[name] for name in op.inputs])
             for name in op.drop:
                 del values[name]
+        if is_refresh:
+            self._keep_for_all(model, step, values)
+            return values
         for name in program.store:
-            self.cache[name] = values[name]
-        for name in program.free:
-            del self.cache[name]
+            self.cache[name, step] = values[name]
+        for key in program.free:
+            del self.cache[key]
         return values
+
+    def _keep_for_all(self, model: str, step: int, values: dict[str, Tensor]) -> None:
+        """After a refresh the fresh value stands for every older one that a later step would load."""
+        for site, i in list(self.cache):
+            if self.graph.nodes[site].model == model:
+                del self.cache[site, i]
+        later = {key for plan in self.plan.steps[step + 1 :] for load in plan.load for key in load.keys}
+        for site, i in later:
+            if i <= step and site in values and self.graph.nodes[site].model == model:
+                self.cache[site, i] = values[site]
+
+    def _load(self, load: Load, step: int, num_guided: int, is_half: bool) -> Tensor:
+        """Fills a site in where a batch has an unguided and a guided half, of `num_guided` samples each. Kept values
+        may be of both halves or of the guided one alone."""
+        guided, unguided = slice(-num_guided, None), slice(0, num_guided)
+        if BY_CODE[load.code].mean_of_halves:
+            halves = [self._fill_in(load, step, load.guided, half) for half in (unguided, guided)]
+            mean = (halves[0] + halves[1]) / 2
+            return mean if is_half else torch.cat([mean, mean])
+        if is_half:
+            return self._fill_in(load, step, load.guided, guided)
+        if load.guided == load.unguided:
+            return self._fill_in(load, step, load.guided, slice(None))
+        return torch.cat(
+            [
+                self._fill_in(load, step, load.unguided, unguided),
+                self._fill_in(load, step, load.guided, guided),
+            ]
+        )
+
+    def _fill_in(self, load: Load, step: int, sources: tuple[int, ...], samples: slice) -> Tensor:
+        """sum_j c_j F_j + bias over some samples of the kept values."""
+        values = [self.cache[load.site, source] for source in sources]
+        fill = self._fill_on(values[0], load.site, step, sources)
+        if fill.bias is None and fill.coefficients == (1.0,):
+            return values[0][samples]
+        total = values[0][samples] * fill.coefficients[0]
+        for value, coefficient in zip(values[1:], fill.coefficients[1:], strict=False):
+            total = total + value[samples] * coefficient
+        return total if fill.bias is None else total + fill.bias
+
+    def _fill_on(self, value: Tensor, site: str, step: int, sources: tuple[int, ...]) -> Fill:
+        """The coefficients on the device of `value`, shaped to be multiplied with it; moved once."""
+        fill = self.fills[site, step, sources]
+        tensors = [c for c in (*fill.coefficients, fill.bias) if isinstance(c, Tensor)]
+        if all(t.device == value.device and t.dtype == value.dtype and t.ndim > 1 for t in tensors):
+            return fill
+        is_image = value.ndim == 4
+        num_channels = value.shape[1] if is_image else value.shape[-1]
+        for tensor in tensors:
+            if tensor.numel() != num_channels:
+                raise ScheduleError(
+                    f"tensors: those of {site!r} have {tensor.numel()} channels, it has {num_channels}."
+                )
+        fill = fill.map(lambda t: t.reshape((1, -1, 1, 1) if is_image else (1, 1, -1)).to(value))
+        self.fills[site, step, sources] = fill
+        return fill
 
     def stats(self) -> dict[str, Any]:
         schedule, batch = self.schedule, self.schedule.batch_size
         graph, costs = Architecture.of(self.pipe).measure((schedule.height, schedule.width))
-        plan = compile_plan(graph, schedule.compute_table(), schedule.num_inference_steps)
+        plan = compile_plan(graph, schedule.sites, schedule.num_inference_steps)
         full = compile_plan(graph, {}, schedule.num_inference_steps)
         result: dict[str, Any] = {"num_inference_steps": schedule.num_inference_steps}
         for suffix, attention in (("", False), ("_attention", True)):

@@ -77,6 +77,8 @@ def measure_costs(
                 value = node.run(calls[node.model], *(values[name] for name in node.inputs))
             values[node.name] = value
             costs[node.name] = NodeCost(*split_macs(counter), value.numel())
+    # One difference per guided pair, and the tensors above are those of one sample.
+    costs[graph.guidance] = NodeCost(0, 0, values[graph.output].numel() // 2)
     return graph, costs
 
 

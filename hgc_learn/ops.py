@@ -86,6 +86,17 @@ def controlnet_call(
     return Call(sample, timestep, encoder_hidden_states, encoder_hidden_states, **kwargs)
 
 
+def guided_half(call_arguments: Any) -> Any:
+    """The second half of every tensor in nested arguments whose first dimension is a batch."""
+    if isinstance(call_arguments, Tensor):
+        return call_arguments[call_arguments.shape[0] // 2 :] if call_arguments.ndim else call_arguments
+    if isinstance(call_arguments, dict):
+        return {name: guided_half(value) for name, value in call_arguments.items()}
+    if isinstance(call_arguments, list | tuple):
+        return type(call_arguments)(guided_half(value) for value in call_arguments)
+    return call_arguments
+
+
 def _mask_to_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if mask is None else ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
 
@@ -120,6 +131,12 @@ def unet_head(unet: UNet2DConditionModel, call: Call, x: Tensor) -> Tensor:
     if unet.conv_norm_out:
         x = unet.conv_act(unet.conv_norm_out(x))
     return unet.conv_out(x)
+
+
+def guidance(call: Call, prediction: Tensor) -> Tensor:
+    """The guided minus the unguided prediction, of a batch that holds the unguided half first."""
+    unguided, guided = prediction.tensor_split(2)
+    return guided - unguided
 
 
 # ControlNetModel

@@ -1,14 +1,17 @@
 """From a schedule to what runs: liveness over the dataflow graph, step by step, and its MACs.
 
 At one step a node is *live* if something that runs reads it, starting from the UNet's prediction. A live site
-that the schedule reuses is *loaded*, every other live node *runs*, the rest is dead. What is loaded is the value
-of the last step at which the site really ran.
+that the schedule reuses is *loaded*, every other live node *runs*, the rest is dead. What is loaded is filled in by a
+predictor from the values of the last steps at which the site really ran.
+
+With guidance a batch has two halves. A step that reuses the guidance difference runs the guided half only; a site's
+unguided half is then as old as the last step that ran in full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import networkx as nx
 import torch
@@ -16,17 +19,43 @@ from torch import Tensor
 
 from hgc_learn.graph import Graph
 from hgc_learn.macs import NodeCost
+from hgc_learn.predictors import BY_CODE
+
+COMPUTE = "C"
+
+
+@dataclass(frozen=True)
+class Load:
+    """A site that is filled in. `guided` and `unguided` are the steps of the values that its predictor looks at, the
+    latest first, for each half of the batch; without guidance both are the same, at a step that runs the guided half
+    only, `unguided` is empty."""
+
+    site: str
+    code: str
+    guided: tuple[int, ...]
+    unguided: tuple[int, ...]
+
+    @property
+    def keys(self) -> set[tuple[str, int]]:
+        """The kept values it reads, by site and step."""
+        return {(self.site, step) for step in self.guided + self.unguided}
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """One step. `run` is in execution order; `store` are the sites that ran and whose value a later step loads;
-    `free` are the sites whose kept value no step after this one loads."""
+    `free` are the kept values (site, step) that no step after this one loads; `is_half`: only the guided half runs."""
 
     run: tuple[str, ...]
-    load: tuple[str, ...]
+    load: tuple[Load, ...]
     store: tuple[str, ...] = ()
-    free: tuple[str, ...] = ()
+    free: tuple[tuple[str, int], ...] = ()
+    is_half: bool = False
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the loaded sites, in execution order."""
+        return tuple(load.site for load in self.load)
 
 
 @dataclass(frozen=True)
@@ -43,37 +72,51 @@ class Plan:
     def macs_per_step(
         self, costs: Mapping[str, NodeCost], *, batch_size: int = 2, attention: bool = False
     ) -> list[int]:
-        return [batch_size * sum(costs[n].total(attention) for n in step.run) for step in self.steps]
+        return [
+            (1 if step.is_half else batch_size) * sum(costs[n].total(attention) for n in step.run)
+            for step in self.steps
+        ]
 
     def ages(self) -> dict[str, list[int]]:
-        """Per site that is ever loaded: how many steps old the value is where it is loaded, 0 elsewhere."""
-        ages = {site: [0] * len(self.steps) for step in self.steps for site in step.load}
-        last_run: dict[str, int] = {}
+        """Per site that is ever loaded: how many steps old its latest value is where it is loaded, 0 elsewhere."""
+        ages = {site: [0] * len(self.steps) for step in self.steps for site in step.loaded}
         for i, step in enumerate(self.steps):
-            for site in step.load:
-                ages[site][i] = i - last_run[site]
-            last_run.update((name, i) for name in step.run if name in ages)
+            for load in step.load:
+                ages[load.site][i] = i - load.guided[0]
         return ages
 
     def cache_bytes(self, costs: Mapping[str, NodeCost], *, batch_size: int = 2, itemsize: int = 4) -> int:
         """The most bytes that kept tensors take at any one time."""
-        kept: set[str] = set()
+        kept: set[tuple[str, int]] = set()
         peak = 0
-        for step in self.steps:
-            kept.update(step.store)
-            peak = max(peak, sum(costs[name].numel for name in kept))
+        for i, step in enumerate(self.steps):
+            kept.update((name, i) for name in step.store)
+            samples = {key: 1 if self.steps[key[1]].is_half else batch_size for key in kept}
+            peak = max(peak, sum(samples[key] * costs[key[0]].numel for key in kept))
             kept.difference_update(step.free)
-        return batch_size * itemsize * peak
+        return itemsize * peak
 
     def num_patterns(self) -> int:
         """How many different sets of running nodes there are: the graphs that torch.compile would make."""
-        return len({step.run for step in self.steps})
+        return len({(step.run, step.is_half) for step in self.steps})
 
 
-def live_step(graph: Graph, reused: Collection[str]) -> StepPlan:
+@dataclass(frozen=True)
+class Liveness:
+    """What one step runs and which sites it loads, in execution order; `is_half`: the guided half only."""
+
+    run: tuple[str, ...]
+    load: tuple[str, ...]
+    is_half: bool
+
+
+def live_step(graph: Graph, reused: Collection[str]) -> Liveness:
     """Liveness of one step at which the sites `reused` are loaded where they are needed."""
     live = {graph.output}
     run, load = [], []
+    is_half = graph.guidance in reused
+    if is_half:
+        load.append(graph.guidance)
     for name in reversed(graph.nodes):
         if name not in live:
             continue
@@ -82,49 +125,79 @@ def live_step(graph: Graph, reused: Collection[str]) -> StepPlan:
         else:
             run.append(name)
             live.update(graph.nodes[name].inputs)
-    return StepPlan(tuple(reversed(run)), tuple(reversed(load)))
+    return Liveness(tuple(reversed(run)), tuple(reversed(load)), is_half)
 
 
-def compile_plan(graph: Graph, compute: Mapping[str, Sequence[bool]], num_steps: int) -> Plan:
-    """Compiles a schedule's table.
+def compile_plan(graph: Graph, rows: Mapping[str, str], num_steps: int) -> Plan:
+    """Compiles a schedule's rows.
 
     Args:
-        graph: the models' dataflow, with every site of the table in it.
-        compute: per site, whether it is computed (True) or reused (False) at each step.
+        graph: the models' dataflow, with every site of the rows in it.
+        rows: per site, one code per step: `C` compute, or that of a predictor.
         num_steps: number of model calls of a run.
 
     Raises:
-        ValueError: a site that the graph does not have, a row of the wrong length, or a step that would load a
-            value that no earlier step computed.
+        ValueError: a site that the graph does not have, a row of the wrong length, an unknown code, or a step that
+            would load a value that no earlier step computed.
     """
-    for site, row in compute.items():
+    for site, row in rows.items():
         if site not in graph.nodes:
             raise ValueError(f"Site {site!r} does not exist in this model.")
         if len(row) != num_steps:
             raise ValueError(f"Site {site!r} has {len(row)} steps, the schedule {num_steps}.")
-    steps = [live_step(graph, {site for site, row in compute.items() if not row[i]}) for i in range(num_steps)]
-    ran: set[str] = set()
-    for i, step in enumerate(steps):
-        for site in step.load:
-            if site not in ran:
-                raise ValueError(
-                    f"Step {i} reuses site {site!r}, which no earlier step has computed. Let it compute at or before "
-                    "that step (it may be scheduled, yet dead because all that reads it is reused)."
-                )
-        ran.update(name for name in step.run if name in compute)
-    return Plan(tuple(_with_lifetimes(steps, set(compute))))
+        check_codes(site, row)
+    history: dict[str, list[tuple[int, bool]]] = {site: [] for site in rows}  # (step, half only), the latest first
+    steps = []
+    for i in range(num_steps):
+        live = live_step(graph, {site for site, row in rows.items() if row[i] != COMPUTE})
+        load = tuple(_load(site, rows[site][i], history[site], i, live.is_half) for site in live.load)
+        run = live.run
+        if graph.guidance in rows and graph.output in run and not live.is_half:
+            run += (graph.guidance,)
+        for name in run:
+            if name in history:
+                history[name].insert(0, (i, live.is_half))
+        steps.append(StepPlan(run, load, is_half=live.is_half))
+    return Plan(tuple(_with_lifetimes(steps, graph.guidance)))
 
 
-def _with_lifetimes(steps: Sequence[StepPlan], sites: set[str]) -> list[StepPlan]:
-    """Adds what to store and to free, walking backwards over the steps."""
-    wanted: set[str] = set()  # sites whose kept value a later step loads before they run again
+def check_codes(site: str, row: str) -> None:
+    """Raises ValueError for a code that is unknown or does not belong to the site."""
+    for code in set(row) - {COMPUTE}:
+        if code not in BY_CODE:
+            raise ValueError(f"Site {site!r} has the code {code!r}; known are {COMPUTE} and {' '.join(BY_CODE)}.")
+        is_guidance = site.endswith(":guidance")
+        if BY_CODE[code].only_guidance and not is_guidance:
+            raise ValueError(f"Site {site!r} has the code {code!r}, which is for unet:guidance only.")
+        if BY_CODE[code].mean_of_halves and is_guidance:
+            raise ValueError(f"Site {site!r} has the code {code!r}; a difference of the halves has no halves itself.")
+
+
+def _load(site: str, code: str, history: Sequence[tuple[int, bool]], step: int, is_half: bool) -> Load:
+    if not history:
+        raise ValueError(
+            f"Step {step} reuses site {site!r}, which no earlier step has computed. Let it compute at or before "
+            "that step (it may be scheduled, yet dead because all that reads it is reused)."
+        )
+    predictor = BY_CODE[code]
+    in_full = tuple(i for i, half in history if not half)[: predictor.num_values]
+    assert in_full, "the first step loads nothing, so it runs everything in full"
+    guided = in_full if predictor.mean_of_halves else tuple(i for i, _ in history)[: predictor.num_values]
+    return Load(site, code, guided, () if is_half else in_full)
+
+
+def _with_lifetimes(steps: Sequence[StepPlan], guidance: str) -> Iterable[StepPlan]:
+    """Adds what to store and to free, walking backwards over the steps. The guidance difference runs only where a later
+    step loads it."""
+    wanted: set[tuple[str, int]] = set()  # kept values that a later step loads
     result = []
-    for step in reversed(steps):
-        store = tuple(name for name in step.run if name in wanted)
-        free = tuple(name for name in step.load if name not in wanted)
-        wanted.difference_update(step.run)
-        wanted.update(step.load)
-        result.append(StepPlan(step.run, step.load, store, free))
+    for i in reversed(range(len(steps))):
+        step = steps[i]
+        run = tuple(name for name in step.run if name != guidance or (name, i) in wanted)
+        store = tuple(name for name in run if (name, i) in wanted)
+        keys = set().union(*(load.keys for load in step.load))
+        result.append(replace(step, run=run, store=store, free=tuple(sorted(keys - wanted))))
+        wanted |= keys
     return result[::-1]
 
 
@@ -139,8 +212,8 @@ class ExpectedMacs:
     def __init__(self, graph: Graph, costs: Mapping[str, NodeCost], sites: Sequence[str], *, attention: bool = False):
         self.sites = {name: s for s, name in enumerate(sites)}
         self.readers = _decisive_readers(graph)
-        self.order = list(reversed(graph.nodes))
-        self.output = graph.output
+        self.order = [name for name in reversed(graph.nodes) if name != graph.guidance]
+        self.output, self.guidance = graph.output, graph.guidance
         full = sum(cost.total(attention) for cost in costs.values())
         self.costs = {name: costs[name].total(attention) / full for name in graph.nodes}
 
@@ -160,6 +233,8 @@ class ExpectedMacs:
             runs[name] = live if column is None else live * columns[column]
             if self.costs[name]:
                 total = total + self.costs[name] * runs[name]
+        if self.guidance in self.sites:  # without it, half of the batch runs
+            total = total * (1 + columns[self.sites[self.guidance]]) / 2
         return total
 
 
@@ -178,7 +253,7 @@ def _decisive_readers(graph: Graph) -> dict[str, list[str]]:
     If every path from reader a to the output passes reader b, then a runs only if b does, unless a site between
     them is loaded instead, in which case a is dead too: so a adds nothing to the node's liveness.
     """
-    readers = graph.consumers()
+    readers = {n: [r for r in those if r != graph.guidance] for n, those in graph.consumers().items()}
     backwards = nx.DiGraph((reader, name) for name, those in readers.items() for reader in those)
     backwards.add_nodes_from(graph.nodes)
     parent = nx.immediate_dominators(backwards, graph.output)

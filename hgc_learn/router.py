@@ -84,8 +84,9 @@ class Router(nn.Module):
             key = row.numpy().tobytes()
             if key not in self._kept_by_row:
                 reused = {name for name, c in zip(self.sites, row.tolist(), strict=True) if not c}
-                run = live_step(self._graph, reused).run
-                self._kept_by_row[key] = sum(self._macs[name] for name in run) / self._full
+                live = live_step(self._graph, reused)
+                macs = sum(self._macs[name] for name in live.run)
+                self._kept_by_row[key] = macs / self._full / (2 if live.is_half else 1)
             total += self._kept_by_row[key]
         return total / self.num_steps
 

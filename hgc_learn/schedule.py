@@ -1,10 +1,12 @@
 """The schedule file: which sites are computed and which reused at each step, for one pipeline setting.
 
-One human-readable JSON file, read strictly: it may come from a stranger. See `docs/schedule_format.md`.
+One human-readable JSON file and, where predictors need tensors, a safetensors file beside it. Both are read strictly:
+they may come from a stranger. See `docs/schedule_format.md`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -14,14 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
 from hgc_learn.fingerprint import ModelFingerprint
+from hgc_learn.plan import COMPUTE, check_codes
+from hgc_learn.predictors import BY_CODE
 from hgc_learn.sites import KINDS
 
 FORMAT = "hgc_schedule"
-VERSION = 1
-COMPUTE, REUSE = "C", "-"
+VERSION = 2
+HOLD = "-"
 
 MAX_FILE_BYTES = 16 * 2**20
+MAX_TENSOR_BYTES = 64 * 2**20
 MAX_STEPS = 4096
 MAX_SITES = 20_000
 MAX_MACS = 10**24
@@ -39,8 +48,9 @@ class HGCSchedule:
     """A static, input-invariant cache schedule.
 
     Attributes:
-        sites: per site, one character per step: `C` compute, `-` reuse. Sites not listed are always computed.
-            Every row begins with `C`, so the first step computes everything that a later one may reuse.
+        sites: per site, one character per step: `C` compute, or the code of the predictor that fills it in (`-` holds
+            the last value; see `hgc_learn.predictors`). Sites not listed are always computed. Every row begins with
+            `C`, so the first step computes everything that a later one may reuse.
         timesteps: the scheduler's timestep of each model call, in the order of the run.
         scheduler: class name of the diffusers scheduler.
         guidance_scale: the scale it was made for; 1 or less means without guidance (half the batch).
@@ -50,6 +60,7 @@ class HGCSchedule:
         macs: measured cost of one image: `full` and `cached`, `full_attention` and `cached_attention` (attention
             matmuls counted).
         fidelity: measured quality against the uncached pipeline, by name (`psnr_db`, `num_samples`, ...).
+        tensors: that predictors read, by `<site>/<parameter>`.
     """
 
     sites: dict[str, str]
@@ -62,6 +73,7 @@ class HGCSchedule:
     producer: dict[str, Any] = field(default_factory=dict)
     macs: dict[str, int] = field(default_factory=dict)
     fidelity: dict[str, Scalar] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         steps = len(self.timesteps)
@@ -75,15 +87,22 @@ class HGCSchedule:
                 raise ScheduleError(f"sites: {site!r} has kind {kind!r}; known kinds are {', '.join(KINDS)}.")
             if len(row) != steps:
                 raise ScheduleError(f"sites: {site!r} has {len(row)} steps, timesteps has {steps}.")
-            if set(row) - {COMPUTE, REUSE}:
-                raise ScheduleError(
-                    f"sites: {site!r} is {row!r}; use {COMPUTE!r} (compute) and {REUSE!r} (reuse) only."
-                )
+            try:
+                check_codes(site, row)
+            except ValueError as error:
+                raise ScheduleError(f"sites: {error}") from None
             if row[0] != COMPUTE:
                 raise ScheduleError(
                     f"sites: {site!r} is reused at step 0, where nothing has been computed yet. "
                     f"Its row must begin with {COMPUTE!r}."
                 )
+            needs_halves = kind == "guidance" or any(BY_CODE[c].mean_of_halves for c in set(row) - {COMPUTE})
+            if needs_halves and self.guidance_scale <= 1 and set(row) != {COMPUTE}:
+                raise ScheduleError(
+                    f"sites: {site!r} is about the two halves of a guided batch; with guidance_scale "
+                    f"{self.guidance_scale} there is only one."
+                )
+        _check_tensors(self.tensors, self.sites, steps)
 
     @property
     def num_inference_steps(self) -> int:
@@ -95,17 +114,14 @@ class HGCSchedule:
         """Samples in a model call per image: 2 with guidance, 1 without."""
         return 2 if self.guidance_scale > 1 else 1
 
-    def compute_table(self) -> dict[str, list[bool]]:
-        """Per site, whether it is computed at each step."""
-        return {site: [c == COMPUTE for c in row] for site, row in self.sites.items()}
-
     @staticmethod
     def rows(compute: Mapping[str, Sequence[bool]]) -> dict[str, str]:
-        """The inverse of `compute_table`; sites that are always computed are left out."""
-        rows = {site: "".join(COMPUTE if c else REUSE for c in row) for site, row in compute.items()}
-        return {site: row for site, row in rows.items() if REUSE in row}
+        """Rows of computing and holding; sites that are always computed are left out."""
+        rows = {site: "".join(COMPUTE if c else HOLD for c in row) for site, row in compute.items()}
+        return {site: row for site, row in rows.items() if HOLD in row}
 
     def to_dict(self) -> dict[str, Any]:
+        """What the JSON file holds; of the tensors, the SHA-256 of their file."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -119,12 +135,16 @@ class HGCSchedule:
             "fidelity": self.fidelity,
             "producer": self.producer,
             "model": self.model.to_dict(),
+            "tensors": hashlib.sha256(self._tensor_bytes()).hexdigest() if self.tensors else None,
             "sites": self.sites,
         }
 
+    def _tensor_bytes(self) -> bytes:
+        return safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in self.tensors.items()})
+
     @classmethod
-    def from_dict(cls, data: Any) -> HGCSchedule:
-        """Validates strictly.
+    def from_dict(cls, data: Any, tensors: Mapping[str, Tensor] | None = None) -> HGCSchedule:
+        """Validates strictly. `tensors` are those of the file beside it.
 
         Raises:
             ScheduleError: names the field that is missing, unknown or wrong.
@@ -140,7 +160,9 @@ class HGCSchedule:
             )
         if version < 1:
             raise ScheduleError(f"version: is {version}; versions start at 1.")
-        known = set(_FIELDS) | {"format", "version", "num_inference_steps"}
+        known = set(_FIELDS) | {"format", "version", "num_inference_steps"} | ({"tensors"} if version > 1 else set())
+        if "tensors" in known and "tensors" not in data:
+            raise ScheduleError("tensors: missing.")
         unknown = sorted(set(data) - known)
         if unknown:
             raise ScheduleError(f"{unknown[0]}: unknown key; version {version} knows {', '.join(sorted(known))}.")
@@ -168,23 +190,17 @@ class HGCSchedule:
             fields["model"] = ModelFingerprint.from_dict(fields["model"])
         except ValueError as error:
             raise ScheduleError(f"model: {error}") from None
-        return cls(**fields)
+        return cls(**fields, tensors=dict(tensors or {}))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file; it appears under its name only when it is complete."""
+        """Writes the file, and its tensors beside it if it has any; each appears under its name only when it is
+        complete."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            try:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        if self.tensors:
+            _write(tensor_path(path), self._tensor_bytes())
+        _write(path, text.encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HGCSchedule:
@@ -193,20 +209,79 @@ class HGCSchedule:
         Raises:
             ScheduleError: the file cannot be read or is not a valid schedule; the message names file and field.
         """
-        try:
-            with open(path, "rb") as file:
-                raw = file.read(MAX_FILE_BYTES + 1)
-        except OSError as error:
-            raise ScheduleError(f"{path}: cannot be read ({error.strerror}).") from None
-        if len(raw) > MAX_FILE_BYTES:
-            raise ScheduleError(f"{path}: larger than {MAX_FILE_BYTES // 2**20} MiB; it is not a schedule file.")
+        raw = _read(Path(path), MAX_FILE_BYTES)
         try:
             data = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-            return cls.from_dict(data)
+            return cls.from_dict(data, _read_tensors(tensor_path(path), data))
         except ScheduleError as error:
             raise ScheduleError(f"{path}: {error}") from None
         except (ValueError, RecursionError) as error:
             raise ScheduleError(f"{path}: not valid JSON ({error}); the file may be truncated. Get it again.") from None
+
+
+def tensor_path(path: str | os.PathLike[str]) -> Path:
+    """Where the tensors of the schedule at `path` are: the same name with the ending `.safetensors`."""
+    return Path(path).with_suffix(".safetensors")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(max_bytes + 1)
+    except OSError as error:
+        raise ScheduleError(f"{path}: cannot be read ({error.strerror}).") from None
+    if len(raw) > max_bytes:
+        raise ScheduleError(f"{path}: larger than {max_bytes // 2**20} MiB; it is not part of a schedule.")
+    return raw
+
+
+def _read_tensors(path: Path, data: Any) -> dict[str, Tensor]:
+    digest = data.get("tensors") if isinstance(data, dict) else None
+    if digest is None:
+        return {}
+    if not isinstance(digest, str):
+        raise ScheduleError(f"tensors: must be the SHA-256 of {path.name}, not {type(digest).__name__}.")
+    raw = _read(path, MAX_TENSOR_BYTES)
+    if hashlib.sha256(raw).hexdigest() != digest:
+        raise ScheduleError(f"tensors: {path.name} is not the file that belongs to this schedule. Get both again.")
+    try:
+        return safetensors.torch.load(raw)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ScheduleError(f"tensors: {path.name} is not a safetensors file ({error}). Get it again.") from None
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], sites: Mapping[str, str], num_steps: int) -> None:
+    """Every predictor has what it reads, of the right shape, and nothing else is there."""
+    needed = {
+        f"{site}/{parameter.name}": parameter
+        for site, row in sites.items()
+        for code in set(row) - {COMPUTE}
+        for parameter in BY_CODE[code].parameters
+    }
+    for name in sorted(needed.keys() ^ tensors.keys()):
+        raise ScheduleError(f"tensors: {name!r} is {'missing' if name in needed else 'not used by any site'}.")
+    for name, parameter in needed.items():
+        tensor = tensors[name]
+        steps = "steps" in parameter.axes
+        wrong = tensor.dtype != parameter.dtype or tensor.ndim != len(parameter.axes) or not tensor.numel()
+        if wrong or (steps and len(tensor) != num_steps):
+            expected = f"{parameter.dtype} [{', '.join(parameter.axes)}]" + (f" of {num_steps} steps" if steps else "")
+            raise ScheduleError(f"tensors: {name!r} must be {expected}, not {tensor.dtype} {list(tensor.shape)}.")
+        if not tensor.isfinite().all():
+            raise ScheduleError(f"tensors: {name!r} holds numbers that are not finite.")
 
 
 _FIELDS: dict[str, Any] = {

@@ -16,8 +16,9 @@ KINDS = {
     "branch": "a module's residual branch alone; the skip path stays fresh",
     "control": "one residual of a ControlNet, scaled as the UNet receives it",
     "eps": "the UNet's prediction; reusing it skips the whole step",
+    "guidance": "the guided minus the unguided prediction; reusing it runs the guided half of the batch only",
 }
-"""The kinds of site. (`guidance`, the difference between guided and unguided prediction, joins them.)"""
+"""The kinds of site."""
 
 
 def list_sites(graph: Graph) -> list[str]:

@@ -109,7 +109,7 @@ def count_macs(
         "num_tokens": architecture.num_tokens,
     }
     full = compile_plan(graph, {}, num_steps)
-    plan = None if schedule is None else compile_plan(graph, schedule.compute_table(), num_steps)
+    plan = None if schedule is None else compile_plan(graph, schedule.sites, num_steps)
     for suffix, attention in (("", False), ("_with_attention", True)):
         macs = full.macs(costs, batch_size=batch_size, attention=attention)
         result[f"macs{suffix}"] = macs

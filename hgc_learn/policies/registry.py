@@ -1,0 +1,75 @@
+"""How a policy becomes known: `@register(name, paper=..., grid=...)` over a function that writes a draft."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hgc_learn.schedule import HGCSchedule
+from hgc_learn.setting import Draft, Setting
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy.
+
+    Attributes:
+        name: on the command line and in files.
+        write: `write(setting, **knobs)`; knobs are its keyword arguments, all with a default. One named `budget` is
+            the fraction of the full MACs to keep.
+        paper: where it comes from.
+        grid: values of its knobs that tuning tries; may depend on the setting.
+    """
+
+    name: str
+    write: Callable[..., Draft]
+    paper: str
+    grid: Callable[[Setting], Mapping[str, Sequence[Any]]]
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.write) or "").partition("\n")[0]
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """Names and defaults."""
+        parameters = list(inspect.signature(self.write).parameters.values())[1:]
+        return {p.name: p.default for p in parameters}
+
+    def candidates(self, setting: Setting) -> Iterator[dict[str, Any]]:
+        """Every combination of the grid's values."""
+        grid = self.grid(setting)
+        for values in itertools.product(*grid.values()):
+            yield dict(zip(grid, values, strict=True))
+
+    def schedule(self, setting: Setting, **knobs: Any) -> HGCSchedule:
+        """The schedule that the policy writes with these knobs (the others at their defaults).
+
+        Raises:
+            ValueError: a knob that it does not have or that is out of range, or samples that it needs are missing.
+        """
+        unknown = sorted(set(knobs) - set(self.knobs))
+        if unknown:
+            raise ValueError(f"{self.name} has no knob {unknown[0]!r}; it has {', '.join(self.knobs) or 'none'}.")
+        return setting.schedule(
+            self.write(setting, **knobs), policy=self.name, settings={**self.knobs, **knobs}
+        )
+
+
+POLICIES: dict[str, Policy] = {}
+
+
+def register(
+    name: str, *, paper: str, grid: Mapping[str, Sequence[Any]] | Callable[[Setting], Mapping[str, Sequence[Any]]]
+) -> Callable[[Callable[..., Draft]], Callable[..., Draft]]:
+    """Registers the function below it as a policy. Its docstring's first line is what the list of policies shows."""
+
+    def add(write: Callable[..., Draft]) -> Callable[..., Draft]:
+        assert name not in POLICIES, name
+        POLICIES[name] = Policy(name, write, paper, grid if callable(grid) else lambda setting: grid)
+        return write
+
+    return add

@@ -1,0 +1,20 @@
+"""Backward differentiation of second order, with the last slope for the new one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from hgc_learn.predictors.base import Fill, Predictor
+
+
+def fill(ages: Sequence[int], step: int, parameters: Mapping[str, Tensor]) -> Fill:
+    """4/3 F0 - 1/3 F1 + 2/3 k d0."""
+    if len(ages) < 2:
+        return Fill((1.0,))
+    a = ages[0] / (ages[1] - ages[0])
+    return Fill((4 / 3 + 2 / 3 * a, -1 / 3 - 2 / 3 * a))
+
+
+BDF2 = Predictor("bdf2", "B", 2, fill, "backward differentiation of order 2 (HyCa's zoo, arXiv 2510.04188)")

@@ -1,0 +1,42 @@
+"""A predictor of its own for every channel, as HyCa chooses one for every cluster of channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hgc_learn.predictors.ab2 import AB2
+from hgc_learn.predictors.base import Fill, Parameter, Predictor
+from hgc_learn.predictors.bdf2 import BDF2
+from hgc_learn.predictors.foca import FOCA
+from hgc_learn.predictors.hold import HOLD
+from hgc_learn.predictors.linear import LINEAR
+from hgc_learn.predictors.taylor2 import TAYLOR2
+
+CHOICES = (HOLD, LINEAR, TAYLOR2, AB2, BDF2, FOCA)
+"""What the tensor `<site>/predictor` (uint8 [channels]) indexes. Part of the file format: append only."""
+
+
+def fill(ages: Sequence[int], step: int, parameters: Mapping[str, Tensor]) -> Fill:
+    """Row j of a table [len(ages), choices] of coefficients, gathered by channel."""
+    table = torch.zeros(len(ages), len(CHOICES))
+    for column, predictor in enumerate(CHOICES):
+        coefficients = predictor.fill(ages[: predictor.num_values], step, parameters).coefficients
+        for j, c in enumerate(coefficients):
+            table[j, column] = c
+    chosen = parameters["predictor"].cpu().long()
+    if int(chosen.max()) >= len(CHOICES):
+        raise ValueError(f"predictor: holds {int(chosen.max())}; choices are 0 to {len(CHOICES) - 1}.")
+    return Fill(tuple(table[:, chosen].unbind(0)))
+
+
+PER_CHANNEL = Predictor(
+    "per_channel",
+    "p",
+    max(choice.num_values for choice in CHOICES),
+    fill,
+    "a predictor per channel (HyCa, arXiv 2510.04188)",
+    parameters=(Parameter("predictor", torch.uint8, ("channels",)),),
+)

@@ -1,0 +1,132 @@
+"""What a schedule is written for: the models, the sampler and, for policies that measure, samples to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from hgc_learn import __version__
+from hgc_learn.architectures import Architecture
+from hgc_learn.fingerprint import ModelFingerprint
+from hgc_learn.graph import Graph
+from hgc_learn.macs import NodeCost
+from hgc_learn.plan import Plan, compile_plan
+from hgc_learn.rollout import SamplingConfig
+from hgc_learn.schedule import HGCSchedule
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a policy decides.
+
+    Attributes:
+        sites: per site, one code per model call: `C` or that of a predictor. Sites not listed are always computed.
+        tensors: that predictors read, by `<site>/<parameter>`.
+        timesteps: of a run with another number of steps than the setting's; its rows have that length.
+    """
+
+    sites: dict[str, str]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    timesteps: tuple[float, ...] | None = None
+
+
+@dataclass
+class Setting:
+    """Everything that a policy may look at.
+
+    Attributes:
+        graph: the models' dataflow, all modules expanded, on the meta device.
+        costs: of its nodes, per sample.
+        sampling: how pictures are made.
+        timesteps: the scheduler's timestep of each model call.
+        pipe: the pipeline itself; None where only an architecture is known.
+        batches: samples to measure on, as for `hgc_learn.rollout.generate`.
+        memo: what has been measured, for policies to share between their knobs.
+    """
+
+    graph: Graph
+    costs: Mapping[str, NodeCost]
+    sampling: SamplingConfig
+    timesteps: tuple[float, ...]
+    pipe: Any = None
+    batches: Sequence[dict[str, Any]] = ()
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_architecture(cls, architecture: Architecture, sampling: SamplingConfig) -> Setting:
+        """For policies that need neither weights nor samples; timesteps are spaced evenly from 999 on."""
+        graph, costs = architecture.measure((sampling.height, sampling.width))
+        num_steps = sampling.num_inference_steps
+        timesteps = tuple(999.0 - 1000.0 * i / num_steps for i in range(num_steps))
+        return cls(graph, costs, sampling, timesteps)
+
+    @classmethod
+    def of_pipeline(cls, pipe: Any, sampling: SamplingConfig, batches: Sequence[dict[str, Any]] = ()) -> Setting:
+        graph, costs = Architecture.of(pipe).measure((sampling.height, sampling.width))
+        return cls(graph, costs, sampling, scheduler_timesteps(pipe, sampling.num_inference_steps), pipe, batches)
+
+    @property
+    def num_steps(self) -> int:
+        """Model calls of a run."""
+        return len(self.timesteps)
+
+    @property
+    def is_guided(self) -> bool:
+        return self.sampling.guidance_scale > 1
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a model call per picture."""
+        return 2 if self.is_guided else 1
+
+    def plan(self, draft: Draft) -> Plan:
+        return compile_plan(self.graph, draft.sites, len(draft.timesteps or self.timesteps))
+
+    def kept(self, draft: Draft) -> float:
+        """Fraction of the full run's MACs (attention matmuls not counted) that a draft keeps."""
+        full = self.num_steps * sum(cost.macs for cost in self.costs.values())
+        return self.plan(draft).macs(self.costs, batch_size=self.batch_size) / (self.batch_size * full)
+
+    def need_samples(self, policy: str) -> None:
+        """Raises ValueError where there is no pipeline or nothing to measure on."""
+        if self.pipe is None or not self.batches:
+            raise ValueError(f"{policy} measures on real trajectories: give it a pipeline and samples to run (--data).")
+
+    def schedule(
+        self, draft: Draft, *, policy: str, settings: dict[str, Any], fidelity: dict[str, Any] | None = None
+    ) -> HGCSchedule:
+        """The file that a draft makes.
+
+        Raises:
+            ValueError: there is no pipeline whose fingerprint it could carry.
+        """
+        if self.pipe is None:
+            raise ValueError("A schedule carries the fingerprint of its models: a pipeline is needed.")
+        full = compile_plan(self.graph, {}, self.num_steps)
+        plan = self.plan(draft)
+        macs = {}
+        for suffix, attention in (("", False), ("_attention", True)):
+            macs[f"full{suffix}"] = full.macs(self.costs, batch_size=self.batch_size, attention=attention)
+            macs[f"cached{suffix}"] = plan.macs(self.costs, batch_size=self.batch_size, attention=attention)
+        return HGCSchedule(
+            sites={site: row for site, row in draft.sites.items() if set(row) != {"C"}},
+            timesteps=draft.timesteps or self.timesteps,
+            scheduler=type(self.pipe.scheduler).__name__,
+            guidance_scale=self.sampling.guidance_scale,
+            height=self.sampling.height,
+            width=self.sampling.width,
+            model=ModelFingerprint.of(self.pipe.unet, getattr(self.pipe, "controlnet", None)),
+            producer={"policy": policy, "version": __version__, "settings": settings},
+            macs=macs,
+            fidelity=fidelity or {},
+            tensors=draft.tensors,
+        )
+
+
+def scheduler_timesteps(pipe: Any, num_inference_steps: int) -> tuple[float, ...]:
+    """The timestep of each model call of a run."""
+    pipe.scheduler.set_timesteps(num_inference_steps)
+    return tuple(pipe.scheduler.timesteps.tolist())
