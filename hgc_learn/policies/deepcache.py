@@ -1,0 +1,121 @@
+"""DeepCache: only the shallow shell of the UNet runs at every step.
+
+The decoder's layers are counted from its end: branch b is the b-th. Its input from below is reused; the encoder layer
+whose skip it reads, and all shallower ones, run anew.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from hgc_learn.graph import Graph
+from hgc_learn.policies.registry import register
+from hgc_learn.setting import Draft, Setting
+
+
+def num_branches(graph: Graph) -> int:
+    """How many layers the decoder has: 12 in SD1.5, 9 in SDXL."""
+    return len(_decoder_layers(graph))
+
+
+def shallow_inputs(graph: Graph, branch: int) -> list[str]:
+    """The sites that the decoder's layer `branch`, counted from its end, reads from below: one, or for the deepest
+    layer of a UNet with ControlNets the mid block's output and its residuals."""
+    return nearest_sites(graph, _decoder_layers(graph)[-1 - branch][0])
+
+
+def decoder_skips(graph: Graph) -> list[str]:
+    """The sites that the decoder's skips are made of, in the order in which it reads them: the encoder's outputs, and
+    the ControlNets' residuals that are added to them."""
+    return [site for _, skip in _decoder_layers(graph) for site in nearest_sites(graph, skip)]
+
+
+def _decoder_layers(graph: Graph) -> list[tuple[str, str]]:
+    """Of every decoder layer what it reads: from below, and its skip."""
+    concats = [node for name, node in graph.nodes.items() if name.startswith("unet.up_blocks.") and "concat" in name]
+    return [(node.inputs[0], node.inputs[1]) for node in concats]
+
+
+def nearest_sites(graph: Graph, name: str) -> list[str]:
+    """The node itself if it is a site, else the sites nearest above it."""
+    if ":" in name:
+        return [name]
+    return [site for source in graph.nodes[name].inputs for site in nearest_sites(graph, source)]
+
+
+@register(
+    "deepcache",
+    paper="DeepCache, Ma et al. 2023, arXiv 2312.00858",
+    grid=lambda setting: {
+        "interval": range(2, 11),
+        "branch": range(num_branches(setting.graph)),
+        "control": ("held", "fresh") if setting.graph.residuals else ("held",),
+        "spacing": ("uniform", "quadratic"),
+    },
+)
+def deepcache(
+    setting: Setting,
+    *,
+    interval: int = 3,
+    branch: int = 0,
+    control: Literal["held", "fresh"] = "held",
+    spacing: Literal["uniform", "quadratic"] = "uniform",
+    center: int | None = None,
+    power: float = 1.4,
+) -> Draft:
+    """Full steps at intervals; between them only the UNet's outermost layers run.
+
+    Args:
+        interval: steps per full step.
+        branch: decoder layer, counted from the end, whose input from below is reused; 0 reuses most.
+        control: between full steps the ControlNet's residuals are `held`, or `fresh`: what the shell reads of them is
+            computed. (The authors' code knows no ControlNet and so runs all of it at every step, to the same effect.)
+        spacing: full steps are evenly spaced (`uniform`) or denser around `center` (`quadratic`).
+        center: of the quadratic spacing, a step; 3/10 of the run if not given.
+        power: of the quadratic spacing, above 1; the higher, the denser around the centre.
+    """
+    last = num_branches(setting.graph) - 1
+    if not 0 <= branch <= last:
+        raise ValueError(f"branch is {branch}; this UNet has branches 0 to {last}.")
+    if interval < 1:
+        raise ValueError(f"interval is {interval}; it must be at least 1.")
+    if spacing == "uniform" or interval == 1:
+        full = list(range(0, setting.num_steps, interval))
+    else:
+        center = setting.num_steps * 3 // 10 if center is None else center
+        full = quadratic_steps(setting.num_steps, -(-setting.num_steps // interval), center=center, power=power)
+    row = "".join("C" if i in full else "-" for i in range(setting.num_steps))
+    reused = [site for site in shallow_inputs(setting.graph, branch) if not site.endswith(":control")]
+    rows = dict.fromkeys(reused, row)
+    if control == "held" and "-" in row:
+        shell = setting.plan(Draft(rows)).steps[row.index("-")].run
+        rows |= {site: row for site in shell if site.endswith(":control")}
+    return Draft(rows)
+
+
+def quadratic_steps(num_steps: int, num_full: int, *, center: int, power: float) -> list[int]:
+    """`num_full` steps that are dense around `center`: whole parts of l^power + center for evenly spaced l from
+    (-center)^(1/power) to (num_steps - center)^(1/power) (arXiv 2312.00858).
+
+    As in the authors' code, roots of negative numbers are the complex principal ones, of which the real part is taken
+    in the end, and `power` is lowered until the steps are distinct.
+
+    Raises:
+        ValueError: a centre outside of the run, or no power above 1 gives distinct steps.
+    """
+    if not 0 <= center < num_steps:
+        raise ValueError(f"center is {center}; it must be a step of the run, 0 to {num_steps - 1}.")
+    exponent = power
+    while exponent > 1:
+        first, last = complex(-center) ** (1 / exponent), complex(num_steps - center) ** (1 / exponent)
+        offsets = (np.linspace(first, last, num_full + 1) ** exponent).real.astype(int)
+        steps = [0, *(int(offset) + center for offset in np.unique(offsets)[1:-1])]
+        if len(steps) == num_full:
+            return steps
+        exponent -= 0.02
+    raise ValueError(
+        f"power is {power:g}: no power from it down to 1 puts {num_full} distinct full steps around step {center} of "
+        f"{num_steps}; change center, power or interval."
+    )
