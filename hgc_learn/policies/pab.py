@@ -1,0 +1,56 @@
+"""Pyramid Attention Broadcast: attention outputs reused for a few steps, in the middle of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hgc_learn.policies.registry import register
+from hgc_learn.policies.tgate import attention_sites
+from hgc_learn.setting import Draft, Setting
+
+
+def _grid(setting: Setting) -> Mapping[str, Sequence[Any]]:
+    return {
+        "cross_interval": (2, 3, 5, 10, setting.num_steps),
+        "self_interval": (1, 2, 3, 5, 10, setting.num_steps),
+        "min_timestep": (-1.0, 100.0),
+        "max_timestep": (800.0, 1000.0),
+    }
+
+
+@register("pab", paper="Pyramid Attention Broadcast, Zhao et al. 2024, arXiv 2408.12588", grid=_grid)
+def pab(
+    setting: Setting,
+    *,
+    cross_interval: int = 6,
+    self_interval: int = 2,
+    min_timestep: float = 100.0,
+    max_timestep: float = 800.0,
+    controlnet: bool = True,
+) -> Draft:
+    """Cross-attention every `cross_interval`-th step, self-attention every `self_interval`-th; all outside a range.
+
+    As in diffusers' `apply_pyramid_attention_broadcast`: a step reuses where its timestep lies strictly between
+    `min_timestep` and `max_timestep` and its number, counted over the whole run, is no multiple of the interval. An
+    interval of 1 always computes. `controlnet` says whether the ControlNets' attention follows the rule too. (The third
+    interval of the paper is that of the temporal attention of video models.)
+
+    Attention is a small part of a UNet's MACs: on SD1.5 with a ControlNet no setting keeps less than 0.88.
+    """
+    for name, interval in (("cross_interval", cross_interval), ("self_interval", self_interval)):
+        if interval < 1:
+            raise ValueError(f"{name} is {interval}; it must be at least 1.")
+
+    def row(interval: int) -> str:
+        reused = [
+            i > 0 and i % interval > 0 and min_timestep < t < max_timestep for i, t in enumerate(setting.timesteps)
+        ]
+        return "".join("-" if r else "C" for r in reused)
+
+    return Draft(
+        {
+            **dict.fromkeys(attention_sites(setting.graph, "attn1", controlnet=controlnet), row(self_interval)),
+            **dict.fromkeys(attention_sites(setting.graph, "attn2", controlnet=controlnet), row(cross_interval)),
+        }
+    )
