@@ -17,7 +17,9 @@ def _grid(setting: Setting) -> dict[str, list[object]]:
     }
 
 
-@register("time_cutoff", paper="the shape of Learning-to-Cache's patterns, Ma et al. 2024, arXiv 2406.01733", grid=_grid)
+@register(
+    "time_cutoff", paper="the shape of Learning-to-Cache's patterns, Ma et al. 2024, arXiv 2406.01733", grid=_grid
+)
 def time_cutoff(setting: Setting, *, cutoff: int = 10, interval: int = 3, site: str = "*:branch") -> Draft:
     """Computes everything before step `cutoff`; from there on reuses, refreshed at every `interval`-th step.
 
