@@ -1,0 +1,240 @@
+"""What the policies that measure look at: how sites move along the uncached trajectory, and real rollouts of drafts.
+
+A site's values over a run are summed up by the L1 distances between any two steps and, per channel, by the Gram matrix
+over steps. Every predictor is linear in computed values, so its squared error at any step, from any earlier steps,
+follows from the Gram matrix alone: histories are kept for the batch at hand only, statistics for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hgc_learn import ops
+from hgc_learn.forwards import RoutedForwards
+from hgc_learn.graph import Graph, build_graph
+from hgc_learn.inference import apply_schedule, remove_schedule
+from hgc_learn.rollout import generate
+from hgc_learn.setting import Draft, Setting
+from hgc_learn.sites import list_sites
+
+MAX_HISTORY_BYTES = 4 * 2**30
+"""Sites are measured together as long as their values over a run fit in here; the rest takes another run."""
+
+CONTROLNET = ("computed", "layers", "residuals")
+"""Values of the knob `controlnet` of policies that decide layer by layer: it always runs, its layers are treated like
+the UNet's, or its residuals are."""
+
+T = TypeVar("T")
+
+
+@dataclass
+class SiteStatistics:
+    """One site over the steps of a run, summed over samples (the halves of a guided pair count as two).
+
+    Attributes:
+        l1_distance: |F_i - F_j|_1, float64 [steps, steps].
+        l1_norm: |F_i|_1, float64 [steps].
+        gram: sum of F_i F_j over samples and positions, float64 [channels, steps, steps].
+        total: sum of F_i over samples and positions, float64 [channels, steps].
+        count: number of values per channel and step.
+    """
+
+    l1_distance: Tensor
+    l1_norm: Tensor
+    gram: Tensor
+    total: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, history: Tensor) -> SiteStatistics:
+        """Of one batch's values [steps, channels, values per channel]."""
+        history = history.double()
+        flat = history.flatten(1)
+        by_channel = history.transpose(0, 1)
+        return cls(
+            l1_distance=torch.cdist(flat, flat, p=1).cpu(),
+            l1_norm=flat.abs().sum(1).cpu(),
+            gram=(by_channel @ by_channel.mT).cpu(),
+            total=by_channel.sum(2).cpu(),
+            count=history.shape[2],
+        )
+
+    def __add__(self, other: SiteStatistics) -> SiteStatistics:
+        return SiteStatistics(
+            self.l1_distance + other.l1_distance,
+            self.l1_norm + other.l1_norm,
+            self.gram + other.gram,
+            self.total + other.total,
+            self.count + other.count,
+        )
+
+    def change(self) -> Tensor:
+        """Relative L1 error of having F_i at step j, |F_i - F_j|_1 / |F_j|_1: float64 [steps i, steps j]."""
+        return self.l1_distance / self.l1_norm.clamp_min(1e-30)
+
+    def squared_error(self, step: int, fill: Mapping[int, float]) -> Tensor:
+        """Per channel, |F_step - sum_j fill[j] F_j|^2: float64 [channels]."""
+        weights = torch.zeros(self.gram.shape[1], dtype=torch.float64)
+        weights[step] = 1.0
+        for j, coefficient in fill.items():
+            weights[j] -= coefficient
+        return (self.gram @ weights @ weights).clamp_min(0.0)
+
+
+def site_statistics(setting: Setting, sites: Sequence[str]) -> dict[str, SiteStatistics]:
+    """Statistics of sites over the setting's samples; those known from before are not measured again."""
+    known: dict[str, SiteStatistics] = setting.memo.setdefault("site_statistics", {})
+    missing = [site for site in sites if site not in known]
+    for group in _groups_that_fit(setting, missing):
+        for batch in progress(setting.batches, f"calibrating {len(group)} sites"):
+            for site, history in _histories(setting, group, batch).items():
+                statistics = SiteStatistics.of(history)
+                known[site] = known[site] + statistics if site in known else statistics
+            count_rollouts(setting, len(batch["seed"]))
+    return {site: known[site] for site in sites}
+
+
+def _groups_that_fit(setting: Setting, sites: Sequence[str]) -> Iterator[list[str]]:
+    largest_batch = max(len(batch["seed"]) for batch in setting.batches)
+    values = setting.num_steps * setting.batch_size * largest_batch
+    group: list[str] = []
+    num_bytes = 0
+    for site in sites:
+        site_bytes = values * setting.costs[site].numel * setting.pipe.unet.dtype.itemsize
+        if group and num_bytes + site_bytes > MAX_HISTORY_BYTES:
+            yield group
+            group, num_bytes = [], 0
+        group.append(site)
+        num_bytes += site_bytes
+    if group:
+        yield group
+
+
+def _histories(setting: Setting, sites: Sequence[str], batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Per site, its values over an uncached run: [steps, channels, values per channel]."""
+    kept: dict[str, list[Tensor]] = {site: [] for site in sites}
+
+    def keep(site: str, step: int, value: Tensor) -> None:
+        channels_first = value.movedim(1 if value.ndim == 4 else -1, 0)
+        kept[site].append(channels_first.flatten(1).clone())
+
+    graph = build_graph(setting.pipe.unet, getattr(setting.pipe, "controlnet", None))
+    forwards = ObservedForwards(setting.pipe, graph, setting.num_steps, sites, keep)
+    forwards.install()
+    try:
+        generate(setting.pipe, setting.sampling, batch)
+    finally:
+        forwards.uninstall()
+    return {site: torch.stack(values) for site, values in kept.items()}
+
+
+class ObservedForwards(RoutedForwards):
+    """Runs every node and shows the values of `sites` as they are made: `visit(site, step, value)`."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        graph: Graph,
+        num_steps: int,
+        sites: Iterable[str],
+        visit: Callable[[str, int, Tensor], None],
+    ):
+        super().__init__(pipe, graph, num_steps)
+        self.sites, self.visit = set(sites), visit
+        skipped = {*graph.residuals, graph.guidance}  # given as arguments; read by nothing
+        self.order = {
+            m: [n for n in graph.nodes.values() if n.model == m and n.name not in skipped] for m in self.models
+        }
+        # Within one forward; residuals and prediction, which leave it, have no reader there.
+        self.last_reader = {m: {i: n.name for n in nodes for i in n.inputs} for m, nodes in self.order.items()}
+        self.results = {graph.output, *(name for names in self.residuals.values() for name in names)}
+
+    def execute(self, model: str, step: int, call: ops.Call, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        values, last_reader = given, self.last_reader[model]
+        for node in self.order[model]:
+            values[node.name] = node.run(call, *[values[name] for name in node.inputs])
+            if node.name in self.sites:
+                self.visit(node.name, step, values[node.name])
+            for name in set(node.inputs) - self.results:
+                if last_reader[name] == node.name:
+                    del values[name]
+        return values
+
+
+# Rollouts of drafts
+
+
+def count_rollouts(setting: Setting, num_samples: float) -> None:
+    """Notes what has been spent, in full trajectories of one sample: `setting.memo["num_rollouts"]`."""
+    setting.memo["num_rollouts"] = setting.memo.get("num_rollouts", 0.0) + num_samples
+
+
+def latent_error(setting: Setting, draft: Draft) -> float:
+    """Mean squared error of a draft's final latents on the setting's samples, against the uncached pipeline's."""
+    errors: dict[Any, float] = setting.memo.setdefault("latent_errors", {})
+    key = frozenset(draft.sites.items()) if not draft.tensors and draft.timesteps is None else None
+    if key in errors:
+        return errors[key]
+    total, num_samples = 0.0, 0
+    references = reference_latents(setting)
+    apply_schedule(setting.pipe, setting.schedule(draft, policy="trial", settings={}))
+    try:
+        for batch, reference in zip(setting.batches, references, strict=True):
+            latents = generate(setting.pipe, setting.sampling, batch)
+            total += float((latents - reference).float().square().flatten(1).mean(1).sum())
+            num_samples += len(reference)
+    finally:
+        remove_schedule(setting.pipe)
+    count_rollouts(setting, num_samples * setting.kept(draft))
+    error = total / num_samples
+    if key is not None:
+        errors[key] = error
+    return error
+
+
+def reference_latents(setting: Setting) -> list[Tensor]:
+    """The uncached pipeline's final latents of every batch."""
+    if "reference_latents" not in setting.memo:
+        batches = progress(setting.batches, "uncached trajectories")
+        setting.memo["reference_latents"] = [generate(setting.pipe, setting.sampling, batch) for batch in batches]
+        count_rollouts(setting, sum(len(batch["seed"]) for batch in setting.batches))
+    references: list[Tensor] = setting.memo["reference_latents"]
+    return references
+
+
+# What the policies share
+
+
+def layer_sites(graph: Graph, patterns: Iterable[str], controlnet: str) -> list[str]:
+    """Sites of policies that decide layer by layer: those of the UNet that match `patterns` (globs without the
+    model), and what the knob `controlnet` adds.
+
+    Raises:
+        ValueError: a value that `controlnet` does not have.
+    """
+    if controlnet not in CONTROLNET:
+        raise ValueError(f"controlnet is {controlnet!r}; it is one of {', '.join(CONTROLNET)}.")
+    wanted = [f"unet.{pattern}" for pattern in patterns]
+    if controlnet == "layers":
+        wanted += [f"controlnet.{pattern}" for pattern in patterns]
+    if controlnet == "residuals":
+        wanted.append("*:control")
+    return [site for site in list_sites(graph) if any(fnmatchcase(site, pattern) for pattern in wanted)]
+
+
+def geometric(first: float, last: float, num: int) -> tuple[float, ...]:
+    """Thresholds for a grid, evenly spaced on a log scale, rounded to three digits."""
+    return tuple(float(f"{first * (last / first) ** (i / (num - 1)):.3g}") for i in range(num))
+
+
+def progress(items: Sequence[T], description: str) -> Iterable[T]:
+    """The items, with a bar on the terminal."""
+    from rich.progress import track
+
+    return track(items, description=description)

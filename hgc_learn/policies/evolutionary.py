@@ -1,0 +1,188 @@
+"""A genetic search over schedules, judged by real rollouts: no gradients, no model of what caching does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hgc_learn.calibration import latent_error
+from hgc_learn.graph import Graph
+from hgc_learn.plan import live_step
+from hgc_learn.policies.registry import register
+from hgc_learn.setting import Draft, Setting
+from hgc_learn.sites import list_sites
+
+if TYPE_CHECKING:
+    from hgc_learn.genetic import Genes
+
+Alternative = Mapping[str, str]
+"""What a gene does at a step: the codes of the sites that it reuses."""
+
+
+@register(
+    "evolutionary",
+    paper="in the manner of ECAD (arXiv 2506.15682): a genetic algorithm on measured quality",
+    grid={"budget": (0.5, 0.37, 0.25)},
+)
+def evolutionary(
+    setting: Setting,
+    *,
+    budget: float = 0.5,
+    population: int = 32,
+    generations: int = 30,
+    seed: int = 0,
+) -> Draft:
+    """Evolves, per step, where the decoder starts from and whether ControlNet, guidance and attention are reused.
+
+    Minimises the mean squared error of the final latents in real rollouts. It starts from all rules that do one thing
+    at all steps but evenly spaced full ones, at the budget. `setting.memo["num_rollouts"]` counts what it costs.
+
+    Args:
+        budget: fraction of the full MACs that must not be exceeded.
+        population: schedules that survive a generation, and those tried in it.
+        generations: after the one that the rules are.
+        seed: of the search; the same seed finds the same schedule.
+    """
+    setting.need_samples("evolutionary")
+    encoding = Encoding(setting)
+    if not encoding.least_kept() <= budget <= 1:
+        raise ValueError(f"budget is {budget}; with this model it can be {encoding.least_kept():.3f} to 1.")
+    if population < 2 or generations < 0:
+        raise ValueError(f"population is {population}, generations {generations}; at least 2 and 0 are needed.")
+    try:
+        from hgc_learn.genetic import search
+    except ImportError:
+        raise ValueError("evolutionary searches with pymoo: pip install pymoo.") from None
+    from rich.progress import Progress
+
+    seeds = rules(encoding, budget)
+    with Progress() as bar:
+        task = bar.add_task("evolving", total=len(seeds) + population * generations)
+        best = float("inf")
+
+        def error(genes: Genes) -> float:
+            nonlocal best
+            value = latent_error(setting, encoding.draft(genes))
+            best = min(best, value)
+            bar.update(task, advance=1, description=f"evolving, error {best:.3g}")
+            return value
+
+        genes = search(
+            error,
+            encoding.kept,
+            seeds,
+            encoding.sizes,
+            budget=budget,
+            population=population,
+            generations=generations,
+            seed=seed,
+        )
+        bar.update(task, completed=len(seeds) + population * generations)
+    return encoding.draft(genes)
+
+
+class Encoding:
+    """Schedules as integers [steps - 1, genes]; the first step computes everything.
+
+    Attributes:
+        genes: by name, the alternatives of each gene, from the one that computes most to the one that does least.
+    """
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.genes: dict[str, list[Alternative]] = {
+            "trunk": self._by_cost(trunk_alternatives(setting.graph)),
+            "control": [{}, *_held(setting.graph, ":control")],
+            "guidance": [{}, *guidance_alternatives(setting)],
+            "attn1": [{}, *_held(setting.graph, ".attn1:out")],
+            "attn2": [{}, *_held(setting.graph, ".attn2:out")],
+        }
+        self.genes = {name: those for name, those in self.genes.items() if len(those) > 1}
+        self.sizes = [len(alternatives) for alternatives in self.genes.values()]
+        self.macs: dict[tuple[int, ...], int] = {}
+
+    def _by_cost(self, alternatives: Sequence[Alternative]) -> list[Alternative]:
+        return sorted(alternatives, key=lambda reused: -self._macs(reused))
+
+    def _macs(self, reused: Alternative) -> int:
+        """MACs of a step per picture."""
+        step = live_step(self.setting.graph, set(reused))
+        samples = 1 if step.is_half else self.setting.batch_size
+        return samples * sum(self.setting.costs[name].macs for name in step.run)
+
+    def reused(self, step: Sequence[int]) -> dict[str, str]:
+        """Sites that a step reuses, with their codes."""
+        result: dict[str, str] = {}
+        for alternatives, value in zip(self.genes.values(), step, strict=True):
+            result.update(alternatives[value])
+        output = self.setting.graph.output
+        return {output: result[output]} if output in result else result
+
+    def draft(self, genes: Genes) -> Draft:
+        steps: list[dict[str, str]] = [{}, *(self.reused(step) for step in genes.tolist())]
+        sites = dict.fromkeys(site for step in steps for site in step)
+        return Draft({site: "".join(step.get(site, "C") for step in steps) for site in sites})
+
+    def kept(self, genes: Genes) -> float:
+        """Fraction of the full MACs."""
+        total = self._step_macs((0,) * len(self.sizes))
+        full = total * (len(genes) + 1)
+        for step in genes.tolist():
+            total += self._step_macs(tuple(step))
+        return total / full
+
+    def _step_macs(self, step: tuple[int, ...]) -> int:
+        if step not in self.macs:
+            self.macs[step] = self._macs(self.reused(step))
+        return self.macs[step]
+
+    def least_kept(self) -> float:
+        """Of all schedules: what the first step takes."""
+        return 1 / self.setting.num_steps
+
+
+def trunk_alternatives(graph: Graph) -> list[Alternative]:
+    """Compute all; hold the encoder (Faster-Diffusion); hold the decoder up to one of its layers (DeepCache); hold or
+    extrapolate the prediction."""
+    depths, skips = [], set()
+    for node in graph.nodes.values():
+        if node.name.endswith(".concat"):
+            deep, skip = node.inputs
+            depths += [deep] if ":" in deep else []
+            skips |= {skip} if ":" in skip else set(graph.nodes[skip].inputs)  # a sum with a ControlNet's residual
+    encoder = [site for site in list_sites(graph) if site in skips]
+    middle = [site for site in list_sites(graph) if site.startswith("unet.mid_block") and site.endswith(":out")][-1:]
+    deeper = [{site: "-"} for site in depths]
+    return [{}, dict.fromkeys([*encoder, *middle], "-"), *deeper, {graph.output: "-"}, {graph.output: "1"}]
+
+
+def guidance_alternatives(setting: Setting) -> list[Alternative]:
+    """Hold the guidance difference, extrapolate it, or drop it."""
+    return [{setting.graph.guidance: code} for code in "-10"] if setting.is_guided else []
+
+
+def _held(graph: Graph, suffix: str) -> list[Alternative]:
+    """One alternative that holds all sites with a suffix, if there are any."""
+    sites = [site for site in list_sites(graph) if site.endswith(suffix)]
+    return [dict.fromkeys(sites, "-")] if sites else []
+
+
+def rules(encoding: Encoding, budget: float) -> list[Genes]:
+    """One alternative at every step but evenly spaced full ones, as many of them as the budget allows: for every
+    combination of trunk, control and guidance (held)."""
+    num_steps, names = encoding.setting.num_steps, list(encoding.genes)
+    found: dict[bytes, Genes] = {}
+    for trunk in range(encoding.sizes[0]):
+        for control in range(2 if "control" in names else 1):
+            for guidance in range(2 if "guidance" in names else 1):
+                chosen = {"trunk": trunk, "control": control, "guidance": guidance}
+                reused = np.array([chosen.get(name, 0) for name in names])
+                for num_full in range(num_steps, 0, -1):
+                    full = {i * num_steps // num_full for i in range(num_full)}
+                    genes = np.array([0 * reused if i in full else reused for i in range(1, num_steps)])
+                    if encoding.kept(genes) <= budget:
+                        found.setdefault(str(encoding.draft(genes).sites).encode(), genes)
+                        break
+    return list(found.values())

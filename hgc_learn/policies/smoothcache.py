@@ -1,0 +1,81 @@
+"""Layers are reused for as many steps as their measured error stays below a threshold."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hgc_learn.calibration import geometric, layer_sites, site_statistics
+from hgc_learn.policies.registry import register
+from hgc_learn.setting import Draft, Setting
+
+LAYER_TYPES = {"attn1": "*.attn1:out", "attn2": "*.attn2:out", "ff": "*.ff:out", "resnet": "*.resnets.*:branch"}
+"""All are residual branches. The paper's transformers have no resnets; here most of the MACs are theirs."""
+
+
+@register(
+    "smoothcache",
+    paper="SmoothCache, Liu et al. 2024, arXiv 2411.10510",
+    # The paper's max_skip is 3; a longer one is needed to reach few MACs.
+    grid={
+        "alpha": geometric(0.03, 3.0, 16),
+        "max_skip": (3, 6, 19),
+        "grouping": ("type", "layer"),
+        "controlnet": ("computed", "layers", "residuals"),
+    },
+)
+def smoothcache(
+    setting: Setting,
+    *,
+    alpha: float = 0.2,
+    max_skip: int = 3,
+    grouping: str = "type",
+    controlnet: str = "layers",
+) -> Draft:
+    """Skips a layer for the most steps (up to max_skip) after which its relative L1 error is at most alpha.
+
+    The error of holding a value for j steps is measured on uncached trajectories and averaged over the layers of a
+    type. The first and the last step are computed.
+
+    Args:
+        alpha: largest relative L1 error.
+        max_skip: most steps in a row that a layer is reused; 3 in the paper.
+        grouping: `type`: layers of one type (of one model) share a row, as in the paper; `layer`: each its own.
+        controlnet: `computed`, `layers` (like the UNet's) or `residuals` (its outputs are the layers).
+    """
+    setting.need_samples("smoothcache")
+    if alpha < 0 or max_skip < 1:
+        raise ValueError(f"alpha is {alpha}, max_skip {max_skip}; they must be at least 0 and 1.")
+    if grouping not in ("type", "layer"):
+        raise ValueError(f"grouping is {grouping!r}; it is type or layer.")
+    sites = layer_sites(setting.graph, LAYER_TYPES.values(), controlnet)
+    statistics = site_statistics(setting, sites)
+    groups: dict[str, list[str]] = {}
+    for site in sites:
+        groups.setdefault(site if grouping == "layer" else layer_type(site), []).append(site)
+    rows = {}
+    for members in groups.values():
+        errors = torch.stack([statistics[site].change() for site in members]).mean(0)
+        rows.update(dict.fromkeys(members, skip_row(errors, alpha, max_skip)))
+    return Draft(rows)
+
+
+def layer_type(site: str) -> str:
+    """The model that a layer is in and its type, for example `unet attn1`."""
+    path, _, kind = site.partition(":")
+    model = "unet" if path.startswith("unet.") else "controlnet"
+    kinds = {"branch": "resnet", "control": "control"}
+    return f"{model} {kinds.get(kind) or path.rpartition('.')[2]}"
+
+
+def skip_row(errors: Tensor, alpha: float, max_skip: int) -> str:
+    """The row of a layer; `errors[i, j]` [steps, steps] is that of having step i's value at step j."""
+    num_steps = len(errors)
+    row = ["-"] * num_steps
+    step = 0
+    while step < num_steps:
+        row[step] = "C"
+        skips = [j for j in range(1, max_skip + 1) if step + j < num_steps and errors[step, step + j] <= alpha]
+        step += 1 + max(skips, default=0)
+    row[-1] = "C"
+    return "".join(row)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from measured import measured_setting, shared_setting
+
+from hgc_learn.calibration import latent_error
+from hgc_learn.genetic import Genes, search
+from hgc_learn.plan import compile_plan
+from hgc_learn.policies import POLICIES
+from hgc_learn.policies.evolutionary import Encoding, evolutionary, rules
+
+
+def random_genes(encoding: Encoding, seed: int) -> Genes:
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.integers(encoding.sizes) for _ in range(encoding.setting.num_steps - 1)])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_kept_is_that_of_the_plan_whatever_the_genes(seed: int) -> None:
+    encoding = Encoding(shared_setting())
+    genes = random_genes(encoding, seed)
+    assert encoding.kept(genes) == pytest.approx(encoding.setting.kept(encoding.draft(genes)), abs=1e-12)
+
+
+def test_alternatives_are_ordered_and_each_does_something() -> None:
+    setting = shared_setting()
+    encoding = Encoding(setting)
+    assert list(encoding.genes) == ["trunk", "control", "guidance", "attn1", "attn2"]
+    for gene, size in enumerate(encoding.sizes):
+        kept = []
+        for value in range(size):
+            genes = np.zeros((setting.num_steps - 1, len(encoding.sizes)), dtype=np.int64)
+            genes[:, gene] = value
+            kept.append(encoding.kept(genes))
+        assert kept[0] == 1
+        assert kept == sorted(kept, reverse=True)
+        assert kept[1] < 1
+    encoder = next(a for a in encoding.genes["trunk"] if "unet.conv_in:out" in a)
+    step = compile_plan(setting.graph, dict.fromkeys(encoder, "C----"), setting.num_steps).steps[1]
+    assert not [name for name in step.run if name.startswith(("unet.down_blocks", "unet.mid_block"))]
+
+
+@pytest.mark.parametrize("budget", [0.25, 0.5, 0.8])
+def test_rules_keep_the_budget_and_hold_the_well_known_ones(budget: float) -> None:
+    encoding = Encoding(shared_setting())
+    found = rules(encoding, budget)
+    assert all(encoding.kept(genes) <= budget for genes in found)
+    rows = [encoding.draft(genes).sites for genes in found]
+    uniform = {0.25: "C----", 0.5: "C-C--", 0.8: "CCCC-"}[budget]  # as many full steps as fit, evenly spaced
+    assert {"unet:eps": uniform} in rows
+    assert {"unet:eps": uniform.replace("-", "1")} in rows
+    deepcache = [row for row in rows if list(row) == ["unet.up_blocks.3.attentions.1:out"]]
+    assert bool(deepcache) == (budget > 0.25)
+
+
+@pytest.mark.parametrize(("budget", "seed"), [(0.3, 0), (0.5, 1)])
+def test_never_beyond_the_budget_nor_worse_than_any_rule(budget: float, seed: int) -> None:
+    setting = shared_setting()
+    draft = evolutionary(setting, budget=budget, population=6, generations=3, seed=seed)
+    assert setting.kept(draft) <= budget
+    encoding = Encoding(setting)
+    best_rule = min(latent_error(setting, encoding.draft(genes)) for genes in rules(encoding, budget))
+    assert latent_error(setting, draft) <= best_rule
+
+
+def test_the_same_seed_finds_the_same_schedule_and_counts_its_rollouts() -> None:
+    drafts = []
+    for _ in range(2):
+        setting = measured_setting()
+        drafts.append(evolutionary(setting, budget=0.4, population=4, generations=2, seed=3))
+        num_rules = len(rules(Encoding(setting), 0.4))
+        num_samples = sum(len(batch["seed"]) for batch in setting.batches)
+        spent = setting.memo["num_rollouts"]
+        assert num_samples < spent <= num_samples * (1 + 0.4 * (num_rules + 2 * 4))
+    assert drafts[0] == drafts[1]
+
+
+def test_the_search_finds_a_known_optimum_within_its_budget() -> None:
+    """Steps that are reused cost their weight; half of the steps may be computed, so the heavier half should be."""
+    weights = np.array([5.0, 1, 7, 2, 8, 3, 6, 4])
+    evaluated = []
+
+    def kept(genes: Genes) -> float:
+        return float((genes == 0).mean())
+
+    def error(genes: Genes) -> float:
+        evaluated.append(kept(genes))
+        return float(weights[genes[:, 0] > 0].sum())
+
+    start = np.array([[0], [0], [0], [0], [1], [1], [1], [1]])
+    best = search(error, kept, [start], [2], budget=0.5, population=12, generations=20, seed=0)
+    assert best.ravel().tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
+    assert max(evaluated) <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"budget": 0.1}, "budget is 0.1; with this model it can be 0.200 to 1"),
+        ({"population": 1}, "population is 1"),
+        ({"generations": -1}, "generations -1"),
+    ],
+)
+def test_wrong_knobs_are_refused(knobs: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        POLICIES["evolutionary"].write(shared_setting(), **knobs)
