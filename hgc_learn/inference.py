@@ -210,7 +210,7 @@ class _Runtime(RoutedForwards):
             elif load.site != guidance:
                 values[load.site] = self._fill_in(load, step, load.guided, slice(None))
         for op in program.ops:
-            if op.name == guidance and not has_halves:
+            if op.name == guidance and not has_halves:  # guidance was switched off: there is no difference
                 continue
             values[op.name] = op.run(call, *[values[name] for name in op.inputs])
             for name in op.drop:
@@ -219,9 +219,10 @@ class _Runtime(RoutedForwards):
             self._keep_for_all(model, step, values)
             return values
         for name in program.store:
-            self.cache[name, step] = values[name]
+            if name in values:
+                self.cache[name, step] = values[name]
         for key in program.free:
-            del self.cache[key]
+            self.cache.pop(key, None)
         return values
 
     def _keep_for_all(self, model: str, step: int, values: dict[str, Tensor]) -> None:
@@ -257,7 +258,7 @@ class _Runtime(RoutedForwards):
         """sum_j c_j F_j + bias over some samples of the kept values."""
         values = [self.cache[load.site, source] for source in sources]
         fill = self._fill_on(values[0], load.site, step, sources)
-        if fill.bias is None and fill.coefficients == (1.0,):
+        if fill.holds:
             return values[0][samples]
         total = values[0][samples] * fill.coefficients[0]
         for value, coefficient in zip(values[1:], fill.coefficients[1:], strict=False):

@@ -24,9 +24,9 @@ from hgc_learn.inference import apply_schedule, remove_schedule
 
 @contextmanager
 def by_definition(pipe: Any, rows: dict[str, str]) -> Iterator[None]:
-    """Runs the pipeline as a schedule is defined, keeping every tensor of both halves of the batch: a value is asked for
-    from the prediction backwards; a site that its row reuses is filled in from the values it had when it last really
-    ran, half by half where a row is about guidance."""
+    """Runs the pipeline as a schedule is defined, keeping every tensor: a value is asked for from the prediction
+    backwards; a site that its row reuses is filled in from the values it had when it last really ran, each half of the
+    batch by itself where a row is about guidance."""
     graph = build_graph(pipe.unet, pipe.controlnet)
     halves = (0, 1) if "unet:guidance" in rows else (None,)
     history: dict[tuple[str, int | None], list[tuple[int, Tensor]]] = {}  # by site and half, the latest first

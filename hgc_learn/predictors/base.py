@@ -25,6 +25,12 @@ class Fill:
     coefficients: tuple[float | Tensor, ...]
     bias: Tensor | None = None
 
+    @property
+    def holds(self) -> bool:
+        """Whether it is F_0 as it is."""
+        only = self.coefficients[0] if len(self.coefficients) == 1 and self.bias is None else None
+        return isinstance(only, float) and only == 1.0
+
     def map(self, move: Callable[[Tensor], Tensor]) -> Fill:
         """The same with every tensor replaced by `move(tensor)`."""
         coefficients = tuple(move(c) if isinstance(c, Tensor) else c for c in self.coefficients)
