@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -68,6 +69,10 @@ class Setting:
         graph, costs = Architecture.of(pipe).measure((sampling.height, sampling.width))
         return cls(graph, costs, sampling, scheduler_timesteps(pipe, sampling.num_inference_steps), pipe, batches)
 
+    @cached_property
+    def fingerprint(self) -> ModelFingerprint:
+        return ModelFingerprint.of(self.pipe.unet, getattr(self.pipe, "controlnet", None))
+
     @property
     def num_steps(self) -> int:
         """Model calls of a run."""
@@ -96,15 +101,22 @@ class Setting:
             raise ValueError(f"{policy} measures on real trajectories: give it a pipeline and samples to run (--data).")
 
     def schedule(
-        self, draft: Draft, *, policy: str, settings: dict[str, Any], fidelity: dict[str, Any] | None = None
+        self,
+        draft: Draft,
+        *,
+        policy: str,
+        settings: dict[str, Any],
+        paper: str = "",
+        fidelity: dict[str, Any] | None = None,
     ) -> HGCSchedule:
-        """The file that a draft makes.
+        """The file that a draft makes; `policy`, `settings` and `paper` say who wrote it.
 
         Raises:
             ValueError: there is no pipeline whose fingerprint it could carry.
         """
         if self.pipe is None:
             raise ValueError("A schedule carries the fingerprint of its models: a pipeline is needed.")
+        producer = {"policy": policy, "version": __version__, "settings": settings}
         full = compile_plan(self.graph, {}, self.num_steps)
         plan = self.plan(draft)
         macs = {}
@@ -118,8 +130,8 @@ class Setting:
             guidance_scale=self.sampling.guidance_scale,
             height=self.sampling.height,
             width=self.sampling.width,
-            model=ModelFingerprint.of(self.pipe.unet, getattr(self.pipe, "controlnet", None)),
-            producer={"policy": policy, "version": __version__, "settings": settings},
+            model=self.fingerprint,
+            producer=producer | ({"paper": paper} if paper else {}),
             macs=macs,
             fidelity=fidelity or {},
             tensors=draft.tensors,

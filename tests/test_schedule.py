@@ -61,8 +61,16 @@ def test_saving_does_not_damage_what_was_there(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_rows_are_the_inverse_of_the_table() -> None:
-    assert HGCSchedule.rows(SCHEDULE.compute_table()) == SCHEDULE.sites
+def test_version_1_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    old = {k: v for k, v in changed(version=1).items() if k != "tensors"}
+    path.write_text(json.dumps(old))
+    assert HGCSchedule.load(path) == SCHEDULE
+
+
+def test_rows_of_a_table() -> None:
+    table = {"unet:eps": [True, False], "unet.conv_in:out": [True, True]}
+    assert HGCSchedule.rows(table) == {"unet:eps": "C-"}
     assert HGCSchedule.rows({"unet:eps": [True, True]}) == {}
 
 
@@ -74,7 +82,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "not an object": ([1], "JSON object"),
     "another format": (changed(format="onnx"), "format: is 'onnx'"),
     "no format": ({}, "format: is None"),
-    "newer version": (changed(version=2), "version: the file has version 2, .* Upgrade hgc_learn"),
+    "newer version": (changed(version=3), "version: the file has version 3, .* Upgrade hgc_learn"),
     "version 0": (changed(version=0), "version: is 0"),
     "version true": (changed(version=True), "version: must be an integer"),
     "unknown key": (changed(colour="red"), "colour: unknown key"),
@@ -87,7 +95,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "infinite guidance": (json.dumps(changed()).replace("7.5", "1e999"), "guidance_scale: inf is not a finite number"),
     "wrong step count": (changed(num_inference_steps=4), "num_inference_steps: is 4, but timesteps has 5"),
     "short row": (changed(sites={"unet:eps": "C-C"}), "sites: 'unet:eps' has 3 steps, timesteps has 5"),
-    "unknown mark": (changed(sites={"unet:eps": "C-X-C"}), "sites: 'unet:eps' is 'C-X-C'"),
+    "unknown mark": (changed(sites={"unet:eps": "C-X-C"}), "sites: Site 'unet:eps' has the code 'X'"),
+    "mark of another kind": (changed(sites={"unet:eps": "C-0-C"}), "sites: Site 'unet:eps' has the code '0'"),
+    "no tensors": ({k: v for k, v in changed().items() if k != "tensors"}, "tensors: missing"),
+    "tensors as list": (changed(tensors=[]), "tensors: must be the SHA-256"),
+    "tensors in version 1": (changed(version=1), "tensors: unknown key"),
     "unknown kind": (changed(sites={"unet:map": "CCCCC"}), "sites: 'unet:map' has kind 'map'; known kinds are out"),
     "row as list": (changed(sites={"unet:eps": [True] * 5}), "sites: 'unet:eps' must be a string"),
     "reuse at step 0": (changed(sites={"unet:eps": "-CCCC"}), "sites: 'unet:eps' is reused at step 0"),

@@ -30,7 +30,6 @@ def hgc(
     fresh_decoder_blocks: int = 1,
     cross_interval: int = 2,
     gate: int = 13,
-    reconstruction: bool = True,
 ) -> Draft:
     """A reconstruction: blocks at intervals, cross-attention at intervals up to a gate, no guidance from it on.
 
@@ -48,11 +47,7 @@ def hgc(
     `gate - 1`. From `gate` on every cross-attention gives the mean of the guided and the unguided half of its last
     output, and only the guided half runs, its prediction taken as it is (as in T-GATE). A gate that the run does not
     reach drops nothing.
-
-    `reconstruction` is there to be read in the settings of a schedule file; it cannot be anything but true.
     """
-    if not reconstruction:
-        raise ValueError("reconstruction: HGC's densities and gate step are not published; leave it true.")
     up_blocks = _up_blocks(setting.graph)
     for name, value in (("interval", interval), ("cross_interval", cross_interval), ("gate", gate)):
         if value < 1:

@@ -54,9 +54,8 @@ class Policy:
         unknown = sorted(set(knobs) - set(self.knobs))
         if unknown:
             raise ValueError(f"{self.name} has no knob {unknown[0]!r}; it has {', '.join(self.knobs) or 'none'}.")
-        return setting.schedule(
-            self.write(setting, **knobs), policy=self.name, settings={**self.knobs, **knobs}
-        )
+        draft = self.write(setting, **knobs)
+        return setting.schedule(draft, policy=self.name, settings={**self.knobs, **knobs}, paper=self.paper)
 
 
 POLICIES: dict[str, Policy] = {}
