@@ -30,6 +30,8 @@ MORE_ARGUMENTS: dict[str, list[str]] = {
     "python -m hgc_learn inspect": [],
     "python -m hgc_learn macs": [],
     "python -m hgc_learn sites": [],
+    "python -m hgc_learn policies": [],
+    "python -m hgc_learn schedule": [],
 }
 
 
