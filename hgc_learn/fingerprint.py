@@ -81,9 +81,15 @@ class ModelFingerprint:
         )
 
 
-def _architecture(model: nn.Module) -> str:
-    shapes = sorted(f"{name} {tuple(p.shape)}" for name, p in meta_copy(model).named_parameters())
-    return hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]
+_architectures: dict[tuple[type, str], str] = {}  # by class and config: building a model takes longer than reading one
+
+
+def _architecture(model: Any) -> str:
+    key = (type(model), model.to_json_string())
+    if key not in _architectures:
+        shapes = sorted(f"{name} {tuple(p.shape)}" for name, p in meta_copy(model).named_parameters())
+        _architectures[key] = hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]
+    return _architectures[key]
 
 
 def _norms(model: nn.Module) -> dict[str, float]:
