@@ -47,6 +47,13 @@ CASES = [
     Case("tgate", {"gate": 2, "warm_up": 1}),
     Case("pab"),
     Case("hgc", {"interval": 2, "gate": 3}),
+    Case("smoothcache", {"alpha": 0.3}),
+    Case("smoothcache", {"alpha": 0.3, "grouping": "layer", "controlnet": "residuals"}),
+    Case("block_caching", {"delta": 0.3}),
+    Case("block_caching_scale_shift", {"delta": 0.3}),
+    Case("hyca", {"interval": 2, "site": "prediction"}, kept=3 / 5),
+    Case("hyca", {"interval": 3, "site": "last_block"}),
+    Case("evolutionary", {"budget": 0.5, "population": 2, "generations": 1}),
 ]
 
 
