@@ -25,7 +25,7 @@ def faster_diffusion(
     spacing: Literal["paper", "uniform"] = "paper",
     keys: tuple[int, ...] = (),
 ) -> Draft:
-    """ControlNet, encoder and mid block run at key steps only; the decoder, with the current t, at all.
+    """ControlNet, encoder and mid block run at key steps only; the decoder runs at every step.
 
     Args:
         num_keys: number of key steps; the paper's own if not given.

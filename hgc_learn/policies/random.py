@@ -15,7 +15,12 @@ SITES = "*s.?:out unet:eps"  # of the UNet and the ControlNets: what a layer put
 @register(
     "random",
     paper="a control: no knowledge of model or sampler",
-    grid={"budget": [i / 20 for i in range(2, 20)], "seed": range(3), "sites": (SITES,)},
+    # The first step computes all, whatever the budget.
+    grid=lambda setting: {
+        "budget": [i / 20 for i in range(2, 20) if i * setting.num_steps > 20],
+        "seed": range(3),
+        "sites": (SITES,),
+    },
 )
 def random(setting: Setting, *, budget: float = 0.5, seed: int = 0, sites: str = SITES) -> Draft:
     """Computes each site at each step with one probability, the highest that the budget allows.
