@@ -33,6 +33,7 @@ class RouterCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
+                "model.objective": {"class_path": "Rollout"},
                 "checkpoint.save_last": True,
                 "checkpoint.save_top_k": 0,  # the last router is the one to keep
                 "checkpoint.save_on_exception": True,  # Ctrl-C loses nothing

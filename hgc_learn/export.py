@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from hgc_learn import __version__
 from hgc_learn.cli import rebuild
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import gate_heatmap
 from hgc_learn.fingerprint import ModelFingerprint
-from hgc_learn.plan import compile_plan
 from hgc_learn.refine import refine
-from hgc_learn.schedule import HGCSchedule
+from hgc_learn.setting import Setting
 from hgc_learn.training import RouterModule
+
+Report = Callable[[int, float, int], None]
 
 
 def export(
@@ -35,33 +36,77 @@ def export(
         ckpt_path: checkpoint of `train.py fit`.
         output: folder to write to.
         budget: fraction of the full MACs to keep.
-        refine_rounds: rounds of local search with real rollouts on training batches; 0 for none.
+        refine_rounds: rounds of local search with real rollouts on training batches; 0 for none. It is part of
+            `Rollout` only, other objectives are exported as they are.
         refine_batches: training batches it measures on.
 
     Raises:
         ValueError: the checkpoint cannot be found or read, or the budget cannot be met.
     """
     module, data = load_run(ckpt_path)
-    compute = module.router.threshold(budget)
+    rounds = refine_rounds if module.objective.is_refined else 0
     with Progress() as progress:
-        if refine_rounds:
-            batches = list(itertools.islice(data.train_dataloader(), refine_batches))
-            task = progress.add_task("refining", total=refine_rounds)
+        task = progress.add_task("refining", total=rounds, visible=rounds > 0)
 
-            def report(index: int, error: float, swaps: int) -> None:
-                progress.update(task, advance=1, description=f"refining, latent error {error:.5f}")
+        def report(index: int, error: float, swaps: int) -> None:
+            progress.update(task, advance=1, description=f"refining, latent error {error:.5f}")
 
-            compute = refine(module, batches, compute, budget, num_rounds=refine_rounds, report=report)
-            progress.update(task, completed=refine_rounds)
+        batches = list(itertools.islice(data.train_dataloader(), refine_batches)) if rounds else []
+        compute = decide(module, budget, batches, num_rounds=rounds, report=report)
+        progress.update(task, completed=rounds)
         task = progress.add_task("measuring on validation samples", total=None)
         fidelity = measure_fidelity(module, data, compute)
-    settings = {"ckpt_path": ckpt_path.name, "budget": budget, "refine_rounds": refine_rounds, **module.hparams}
-    schedule = make_schedule(module, compute, policy="learned", settings=settings, fidelity=fidelity)
+    settings = {"ckpt_path": ckpt_path.name, "budget": budget, "refine_rounds": rounds, **module.hparams}
+    draft = module.draft(compute)
+    schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
     path = output / "hgc_schedule.json"
     schedule.save(path)
     figure = gate_heatmap(compute, module.router.sites, f"budget {budget:g}")
     figure.savefig(output / "hgc_schedule.png", dpi=150)
     return path
+
+
+def decide(
+    module: RouterModule,
+    budget: float,
+    batches: Sequence[dict[str, Any]] = (),
+    *,
+    num_rounds: int = 0,
+    report: Report = lambda *_: None,
+) -> Tensor:
+    """The hard schedule [steps, sites] of a trained router at a budget, polished on `batches` (see `refine`)."""
+    compute = module.hard_schedule(budget)
+    if not num_rounds:
+        return compute
+    module.generator = torch.Generator(module.device)  # whenever it is asked for, the same schedule
+    return refine(module, batches, compute, budget, num_rounds=num_rounds, report=report)
+
+
+def load_trained(setting: Setting, ckpt_path: str, policy: str) -> tuple[RouterModule, Any]:
+    """A training run for a policy to write from, on the setting's own pipeline; as for `load_run`.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it belongs to another policy, sampler or model.
+    """
+    if not ckpt_path:
+        raise ValueError(f"{policy} needs ckpt_path, a checkpoint of train.py fit (see configs/compare/train).")
+    key = ("load_trained", ckpt_path)
+    if key not in setting.memo:
+        setting.memo[key] = load_run(Path(ckpt_path))
+    module, data = setting.memo[key]
+    if module.objective.policy != policy:
+        raise ValueError(f"{ckpt_path}: trained for the policy {module.objective.policy}, not for {policy}.")
+    if (module.sampling, module.timesteps) != (setting.sampling, setting.timesteps):
+        raise ValueError(f"{ckpt_path}: trained for {module.sampling}; here it is {setting.sampling}.")
+    if setting.pipe is not None and module.pipe is not setting.pipe:
+        fingerprints = [
+            ModelFingerprint.of(p.unet, getattr(p, "controlnet", None)) for p in (setting.pipe, module.pipe)
+        ]
+        if difference := fingerprints[0].difference(fingerprints[1]):
+            raise ValueError(f"{ckpt_path}: trained for another model ({': '.join(difference)}).")
+        module.to(setting.pipe.device)
+        module.use_pipeline(setting.pipe)
+    return module, data
 
 
 def load_run(ckpt_path: Path) -> tuple[RouterModule, Any]:
@@ -83,33 +128,6 @@ def load_run(ckpt_path: Path) -> tuple[RouterModule, Any]:
     cli.datamodule.setup("fit")
     cli.model.pipe.to(cli.model.device)
     return cli.model, cli.datamodule
-
-
-def make_schedule(
-    module: RouterModule, compute: Tensor, *, policy: str, settings: dict[str, Any], fidelity: dict[str, Any]
-) -> HGCSchedule:
-    """A schedule for the module's pipeline and sampling from a hard table [steps, sites]."""
-    sampling, pipe = module.sampling, module.pipe
-    rows = HGCSchedule.rows(module.router.table(compute))
-    plan = compile_plan(module.graph, module.router.table(compute), len(module.timesteps))
-    full = compile_plan(module.graph, {}, len(module.timesteps))
-    batch_size = 2 if sampling.guidance_scale > 1 else 1
-    macs = {}
-    for suffix, attention in (("", False), ("_attention", True)):
-        macs[f"full{suffix}"] = full.macs(module.costs, batch_size=batch_size, attention=attention)
-        macs[f"cached{suffix}"] = plan.macs(module.costs, batch_size=batch_size, attention=attention)
-    return HGCSchedule(
-        sites=rows,
-        timesteps=module.timesteps,
-        scheduler=type(pipe.scheduler).__name__,
-        guidance_scale=sampling.guidance_scale,
-        height=sampling.height,
-        width=sampling.width,
-        model=ModelFingerprint.of(pipe.unet, getattr(pipe, "controlnet", None)),
-        producer={"policy": policy, "version": __version__, "settings": settings},
-        macs=macs,
-        fidelity=fidelity,
-    )
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ class ScheduleMonitor(L.Callback):
         full = pl_module.rollout(batch, torch.ones_like(router.logits, dtype=torch.bool), "pt")
         for budget in pl_module.hparams["budgets"]:
             p = router.probabilities(router.price(budget))
-            hard = router.threshold(budget)
+            hard = pl_module.hard_schedule(budget)
             board.add_figure(f"gates/{budget:g}/soft", gate_heatmap(p.cpu(), router.sites, "P(compute)"), step)
             board.add_figure(f"gates/{budget:g}/hard", gate_heatmap(hard.cpu(), router.sites, "exported"), step)
             cached = pl_module.rollout(batch, hard, "pt")

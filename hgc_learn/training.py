@@ -1,16 +1,7 @@
-"""LightningModule that trains the router on the student's own hard trajectories.
-
-One step: draw a hard schedule from the router at a budget, roll it out with its own cache, compare the final latents
-with the teacher's, and ask for every gate how much the loss would change if it alone were flipped. To second order
-in the change J*d that the flip makes to the final latents, with error e = student - teacher, that is
-2 <e, J d> + |J d|^2. The first term is one backward pass; the second, which a straight-through estimator misses, is
-estimated by another one from a random direction v, since E <v, J d>^2 = |J d|^2 for v ~ N(0, I).
-"""
+"""LightningModule that trains a router over a frozen pipeline, by any of the objectives in `hgc_learn.objectives`."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -18,13 +9,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from hgc_learn.architectures import Architecture
 from hgc_learn.graph import build_graph
+from hgc_learn.objectives import Objective, Rollout
 from hgc_learn.rollout import GatedForwards, SamplingConfig, generate, load_pipeline
 from hgc_learn.router import Router
+from hgc_learn.schedule import HGCSchedule
+from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import enclosing_module, is_inside, select_sites
-
-DEFAULT_SITES = ("unet.*s.?:out", "unet.*s.?:branch", "*.attn2:out", "*:control", "unet:eps")
 
 
 class RouterModule(L.LightningModule):
@@ -34,11 +25,11 @@ class RouterModule(L.LightningModule):
         model: folder or hub id of a diffusers pipeline.
         sampling: the sampler setting that the schedule is for.
         controlnet: folder or hub id of a ControlNet, if `model` holds none.
-        sites: glob patterns of the sites to route, as printed by `python -m hgc_learn sites`.
-        budgets: fractions of the full MACs to keep; the steps take turns.
-        learning_rate: of Adam on the logits.
-        final_temperature: of the gates' sampling at the end of training; it falls from 1 geometrically.
-        num_warm_start_batches: batches that measure each gate's effect on the uncached trajectory, to start from.
+        objective: how the router learns; `Rollout` if not given.
+        sites: glob patterns of the sites to route, as printed by `python -m hgc_learn sites`; the objective's own if
+            not given.
+        budgets: fractions of the full MACs to keep: those that validation looks at; an objective that trains at a
+            budget takes turns.
         dtype: of the frozen models: `float32`, `float16` or `bfloat16`.
     """
 
@@ -47,51 +38,68 @@ class RouterModule(L.LightningModule):
         model: str,
         sampling: SamplingConfig,
         controlnet: str | None = None,
-        sites: list[str] | tuple[str, ...] = DEFAULT_SITES,
+        objective: Objective | None = None,
+        sites: list[str] | tuple[str, ...] | None = None,
         budgets: list[float] | tuple[float, ...] = (0.5,),
-        learning_rate: float = 0.1,
-        final_temperature: float = 0.2,
-        num_warm_start_batches: int = 4,
         dtype: str = "float32",
     ):
         super().__init__()
+        self.objective = objective = objective or Rollout()
+        sites = sites or objective.default_sites
         self.save_hyperparameters(
             {
                 "model": model,
                 "sampling": asdict(sampling),
                 "controlnet": controlnet,
+                "objective": objective.settings(),
                 "sites": list(sites),
                 "budgets": list(budgets),
-                "learning_rate": learning_rate,
-                "final_temperature": final_temperature,
-                "num_warm_start_batches": num_warm_start_batches,
                 "dtype": dtype,
             }
         )
         self.automatic_optimization = False
         self.sampling = sampling
-        self.pipe = load_pipeline(model, sampling, controlnet=controlnet, dtype=dtype)  # no nn.Module: not saved
-        net = getattr(self.pipe, "controlnet", None)
-        self.graph, self.costs = Architecture.of(self.pipe).measure((sampling.height, sampling.width))
-        names = select_sites(self.graph, sites)
-        self.pipe.scheduler.set_timesteps(sampling.num_inference_steps)
-        self.timesteps = tuple(self.pipe.scheduler.timesteps.tolist())
-        self.router = Router(self.graph, self.costs, names, len(self.timesteps))
-        for budget in budgets:
-            self.router.check_budget(budget)
-        expanded = build_graph(self.pipe.unet, net, {enclosing_module(name) for name in names if is_inside(name)})
-        self.forwards = GatedForwards(self.pipe, expanded, names, len(self.timesteps))
+        pipe = load_pipeline(model, sampling, controlnet=controlnet, dtype=dtype)
+        self.setting = Setting.of_pipeline(pipe, sampling)
+        self.graph, self.costs, self.timesteps = self.setting.graph, self.setting.costs, self.setting.timesteps
+        self.router = Router(self.graph, self.costs, select_sites(self.graph, sites), self.num_steps)
+        self.use_pipeline(pipe)
         self.targets: dict[Any, Tensor] = {}
         self.generator = torch.Generator()
         self.config: str | None = None  # of the run, as YAML; goes into the checkpoint
-        self.warm_started: Tensor
-        self.register_buffer("warm_started", torch.tensor(False))
+        objective.prepare(self)
+        for budget in budgets:
+            self.hard_schedule(budget)  # refuses what cannot be met
+
+    def use_pipeline(self, pipe: Any) -> None:
+        """Runs trajectories on this pipeline, of the same models, from now on."""
+        self.pipe = pipe  # no nn.Module: not saved
+        inside = {enclosing_module(name) for name in self.router.sites if is_inside(name)}
+        graph = build_graph(pipe.unet, getattr(pipe, "controlnet", None), inside)
+        self.forwards = GatedForwards(pipe, graph, self.router.sites, self.num_steps)
+
+    @property
+    def num_steps(self) -> int:
+        """Model calls of a run."""
+        return len(self.timesteps)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.router.parameters(), lr=self.hparams["learning_rate"], betas=(0.9, 0.95))
+        return self.objective.optimizer(self.router)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
+
+    def hard_schedule(self, budget: float) -> Tensor:
+        """The hard schedule [steps, sites] that the router stands for at a budget.
+
+        Raises:
+            ValueError: a budget that cannot be met.
+        """
+        return self.objective.hard_schedule(self.router, budget)
+
+    def draft(self, compute: Tensor) -> Draft:
+        """A hard schedule [steps, sites] as policies write it."""
+        return Draft(HGCSchedule.rows(self.router.table(compute)))
 
     # Trajectories
 
@@ -134,73 +142,41 @@ class RouterModule(L.LightningModule):
         effects = (2 * first + (1 - 2 * gates.detach()) * probe.square()) / dims
         return error.square().flatten(1).mean(1), effects
 
+    def guide(self, prediction: Tensor) -> Tensor:
+        """The guided prediction [B, ...] of what the UNet makes of a batch, [unguided, guided] or guided alone."""
+        if not self.setting.is_guided:
+            return prediction
+        unguided, guided = prediction.chunk(2)
+        return unguided + self.sampling.guidance_scale * (guided - unguided)
+
     # Training
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        if not self.warm_started:
-            loader = self.trainer.train_dataloader
-            assert loader is not None
-            self.warm_start(loader)
-        self.router.temperature = self.hparams["final_temperature"] ** self.progress()
-        budgets = self.hparams["budgets"]
-        # All chance comes from the step's number, so that a resumed run draws what an unbroken one draws.
-        self.generator = torch.Generator(self.device).manual_seed(1 + self.global_step)
-        gradient, logs = self.router_gradient(batch, budgets[self.global_step % len(budgets)])
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
-        self.router.logits.grad = gradient
-        optimizer.step()
-        self.router.logits.data.clamp_(-8, 8)
+        logs = self.objective.step(self, batch)
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(batch["text"]))
         self.log("loss_db", -10 * logs["loss"].log10(), prog_bar=True, logger=False)
 
-    def router_gradient(self, batch: dict[str, Any], budget: float) -> tuple[Tensor, dict[str, Any]]:
-        """Gradient of the expected log error by the logits [steps, sites] along which the expected MACs stay put."""
-        p = self.router.probabilities(self.router.price(budget))
-        compute = torch.bernoulli(p.detach(), generator=self.generator).bool()
-        errors, effects = self.flip_effects(batch, compute, self.teacher_latents(batch))
-        loss_gradient = (effects.mean(0) / errors.mean()) * (p * (1 - p)).detach() / self.router.temperature
-        loss_gradient[0] = 0
-        expected = self.router.expected_macs(p)
-        (macs_gradient,) = torch.autograd.grad(expected, self.router.logits)
-        # The multiplier at which moving all logits together gains nothing: the price of compute at this budget.
-        multiplier = -loss_gradient.sum() / macs_gradient.sum()
-        logs = {
-            "loss": errors.mean(),
-            "expected_macs": expected.detach(),
-            "sampled_macs": self.router.kept(compute),
-            "multiplier": multiplier,
-            "temperature": self.router.temperature,
-        }
-        return loss_gradient + multiplier * macs_gradient, logs
+    def seed(self, number: int) -> None:
+        """All chance comes from the step's number, so that a resumed run draws what an unbroken one draws."""
+        self.generator = torch.Generator(self.device).manual_seed(number)
+
+    def update_router(self) -> None:
+        """Moves the logits along their gradient; Lightning counts it as a step of the training."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
+        optimizer.step()
 
     def progress(self) -> float:
         """Share of the training that is done, 0 to 1."""
         total = self.trainer.estimated_stepping_batches
         return min(1.0, self.global_step / total) if total and total != float("inf") else 0.0
 
-    def warm_start(self, batches: Iterable[dict[str, Any]]) -> None:
-        """Sets the logits to log(effect / saving) of reusing each gate alone on the uncached trajectory."""
-        compute = torch.ones_like(self.router.logits, dtype=torch.bool)
-        self.generator = torch.Generator(self.device).manual_seed(0)
-        effects = []
-        for batch in itertools.islice(batches, self.hparams["num_warm_start_batches"]):
-            batch = self.transfer_batch_to_device(batch, self.device, 0)
-            effects.append(-self.flip_effects(batch, compute, self.teacher_latents(batch))[1])
-        savings = self.router.savings().to(self.device)
-        score = torch.cat(effects).mean(0).clamp_min(1e-12).log() - savings.clamp_min(1e-9).log()
-        score[1:] = 2 * (score[1:] - score[1:].mean()) / score[1:].std()
-        score[:, savings <= 0] = score.max()
-        score[0] = 0
-        self.router.logits.data.copy_(score)
-        self.warm_started.fill_(True)
-
     # Validation: what would be exported now
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         target = self.teacher_latents(batch)
         for budget in self.hparams["budgets"]:
-            hard = self.router.threshold(budget)
+            hard = self.hard_schedule(budget)
             soft = torch.bernoulli(self.router.probabilities(self.router.price(budget))).bool()
             hard_error = self.rollout_errors(batch, hard, target).mean()
             soft_error = self.rollout_errors(batch, soft, target).mean()

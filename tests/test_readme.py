@@ -21,7 +21,7 @@ SMALL_TRAINING = [
     "--data.num_val=2",
     "--data.batch_size=2",
     "--model.sampling.num_inference_steps=4",
-    "--model.num_warm_start_batches=1",
+    "--model.objective.num_warm_start_batches=1",
 ]
 # What to add so that a command takes seconds. A README command without a row here fails the test below.
 MORE_ARGUMENTS: dict[str, list[str]] = {

@@ -10,20 +10,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_fixtures import SAMPLING, save_tiny_teacher
+from training_fixtures import SAMPLING, fit, save_tiny_teacher
 
 import hgc_learn.rollout
 from hgc_learn.__main__ import guarded, main
 from hgc_learn.cli import train
 from hgc_learn.data import ControlDataModule, SceneDataModule
-from hgc_learn.export import export, make_schedule
+from hgc_learn.export import export
 from hgc_learn.inference import HGCSchedule, apply_schedule
+from hgc_learn.objectives import Rollout
 from hgc_learn.plan import compile_plan
 from hgc_learn.refine import refine
 from hgc_learn.rollout import generate
 from hgc_learn.training import RouterModule
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+CONFIGS = [
+    path
+    for folder in ("configs", "configs/compare/train")
+    for path in sorted((Path(__file__).parent.parent / folder).glob("*.yaml"))
+]
 BUDGET = 0.5
 
 
@@ -36,7 +41,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def module(teacher: Path) -> RouterModule:
-    return RouterModule(str(teacher), SAMPLING, budgets=[BUDGET], num_warm_start_batches=1)
+    return RouterModule(str(teacher), SAMPLING, budgets=[BUDGET])
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +69,7 @@ def random_table(module: RouterModule, share: float, seed: int) -> Tensor:
 @pytest.mark.parametrize("share", [1.0, 0.95, 0.7])
 def test_training_path_equals_inference_path(module: RouterModule, batch: dict[str, Any], share: float) -> None:
     compute = random_table(module, share, seed=int(100 * share))
-    schedule = make_schedule(module, compute, policy="random", settings={}, fidelity={})
+    schedule = module.setting.schedule(module.draft(compute), policy="random", settings={})
     with apply_schedule(module.pipe, schedule):
         inference = generate(module.pipe, SAMPLING, batch)
     gates = compute.float().expand(2, *compute.shape).clone().requires_grad_()
@@ -135,7 +140,7 @@ def test_price_meets_the_budget_and_threshold_keeps_to_it(module: RouterModule) 
 
 def test_kept_is_what_the_plan_says(module: RouterModule) -> None:
     compute = random_table(module, 0.9, seed=3)
-    plan = compile_plan(module.graph, module.router.table(compute), len(compute))
+    plan = module.setting.plan(module.draft(compute))
     full = compile_plan(module.graph, {}, len(compute))
     assert module.router.kept(compute) == pytest.approx(plan.macs(module.costs) / full.macs(module.costs), rel=1e-6)
 
@@ -148,7 +153,8 @@ def test_impossible_budget_is_refused(module: RouterModule, budget: float) -> No
 
 def test_gradient_does_not_move_the_expected_macs(module: RouterModule, batch: dict[str, Any]) -> None:
     module.generator = torch.Generator().manual_seed(0)
-    gradient, logs = module.router_gradient(batch, BUDGET)
+    assert isinstance(module.objective, Rollout)
+    gradient, logs = module.objective.gradient(module, batch, BUDGET)
     assert gradient.isfinite().all()
     assert gradient.abs().sum() > 0
     assert abs(float(gradient.sum())) < 1e-3 * float(gradient.abs().sum())
@@ -165,28 +171,6 @@ def test_refining_lowers_the_error_within_the_budget(module: RouterModule, batch
     assert module.rollout_errors(batch, refined, target).mean() < before
 
 
-def fit(teacher: Path, folder: Path, max_steps: int, *more: str) -> Path:
-    """Trains through the command line's own code; returns the last checkpoint."""
-    arguments = {
-        "trainer.default_root_dir": folder,
-        "trainer.max_steps": max_steps,
-        "trainer.accelerator": "cpu",
-        "trainer.enable_model_summary": "false",
-        "model.model": teacher,
-        "model.num_warm_start_batches": 1,
-        "data": "SceneDataModule",
-        "data.num_train": 4,
-        "data.num_val": 2,
-        "data.batch_size": 2,
-        "checkpoint.dirpath": folder / "checkpoints",
-        **{f"model.sampling.{name}": getattr(SAMPLING, name) for name in ("num_inference_steps", "guidance_scale")},
-        "model.sampling.height": 64,
-        "model.sampling.width": 64,
-    }
-    train(["fit", *(f"--{name}={value}" for name, value in arguments.items()), *more])
-    return folder / "checkpoints" / "last.ckpt"
-
-
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The 'train_dataloader' does not have many workers",
     "ignore:The 'val_dataloader' does not have many workers",
@@ -194,11 +178,22 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.parametrize(
+    ("objective", "buffers"),
+    [
+        (["Rollout", "--model.objective.num_warm_start_batches=1"], {"warm_started"}),
+        (["L2C", "--model.objective.intervals=[2,3]", "--model.budgets=[0.7]"], set()),
+        (["HarmoniCa", "--model.objective.weight_interval=1"], {"weights", "weights_epoch"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
 def test_interrupted_training_resumes_to_the_same_router(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    objective: list[str], buffers: set[str], teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = torch.load(fit(teacher, tmp_path / "whole", 4), weights_only=True)
-    assert set(whole["state_dict"]) == {"router.logits", "warm_started"}  # no frozen model
+    more = [f"--model.objective={objective[0]}", *objective[1:]]
+    whole = torch.load(fit(teacher, tmp_path / "whole", 4, *more), weights_only=True)
+    names = {"router.logits", *(f"objective.{name}" for name in buffers)}
+    assert set(whole["state_dict"]) == names  # no frozen model
     assert list((tmp_path / "whole").rglob("events.out.tfevents*"))
 
     training_step = RouterModule.training_step
@@ -210,14 +205,13 @@ def test_interrupted_training_resumes_to_the_same_router(
 
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
         patch.setattr(RouterModule, "training_step", interrupted)
-        fit(teacher, tmp_path / "parts", 4)
+        fit(teacher, tmp_path / "parts", 4, *more)
     ckpt_path = tmp_path / "parts" / "checkpoints" / "last.ckpt"
     assert torch.load(ckpt_path, weights_only=True)["global_step"] == 3
-    resumed = torch.load(fit(teacher, tmp_path / "parts", 4, f"--ckpt_path={ckpt_path}"), weights_only=True)
+    resumed = torch.load(fit(teacher, tmp_path / "parts", 4, *more, f"--ckpt_path={ckpt_path}"), weights_only=True)
     assert resumed["global_step"] == 4
-    torch.testing.assert_close(
-        resumed["state_dict"]["router.logits"], whole["state_dict"]["router.logits"], rtol=0, atol=0
-    )
+    for name in names:
+        torch.testing.assert_close(resumed["state_dict"][name], whole["state_dict"][name], rtol=0, atol=0)
 
 
 def test_export_writes_a_schedule_that_runs(

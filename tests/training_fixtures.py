@@ -45,3 +45,26 @@ def save_tiny_teacher(folder: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+
+
+def fit(teacher: Path, folder: Path, max_steps: int, *more: str) -> Path:
+    """Trains through the command line's own code, `more` being arguments of it; returns the last checkpoint."""
+    from hgc_learn.cli import train
+
+    arguments = {
+        "trainer.default_root_dir": folder,
+        "trainer.max_steps": max_steps,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_model_summary": "false",
+        "model.model": teacher,
+        "data": "SceneDataModule",
+        "data.num_train": 4,
+        "data.num_val": 2,
+        "data.batch_size": 2,
+        "checkpoint.dirpath": folder / "checkpoints",
+        **{f"model.sampling.{name}": getattr(SAMPLING, name) for name in ("num_inference_steps", "guidance_scale")},
+        "model.sampling.height": 64,
+        "model.sampling.width": 64,
+    }
+    train(["fit", *(f"--{name}={value}" for name, value in arguments.items()), *more])
+    return folder / "checkpoints" / "last.ckpt"

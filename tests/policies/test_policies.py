@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
-from training_fixtures import SAMPLING, save_tiny_teacher
+from training_fixtures import SAMPLING, fit, save_tiny_teacher
 
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.inference import HGCSchedule, apply_schedule
@@ -19,6 +19,11 @@ from hgc_learn.rollout import generate, load_pipeline
 from hgc_learn.setting import Setting
 
 NUM_STEPS = SAMPLING.num_inference_steps
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The 'train_dataloader' does not have many workers",
+    "ignore:The 'val_dataloader' does not have many workers",
+    "ignore:You are trying to `self.log",
+)
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,42 @@ CASES = [
     Case("hyca", {"interval": 2, "site": "prediction"}, kept=3 / 5),
     Case("hyca", {"interval": 3, "site": "last_block"}),
     Case("evolutionary", {"budget": 0.5, "population": 2, "generations": 1}),
+    Case("learned", {"budget": 0.5, "refine_rounds": 0}),
+    Case("l2c", {"budget": 0.7, "interval": 2}),
+    Case("harmonica", {"budget": 0.5}),
 ]
+TRAININGS = {  # of the policies that read a checkpoint: arguments
+    "learned": ["--model.objective.num_warm_start_batches=1"],
+    "l2c": ["--model.objective=L2C", "--model.budgets=[0.8]"],
+    "harmonica": ["--model.objective=HarmoniCa"],
+}
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """A tiny whole pipeline and two samples; what policies measure is shared by its memo."""
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     save_tiny_teacher(folder)
+    return folder
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest, teacher: Path) -> Case:
+    """A row, with the checkpoint of a training of one step where its policy reads one."""
+    row: Case = request.param
+    if "ckpt_path" not in POLICIES[row.policy].knobs:
+        return row
+    folder = teacher / "trained" / row.policy
+    ckpt_path = folder / "checkpoints" / "last.ckpt"
+    if not ckpt_path.is_file():
+        fit(teacher, folder, 1, *TRAININGS[row.policy])
+    return replace(row, knobs={**row.knobs, "ckpt_path": str(ckpt_path)})
+
+
+@pytest.fixture(scope="module")
+def setting(teacher: Path) -> Setting:
+    """A tiny whole pipeline and two samples; what policies measure is shared by its memo."""
     scenes = SceneDataset("train", 2)
-    return Setting.of_pipeline(load_pipeline(str(folder), SAMPLING), SAMPLING, [default_collate(list(scenes))])
+    return Setting.of_pipeline(load_pipeline(str(teacher), SAMPLING), SAMPLING, [default_collate(list(scenes))])
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +106,7 @@ def test_every_policy_has_a_row() -> None:
     assert {case.policy for case in CASES} == set(POLICIES)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str, indirect=True)
 def test_what_it_writes_compiles_and_costs_less(case: Case, setting: Setting) -> None:
     draft = POLICIES[case.policy].write(setting, **case.knobs)
     for row in draft.sites.values():
@@ -86,7 +117,7 @@ def test_what_it_writes_compiles_and_costs_less(case: Case, setting: Setting) ->
     assert case.kept is None or kept == pytest.approx(case.kept, abs=1e-9)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str, indirect=True)
 def test_its_schedule_is_the_same_from_the_file_and_runs(
     case: Case, setting: Setting, full: Tensor, tmp_path: Path
 ) -> None:
@@ -111,7 +142,7 @@ def test_its_schedule_is_the_same_from_the_file_and_runs(
     assert not torch.allclose(latents[0], full)
 
 
-@pytest.mark.parametrize("case", {case.policy: case for case in CASES}.values(), ids=str)
+@pytest.mark.parametrize("case", {case.policy: case for case in CASES}.values(), ids=str, indirect=True)
 def test_its_grid_names_its_knobs_and_holds_a_candidate_that_saves(case: Case, setting: Setting) -> None:
     policy = POLICIES[case.policy]
     assert set(policy.grid(setting)) <= set(policy.knobs)

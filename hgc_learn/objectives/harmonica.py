@@ -1,0 +1,119 @@
+"""HarmoniCa (Huang et al. 2025, arXiv 2410.01723), for UNets with ControlNets.
+
+The student's own trajectory from noise, with its own cache: at every step its layers are blends of their fresh and
+their kept value, and a layer's value is kept anew only where beta > threshold. The router learns to predict what the
+full models predict from the same latents: weight[step] * |full - blended|^2 + penalty * sum(beta). A step's weight is
+the error of the final latents that caching at that step alone causes.
+
+What is a reconstruction here: weights have mean 1; they are measured on a few samples, at the router's present
+schedule, and with everything cached at steps where that computes all. What is kept is what inference would keep, by
+liveness.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hgc_learn.objectives.base import Objective
+from hgc_learn.objectives.blend import BlendedForwards
+from hgc_learn.objectives.l2c import LAYER_SITES, MAX_LOGIT
+from hgc_learn.router import Router
+
+if TYPE_CHECKING:
+    from hgc_learn.training import RouterModule
+
+INITIAL_LOGIT = 1.0
+"""Above the threshold: training begins with everything computed, and every cache fresh."""
+
+
+class HarmoniCa(Objective):
+    """HarmoniCa: every step but the first routed, learned on the student's own trajectory.
+
+    Args:
+        penalty: on the sum of a step's betas.
+        threshold: a layer's value is kept where beta is above it.
+        learning_rate: of AdamW on the logits.
+        weight_interval: epochs after which the steps' weights are measured anew.
+        num_weight_samples: samples of a batch that they are measured on.
+    """
+
+    policy: ClassVar[str] = "harmonica"
+    default_sites: ClassVar[tuple[str, ...]] = LAYER_SITES
+    weights: Tensor
+    weights_epoch: Tensor
+
+    def __init__(
+        self,
+        penalty: float = 1e-4,
+        threshold: float = 0.5,
+        learning_rate: float = 1e-2,
+        weight_interval: int = 4,
+        num_weight_samples: int = 2,
+    ):
+        super().__init__()
+        self.penalty = penalty
+        self.threshold = threshold
+        self.learning_rate = learning_rate
+        self.weight_interval = weight_interval
+        self.num_weight_samples = num_weight_samples
+
+    def prepare(self, module: RouterModule) -> None:
+        self.forwards = BlendedForwards(module.pipe, module.forwards.graph, module.router.sites, module.num_steps)
+        module.router.logits.data.fill_(INITIAL_LOGIT)
+        self.register_buffer("weights", torch.ones(module.num_steps))
+        self.register_buffer("weights_epoch", torch.tensor(-1))  # in which they were measured
+
+    def optimizer(self, router: Router) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(router.parameters(), lr=self.learning_rate, weight_decay=0.0)
+
+    def step(self, module: RouterModule, batch: dict[str, Any]) -> dict[str, Any]:
+        """Rolls one trajectory out. A step's loss depends on its own row of logits alone (what is kept is taken as
+        given), so one update of the table after the trajectory is the paper's update at every step."""
+        if self.weights_epoch < 0 or module.current_epoch - self.weights_epoch >= self.weight_interval:
+            self.measure_weights(module, batch)
+        logits = module.router.logits
+        hard = self.hard(module.router)
+        errors: list[Tensor] = []
+
+        def visit_step(step: int) -> Tensor:
+            if step == 0:
+                return self.forwards.full(keep=True)
+            prediction = self.forwards.full()
+            with torch.enable_grad():
+                betas = torch.sigmoid(logits[step])
+                blended = self.forwards.blend(betas, compute=hard[step])
+                error = (blended - prediction).square().mean()
+                (self.weights[step] * error + self.penalty * betas.sum()).backward()
+            errors.append(error.detach())
+            return blended.detach()
+
+        module.zero_grad()
+        latents = self.forwards.follow(module.sampling, batch, visit_step)
+        module.update_router()
+        logits.data.clamp_(-MAX_LOGIT, MAX_LOGIT)
+        return {
+            "loss": (torch.stack(errors) * self.weights[1:]).mean(),
+            "final_error": (latents - module.teacher_latents(batch)).square().mean(),
+            "beta": logits.data[1:].sigmoid().mean(),
+            "kept": module.router.kept(hard),
+        }
+
+    def hard(self, router: Router) -> Tensor:
+        """The schedule [steps, sites] by the fixed threshold: what is kept in training follows it."""
+        return router.with_first_step(router.logits.detach().sigmoid() > self.threshold)
+
+    @torch.no_grad()
+    def measure_weights(self, module: RouterModule, batch: dict[str, Any]) -> None:
+        """The error of the final latents that the cache of each step alone causes, relative to their mean."""
+        batch = {name: values[: self.num_weight_samples] for name, values in batch.items()}
+        target = module.teacher_latents(batch)
+        hard = self.hard(module.router)
+        for step in range(1, len(hard)):
+            compute = torch.ones_like(hard)
+            compute[step] = False if hard[step].all() else hard[step]
+            self.weights[step] = module.rollout_errors(batch, compute, target).mean()
+        self.weights /= self.weights[1:].mean()
+        self.weights_epoch.fill_(module.current_epoch)

@@ -1,0 +1,100 @@
+"""The second-order effect of every gate, on the student's own hard trajectories.
+
+One step: draw a hard schedule from the router at a budget, roll it out with its own cache, compare the final latents
+with the teacher's, and ask for every gate how much the loss would change if it alone were flipped. To second order
+in the change J*d that the flip makes to the final latents, with error e = student - teacher, that is
+2 <e, J d> + |J d|^2. The first term is one backward pass; the second, which a straight-through estimator misses, is
+estimated by another one from a random direction v, since E <v, J d>^2 = |J d|^2 for v ~ N(0, I).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hgc_learn.objectives.base import Objective
+from hgc_learn.router import Router
+
+if TYPE_CHECKING:
+    from hgc_learn.training import RouterModule
+
+
+class Rollout(Objective):
+    """Lowers the error of the final latents at the budgets, by the second-order effect of every gate.
+
+    Args:
+        learning_rate: of Adam on the logits.
+        final_temperature: of the gates' sampling at the end of training; it falls from 1 geometrically.
+        num_warm_start_batches: batches that measure each gate's effect on the uncached trajectory, to start from.
+    """
+
+    policy: ClassVar[str] = "learned"
+    is_refined: ClassVar[bool] = True
+    warm_started: Tensor
+
+    def __init__(self, learning_rate: float = 0.1, final_temperature: float = 0.2, num_warm_start_batches: int = 4):
+        super().__init__()
+        self.learning_rate = learning_rate
+        self.final_temperature = final_temperature
+        self.num_warm_start_batches = num_warm_start_batches
+        self.register_buffer("warm_started", torch.tensor(False))
+
+    def optimizer(self, router: Router) -> torch.optim.Optimizer:
+        return torch.optim.Adam(router.parameters(), lr=self.learning_rate, betas=(0.9, 0.95))
+
+    def step(self, module: RouterModule, batch: dict[str, Any]) -> dict[str, Any]:
+        router = module.router
+        if not self.warm_started:
+            loader = module.trainer.train_dataloader
+            assert loader is not None
+            self.warm_start(module, loader)
+        router.temperature = self.final_temperature ** module.progress()
+        budgets = module.hparams["budgets"]
+        module.seed(1 + module.global_step)
+        gradient, logs = self.gradient(module, batch, budgets[module.global_step % len(budgets)])
+        router.logits.grad = gradient
+        module.update_router()
+        router.logits.data.clamp_(-8, 8)
+        return logs
+
+    def gradient(self, module: RouterModule, batch: dict[str, Any], budget: float) -> tuple[Tensor, dict[str, Any]]:
+        """Gradient of the expected log error by the logits [steps, sites] along which the expected MACs stay put."""
+        router = module.router
+        p = router.probabilities(router.price(budget))
+        compute = torch.bernoulli(p.detach(), generator=module.generator).bool()
+        errors, effects = module.flip_effects(batch, compute, module.teacher_latents(batch))
+        loss_gradient = (effects.mean(0) / errors.mean()) * (p * (1 - p)).detach() / router.temperature
+        loss_gradient[0] = 0
+        expected = router.expected_macs(p)
+        (macs_gradient,) = torch.autograd.grad(expected, router.logits)
+        # The multiplier at which moving all logits together gains nothing: the price of compute at this budget.
+        multiplier = -loss_gradient.sum() / macs_gradient.sum()
+        logs = {
+            "loss": errors.mean(),
+            "expected_macs": expected.detach(),
+            "sampled_macs": router.kept(compute),
+            "multiplier": multiplier,
+            "temperature": router.temperature,
+        }
+        return loss_gradient + multiplier * macs_gradient, logs
+
+    def warm_start(self, module: RouterModule, batches: Iterable[dict[str, Any]]) -> None:
+        """Sets the logits to log(effect / saving) of reusing each gate alone on the uncached trajectory."""
+        router = module.router
+        compute = torch.ones_like(router.logits, dtype=torch.bool)
+        module.seed(0)
+        effects = []
+        for batch in itertools.islice(batches, self.num_warm_start_batches):
+            batch = module.transfer_batch_to_device(batch, module.device, 0)
+            effects.append(-module.flip_effects(batch, compute, module.teacher_latents(batch))[1])
+        savings = router.savings().to(module.device)
+        score = torch.cat(effects).mean(0).clamp_min(1e-12).log() - savings.clamp_min(1e-9).log()
+        score[1:] = 2 * (score[1:] - score[1:].mean()) / score[1:].std()
+        score[:, savings <= 0] = score.max()
+        score[0] = 0
+        router.logits.data.copy_(score)
+        self.warm_started.fill_(True)

@@ -1,0 +1,282 @@
+"""The objectives and the policies that read their checkpoints, on a tiny pipeline with real prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+from training_fixtures import SAMPLING, fit, save_tiny_teacher
+
+from hgc_learn.data import SceneDataModule
+from hgc_learn.inference import apply_schedule
+from hgc_learn.objectives import L2C, OBJECTIVES, HarmoniCa
+from hgc_learn.objectives.blend import BlendedForwards
+from hgc_learn.objectives.l2c import add_noise, ddim_step
+from hgc_learn.policies import POLICIES
+from hgc_learn.rollout import SamplingConfig, generate, load_pipeline
+from hgc_learn.setting import Setting
+from hgc_learn.training import RouterModule
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The 'train_dataloader' does not have many workers",
+    "ignore:The 'val_dataloader' does not have many workers",
+    "ignore:You are trying to `self.log",
+)
+BUDGETS = (0.45, 0.6, 0.8)
+ARGUMENTS = {  # by policy: of a training of a few steps
+    "learned": ["--model.objective.num_warm_start_batches=1"],
+    "l2c": ["--model.objective=L2C", "--model.objective.intervals=[2,3]", "--model.budgets=[0.7]"],
+    "harmonica": ["--model.objective=HarmoniCa"],
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    save_tiny_teacher(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, Any]:
+    return next(iter(SceneDataModule(num_train=2, num_val=2, batch_size=2).train_dataloader()))
+
+
+@pytest.fixture(scope="module")
+def module(teacher: Path) -> RouterModule:
+    return RouterModule(str(teacher), SAMPLING, objective=HarmoniCa())
+
+
+@pytest.fixture(scope="module")
+def forwards(module: RouterModule) -> BlendedForwards:
+    assert isinstance(module.objective, HarmoniCa)
+    return module.objective.forwards
+
+
+def random_table(module: RouterModule, share: float, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return module.router.with_first_step(torch.rand(module.router.logits.shape, generator=generator) < share)
+
+
+# The blend
+
+
+def test_blend_of_fresh_values_alone_is_the_pipeline(
+    module: RouterModule, forwards: BlendedForwards, batch: dict[str, Any]
+) -> None:
+    ones = torch.ones(len(module.router.sites))
+
+    def visit_step(step: int) -> Tensor:
+        full = forwards.full(keep=step == 0)
+        blended = full if step == 0 else forwards.blend(ones)
+        torch.testing.assert_close(blended, full, rtol=0, atol=0)
+        return blended
+
+    latents = forwards.follow(SAMPLING, batch, visit_step)
+    torch.testing.assert_close(latents, generate(module.pipe, SAMPLING, batch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.95])
+def test_hard_blend_is_the_inference_runtime(
+    module: RouterModule, forwards: BlendedForwards, batch: dict[str, Any], share: float
+) -> None:
+    """Gates inside of what is reused included: what is dead is not kept anew."""
+    compute = random_table(module, share, seed=int(100 * share))
+
+    def visit_step(step: int) -> Tensor:
+        return forwards.blend(compute[step].float(), compute=compute[step]) if step else forwards.full(keep=True)
+
+    latents = forwards.follow(SAMPLING, batch, visit_step)
+    schedule = module.setting.schedule(module.draft(compute), policy="random", settings={})
+    with apply_schedule(module.pipe, schedule):
+        inference = generate(module.pipe, SAMPLING, batch)
+    torch.testing.assert_close(latents, inference, rtol=0, atol=0)
+
+
+def test_gradient_of_the_blended_loss_is_that_of_finite_differences(
+    module: RouterModule, forwards: BlendedForwards, batch: dict[str, Any]
+) -> None:
+    """In double precision, along random directions."""
+    module.pipe.to(torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+
+    def visit_step(step: int) -> Tensor:
+        full = forwards.full(keep=step == 0)
+        if step != 2:
+            return full
+        betas = torch.rand(len(module.router.sites), generator=generator).double().requires_grad_()
+
+        def error(shift: Tensor | float) -> Tensor:
+            return (forwards.blend(betas + shift) - full).square().mean()
+
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(error(0.0), betas)
+        for _ in range(3):
+            direction = torch.randn(len(betas), generator=generator).double()
+            slope = (error(1e-4 * direction) - error(-1e-4 * direction)) / 2e-4
+            pairs.append(torch.stack([slope.detach(), gradient @ direction]))
+        return full
+
+    try:
+        forwards.follow(SAMPLING, {**batch, "conditioning_image": batch["conditioning_image"].double()}, visit_step)
+    finally:
+        module.pipe.to(torch.float32)
+    differences, gradients = torch.stack(pairs).unbind(1)
+    assert gradients.abs().min() > 0
+    torch.testing.assert_close(gradients, differences, rtol=1e-4, atol=1e-9)
+
+
+# Learning-to-Cache
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_ddim_step_is_that_of_diffusers(kind: str) -> None:
+    scheduler = DDIMScheduler(prediction_type=kind, clip_sample=False)
+    scheduler.set_timesteps(10)
+    generator = torch.Generator().manual_seed(0)
+    latents, prediction = torch.randn(2, 2, 4, 8, 8, generator=generator).unbind()
+    for start, end in zip(scheduler.timesteps[:-1], scheduler.timesteps[1:], strict=True):
+        expected = scheduler.step(prediction, start, latents).prev_sample
+        actual = ddim_step(scheduler, latents, prediction, int(start), int(end))
+        torch.testing.assert_close(actual, expected)
+    expected = scheduler.add_noise(latents, prediction, torch.tensor([401, 401]))
+    torch.testing.assert_close(add_noise(scheduler, latents, prediction, 401), expected)
+
+
+@pytest.mark.parametrize("intervals", [[], [1], [2, 1]])
+def test_l2c_needs_steps_to_route(intervals: list[int]) -> None:
+    with pytest.raises(ValueError, match="there are steps to route from 2 on"):
+        L2C(intervals=intervals)
+
+
+# HarmoniCa
+
+
+def test_weight_of_a_step_is_the_error_that_its_cache_causes(module: RouterModule, batch: dict[str, Any]) -> None:
+    objective, router = module.objective, module.router
+    assert isinstance(objective, HarmoniCa)
+    generator = torch.Generator().manual_seed(0)
+    router.logits.data.copy_(torch.randn(router.logits.shape, generator=generator))
+    router.logits.data[3] = 1.0  # computes everything: measured with everything reused
+    objective.measure_weights(module, batch)
+    target = module.teacher_latents(batch)
+    errors = []
+    for step in (2, 3):
+        compute = torch.ones_like(router.logits, dtype=torch.bool)
+        compute[step] = router.logits[step] > 0 if step == 2 else False
+        errors.append(module.rollout_errors(batch, compute, target).mean())
+    assert objective.weights[1:].mean() == pytest.approx(1.0)
+    torch.testing.assert_close(objective.weights[3] / objective.weights[2], errors[1] / errors[0])
+
+
+# All of them
+
+
+class Losses(L.Callback):
+    """Collects the loss of every training step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.values.append(float(trainer.callback_metrics["train/loss"]))
+
+
+@pytest.mark.parametrize("name", ["l2c", "harmonica"])
+def test_training_lowers_the_loss(name: str, teacher: Path) -> None:
+    objective = OBJECTIVES[name](penalty=0.0, learning_rate=0.3)
+    module = RouterModule(str(teacher), SAMPLING, objective=objective, budgets=[0.8])
+    losses = Losses()
+    L.Trainer(
+        accelerator="cpu", max_epochs=12, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0, callbacks=[losses],
+    ).fit(module, SceneDataModule(num_train=2, num_val=2, batch_size=2))  # fmt: skip
+    assert len(losses.values) == 12
+    assert sum(losses.values[-3:]) < 0.7 * sum(losses.values[:3])
+
+
+@pytest.fixture(scope="module")
+def checkpoints(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {policy: str(fit(teacher, folder / policy, 2, *more)) for policy, more in ARGUMENTS.items()}
+
+
+@pytest.fixture(scope="module")
+def setting(teacher: Path, batch: dict[str, Any]) -> Setting:
+    return Setting.of_pipeline(load_pipeline(str(teacher), SAMPLING), SAMPLING, [batch])
+
+
+@pytest.mark.parametrize("policy", list(ARGUMENTS))
+def test_drafts_keep_to_the_budget_and_run(
+    policy: str, checkpoints: dict[str, str], setting: Setting, batch: dict[str, Any]
+) -> None:
+    knobs: dict[str, Any] = {"ckpt_path": checkpoints[policy]}
+    if policy == "learned":
+        knobs |= {"refine_rounds": 1, "refine_batches": 1}
+    kept = []
+    for budget in BUDGETS:
+        draft = POLICIES[policy].write(setting, budget=budget, **knobs)
+        kept.append(setting.kept(draft))
+        assert 0.5 * budget < kept[-1] <= budget
+        again = POLICIES[policy].write(setting, budget=budget, **knobs)
+        assert again.sites == draft.sites
+    assert kept == sorted(kept)
+    schedule = POLICIES[policy].schedule(setting, budget=BUDGETS[0], **knobs)
+    with apply_schedule(setting.pipe, schedule) as handle:
+        assert generate(setting.pipe, SAMPLING, batch).isfinite().all()
+        assert handle.stats()["steps_refreshed"] == 0
+
+
+@pytest.mark.parametrize(("interval", "full"), [(2, [0, 2, 4]), (3, [0, 3]), (None, [0, 2, 4])])
+def test_l2c_computes_its_full_steps(
+    interval: int | None, full: list[int], checkpoints: dict[str, str], setting: Setting
+) -> None:
+    draft = POLICIES["l2c"].write(setting, ckpt_path=checkpoints["l2c"], budget=0.8, interval=interval)
+    rows = list(draft.sites.values())
+    assert all(row[step] == "C" for row in rows for step in full)
+    reused = {step for row in rows for step, code in enumerate(row) if code != "C"}
+    assert reused == set(range(5)) - set(full)
+
+
+@pytest.mark.parametrize(
+    ("policy", "knobs", "message"),
+    [
+        ("learned", {}, "learned needs ckpt_path"),
+        ("l2c", {"ckpt_path": "absent.ckpt"}, "absent.ckpt: no such checkpoint"),
+        ("harmonica", {"ckpt_path": "l2c"}, "trained for the policy l2c, not for harmonica"),
+        ("l2c", {"ckpt_path": "l2c", "interval": 4}, r"this router was trained for \[2, 3\]"),
+        ("l2c", {"ckpt_path": "l2c", "budget": 0.4}, "A budget of 0.4 cannot be met: with every step in 3 full"),
+        ("harmonica", {"ckpt_path": "harmonica", "budget": 0.1}, "A budget of 0.1 cannot be met"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(
+    policy: str, knobs: dict[str, Any], message: str, checkpoints: dict[str, str], setting: Setting
+) -> None:
+    path = knobs.get("ckpt_path", "")
+    with pytest.raises(ValueError, match=message):
+        POLICIES[policy].write(setting, **{**knobs, "ckpt_path": checkpoints.get(path, path)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda models: models.unet.conv_in.weight.data.mul_(2), "trained for another model"),
+        (lambda models: None, "trained for SamplingConfig"),
+    ],
+)
+def test_checkpoint_of_another_setting_is_refused(
+    change: Callable[[Any], None], message: str, teacher: Path, checkpoints: dict[str, str]
+) -> None:
+    pipe = load_pipeline(str(teacher), SAMPLING)
+    change(pipe)
+    steps = 5 if "model" in message else 6
+    setting = Setting.of_pipeline(pipe, SamplingConfig(steps, SAMPLING.guidance_scale, 64, 64))
+    with pytest.raises(ValueError, match=message):
+        POLICIES["learned"].write(setting, ckpt_path=checkpoints["learned"])
