@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from hgc_learn import __version__
 
-COMMANDS = ["demo", "export", "policies", "schedule", "macs", "sites", "inspect"]
+COMMANDS = ["demo", "compare", "export", "policies", "schedule", "macs", "sites", "inspect"]
 
 
 class _Parser(argparse.ArgumentParser):

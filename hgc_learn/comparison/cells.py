@@ -1,0 +1,249 @@
+"""One cell: a policy with a sampler at a budget. Tunes its knobs, judges it on the test set, keeps all of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hgc_learn.comparison.config import CompareConfig
+from hgc_learn.comparison.metrics import (
+    Obedience,
+    Samples,
+    SceneFID,
+    closeness,
+    closeness_figures,
+    optional_metric,
+)
+from hgc_learn.comparison.samples import draw_batches, full_samples, render, save_tensors
+from hgc_learn.comparison.trained import checkpoint
+from hgc_learn.comparison.tune import Candidate, Candidates, best, count_rollouts, list_candidates, plain, shortlist
+from hgc_learn.evaluation import picture_psnr
+from hgc_learn.fingerprint import ModelFingerprint
+from hgc_learn.policies import Policy
+from hgc_learn.rollout import load_pipeline
+from hgc_learn.setting import Setting
+
+Report = Callable[[str], None]
+DIGITS = 6
+
+
+@dataclass(frozen=True)
+class CellFiles:
+    """Where a cell is kept: its figures, its schedule, its first pictures, its wall-clock time."""
+
+    folder: Path
+    budget: float
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def figures(self) -> Path:
+        return self.folder / f"{self.budget:g}.json"
+
+    @property
+    def schedule(self) -> Path:
+        return self.folder / f"{self.budget:g}.schedule.json"
+
+    @property
+    def pictures(self) -> Path:
+        return self.folder / f"{self.budget:g}.pictures.safetensors"
+
+    @property
+    def timing(self) -> Path:
+        return self.folder / f"{self.budget:g}.timing.json"
+
+
+def cell_files(config: CompareConfig, sampler: str, policy: str, budget: float) -> CellFiles:
+    return CellFiles(Path(config.output) / "cells" / sampler / policy, budget)
+
+
+def protocol(config: CompareConfig, sampler: str) -> dict[str, Any]:
+    """What the figures of a cell depend on, besides the policy."""
+    return plain(
+        {
+            "model": config.model,
+            "sampling": asdict(config.sampling(sampler)),
+            "num_test": config.samplers[sampler].num_test,
+            "tuning": asdict(config.tuning),
+            "optional_metrics": config.optional_metrics,
+        }
+    )
+
+
+class Bench:
+    """A sampler's pipeline and samples, which its cells share; what is expensive is made when it is first used."""
+
+    def __init__(self, config: CompareConfig, sampler: str):
+        self.config, self.sampler = config, sampler
+        self.sampling = config.sampling(sampler)
+        self.pipe = load_pipeline(config.model, self.sampling)
+        calibration = draw_batches("train", config.tuning.num_calibration, config.batch_size)
+        self.setting = Setting.of_pipeline(self.pipe, self.sampling, calibration)
+        self.test = draw_batches("test", config.samplers[sampler].num_test, config.batch_size)
+        self.tuning = draw_batches("validation", config.tuning.num_scenes, config.tuning.num_scenes)
+        self.optional = {name: optional_metric(name) for name in config.optional_metrics}
+
+    def _full(self, name: str, split: str, batches: list[dict[str, Any]]) -> Samples:
+        path = Path(self.config.output) / "references" / f"{self.sampler}-{name}.safetensors"
+        weights = ModelFingerprint.of(self.pipe.unet, getattr(self.pipe, "controlnet", None)).to_dict()
+        return full_samples(path, self.pipe, self.sampling, split, batches, weights=weights)
+
+    @cached_property
+    def test_full(self) -> Samples:
+        return self._full("test", "test", self.test)
+
+    @cached_property
+    def tuning_full(self) -> Samples:
+        return self._full("tuning", "validation", self.tuning)
+
+    def make_references(self) -> None:
+        for samples in (self.tuning_full, self.test_full):
+            assert len(samples)
+
+    @cached_property
+    def fid(self) -> SceneFID:
+        return SceneFID(torch.cat([batch["image"] for batch in self.test]) / 2 + 0.5)
+
+    @cached_property
+    def full_obedience(self) -> Obedience:
+        return Obedience.of(self.test_full.pictures, self.test)
+
+    @cached_property
+    def full_figures(self) -> dict[str, Any]:
+        """Of the uncached pictures themselves."""
+        figures = self.full_obedience.figures(self.full_obedience)
+        return {
+            "control_miou": figures["control_miou"],
+            "color_accuracy": figures["color_accuracy"],
+            "fid": self.fid(self.test_full.pictures),
+        }
+
+    def tuning_psnr(self, candidate: Candidate, policy: Policy, num_scenes: int) -> float:
+        """Mean PSNR on the first tuning scenes."""
+        (batch,) = self.tuning
+        batch = {name: values[:num_scenes] for name, values in batch.items()}
+        samples = render(self.pipe, self.sampling, [batch], candidate.schedule(self.setting, policy))
+        return float(picture_psnr(samples.pictures, self.tuning_full.pictures[:num_scenes]).mean())
+
+
+class PolicyBench:
+    """A policy on a bench: the candidates that do not depend on the budget are written once for all budgets."""
+
+    def __init__(self, bench: Bench, policy: Policy, report: Report):
+        self.bench, self.policy, self.report = bench, policy, report
+
+    @property
+    def needs_checkpoint(self) -> bool:
+        return "ckpt_path" in self.policy.knobs
+
+    @cached_property
+    def ckpt_path(self) -> str:
+        return str(checkpoint(self.bench.config, self.bench.sampler, self.policy.name))
+
+    @cached_property
+    def _candidates_at_any_budget(self) -> Candidates:
+        return list_candidates(self.policy, self.bench.setting, self._fixed())
+
+    def _fixed(self) -> dict[str, Any]:
+        return {"ckpt_path": self.ckpt_path} if self.needs_checkpoint else {}
+
+    def candidates(self, budget: float) -> Candidates:
+        if "budget" in self.policy.knobs:
+            return list_candidates(self.policy, self.bench.setting, {**self._fixed(), "budget": budget})
+        return self._candidates_at_any_budget
+
+    def run(self, budget: float) -> dict[str, Any]:
+        """Tunes and judges one cell, writes its schedule and pictures; returns its figures, or the reason why there are
+        none."""
+        bench, config = self.bench, self.bench.config
+        files = cell_files(config, bench.sampler, self.policy.name, budget)
+        row: dict[str, Any] = {"policy": self.policy.name, "sampler": bench.sampler, "budget": budget}
+        row["protocol"] = protocol(config, bench.sampler)
+        bench.make_references()  # shared by all cells: not part of what tuning costs
+
+        start = time.monotonic()
+        with count_rollouts(bench.setting) as rollouts:
+            self.report("writing candidates")
+            offered = self.candidates(budget)
+            shortlisted = shortlist(offered.found, budget, config.tuning)
+            if not shortlisted:
+                return row | {"reason": _reason(offered, budget), "num_candidates": offered.num_candidates}
+
+            trial = 0
+
+            def judge(candidate: Candidate, num_scenes: int) -> float:
+                nonlocal trial
+                trial += 1
+                self.report(f"trial {trial}, {len(shortlisted)} candidates")
+                return bench.tuning_psnr(candidate, self.policy, num_scenes)
+
+            chosen, num_tried = best(shortlisted, config.tuning, judge)
+        row["tuning"] = {
+            "num_candidates": offered.num_candidates,
+            "num_refused": len(offered.refused),
+            "num_tried": num_tried,
+            "sample_rollouts": round(rollouts.num_samples, 1),
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        return row | self._judge(chosen, files)
+
+    def _judge(self, chosen: Candidate, files: CellFiles) -> dict[str, Any]:
+        bench = self.bench
+        self.report("test set")
+        schedule = chosen.schedule(bench.setting, self.policy)
+        samples = render(bench.pipe, bench.sampling, bench.test, schedule)
+        per_sample = closeness(samples, bench.test_full)
+        figures: dict[str, Any] = closeness_figures(per_sample)
+        figures |= Obedience.of(samples.pictures, bench.test).figures(bench.full_obedience)
+        figures |= {"fid": bench.fid(samples.pictures), "fid_num_samples": len(samples)}
+        prompts = [prompt for batch in bench.test for prompt in batch["text"]]
+        figures |= {name: metric(samples, bench.test_full, prompts) for name, metric in bench.optional.items()}
+        figures = _rounded(figures)
+
+        fidelity = {name: figures[name] for name in ("psnr_db", "ssim", "latent_rel_l2")}
+        fidelity |= {"num_samples": len(samples), "split": "test"}
+        replace(schedule, fidelity=fidelity).save(files.schedule)
+        shown: Tensor = samples.pictures[: bench.config.grid.num_pictures]
+        save_tensors(files.pictures, {"pictures": (255 * shown.clamp(0, 1)).round().byte()})
+        attention = schedule.macs["cached_attention"] / schedule.macs["full_attention"]
+        return {
+            "kept_macs": round(chosen.kept, DIGITS),
+            "kept_macs_attention": round(attention, DIGITS),
+            "num_samples": len(samples),
+            **figures,
+            "full": _rounded(bench.full_figures),
+            "settings": plain({**self.policy.knobs, **chosen.knobs}),
+            "samples": {name: _rounded(values.tolist()) for name, values in per_sample.items()},
+        }
+
+
+def _reason(offered: Candidates, budget: float) -> str:
+    """Why no candidate meets a budget.
+
+    Raises:
+        ValueError: the policy refused every candidate, and not for the budget.
+    """
+    if offered.found:
+        least = min(offered.found, key=lambda candidate: candidate.kept)
+        knobs = ", ".join(f"{name}={value}" for name, value in plain(least.knobs).items())
+        return f"keeps at least {least.kept:.4f} of the MACs, at {knobs or 'its only setting'}"
+    if offered.refused and all("budget" in words for words in offered.refused):
+        return offered.refused[0]
+    words = f"; the first: {offered.refused[0]}" if offered.refused else ""
+    raise ValueError(f"none of its {offered.num_candidates} candidates could be written{words}")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(entry) for entry in value]
+    return round(value, DIGITS) if isinstance(value, float) else value

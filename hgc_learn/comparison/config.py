@@ -1,0 +1,156 @@
+"""What is compared, on what, and how hard the policies are tuned: one YAML file, read by jsonargparse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hgc_learn.demo.scenes import IMAGE_SIZE
+from hgc_learn.rollout import SamplingConfig
+
+
+@dataclass
+class SamplerConfig:
+    """A sampler.
+
+    Args:
+        scheduler: class name of a diffusers scheduler.
+        num_inference_steps: number of denoising steps.
+        num_test: test scenes that its cells are judged on; every one has its own prompt, control and seed.
+    """
+
+    scheduler: str
+    num_inference_steps: int
+    num_test: int
+
+
+@dataclass
+class TuningConfig:
+    """How the knobs of a policy are set for a cell: all its candidates are counted by plan, those within the budget and
+    closest to it are tried on few scenes, the best of them on all, and the best mean PSNR wins.
+
+    Args:
+        max_candidates: candidates tried in the first round, spread over the policy's variants.
+        num_screening_scenes: validation scenes of the first round.
+        num_finalists: candidates that reach the second round.
+        num_scenes: validation scenes of the second round.
+        num_calibration: training scenes for policies that measure before they write a schedule.
+        tolerance: by how much, as a fraction of the full MACs, a schedule may exceed the budget.
+    """
+
+    max_candidates: int = 24
+    num_screening_scenes: int = 4
+    num_finalists: int = 4
+    num_scenes: int = 12
+    num_calibration: int = 16
+    tolerance: float = 0.002
+
+
+@dataclass
+class GridConfig:
+    """The picture that shows the same samples under every policy.
+
+    Args:
+        sampler: name of the sampler.
+        budget: of the cells to show.
+        num_pictures: samples to show, the first of the test scenes.
+    """
+
+    sampler: str
+    budget: float
+    num_pictures: int = 6
+
+
+@dataclass
+class CompareConfig:
+    """A comparison.
+
+    Args:
+        model: folder of the frozen pipeline.
+        samplers: by name, which appears in paths and in the report.
+        budgets: fractions of the full MACs to keep.
+        grid: what the picture grid shows.
+        policies: names of the policies; all if not given.
+        guidance_scale: classifier-free guidance scale.
+        batch_size: samples generated at once.
+        tuning: how the knobs are set.
+        training_config: of the policies that read a checkpoint: path of the training configuration, in which
+            `{policy}` and `{sampler}` are filled in.
+        optional_metrics: further metrics, of which the weights must be on this machine: `lpips`, `clip`.
+        output: folder for cells, references and checkpoints; what is there is not made again.
+        report: folder for the report.
+        name: of the report's files.
+    """
+
+    model: str
+    samplers: dict[str, SamplerConfig]
+    budgets: list[float]
+    grid: GridConfig
+    policies: list[str] | None = None
+    guidance_scale: float = 7.5
+    batch_size: int = 16
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    training_config: str = "configs/compare/train/{policy}-{sampler}.yaml"
+    optional_metrics: list[str] = field(default_factory=list)
+    output: str = "runs/compare"
+    report: str = "benchmarks/compare"
+    name: str = "compare"
+
+    def __post_init__(self) -> None:
+        from hgc_learn.policies import POLICIES
+
+        if self.policies is None:
+            self.policies = sorted(POLICIES)
+        unknown = sorted(set(self.policies) - set(POLICIES))
+        if unknown:
+            raise ValueError(f"policies: {unknown[0]!r} is not one of {', '.join(sorted(POLICIES))}.")
+        for name, sampler in self.samplers.items():
+            if not name or Path(name).name != name:
+                raise ValueError(f"samplers: {name!r} names a folder; use letters, digits and dashes.")
+            if sampler.num_test < 2:
+                raise ValueError(f"samplers: {name} has num_test {sampler.num_test}; an interval needs at least 2.")
+        for budget in self.budgets:
+            if not 0 < budget < 1:
+                raise ValueError(f"budgets: {budget} is not between 0 and 1; it is the fraction of full MACs to keep.")
+        if self.tuning.num_screening_scenes > self.tuning.num_scenes:
+            raise ValueError("tuning: num_screening_scenes is larger than num_scenes.")
+        if self.grid.sampler not in self.samplers or self.grid.budget not in self.budgets:
+            raise ValueError(f"grid: {self.grid.sampler} at {self.grid.budget:g} is not among samplers and budgets.")
+
+    def sampling(self, sampler: str) -> SamplingConfig:
+        """How pictures are made with a sampler."""
+        return SamplingConfig(
+            num_inference_steps=self.samplers[sampler].num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            height=IMAGE_SIZE,
+            width=IMAGE_SIZE,
+            scheduler=self.samplers[sampler].scheduler,
+        )
+
+    @property
+    def policy_names(self) -> list[str]:
+        assert self.policies is not None
+        return self.policies
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> CompareConfig:
+    """Reads a YAML file; `overrides` are as on a command line, as in `--tuning.num_scenes=4`.
+
+    Raises:
+        ValueError: the file is missing or not such a configuration; the message names the key.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; run from the root of the repository.")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(CompareConfig)
+    try:
+        settings = parser.parse_args([f"--config={path}", *overrides])
+        values = parser.instantiate_classes(settings).as_dict()
+    except ArgumentError as error:
+        raise ValueError(f"{path}: {error}") from None
+    values.pop("config")
+    return CompareConfig(**values)

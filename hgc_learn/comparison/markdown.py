@@ -1,0 +1,160 @@
+"""The report in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+from hgc_learn.comparison.config import CompareConfig
+from hgc_learn.comparison.ranking import Ranking, public_rows
+from hgc_learn.comparison.samples import read_json
+from hgc_learn.comparison.statistics import Interval
+
+OURS = "learned"
+
+
+def verdict(ranking: Ranking) -> str:
+    """Who won, in a sentence."""
+    winners, best = ranking.winners, ranking.cells[0]
+    if len(winners) > 1:
+        names = ", ".join(f"`{name}`" for name in winners)
+        return f"no single winner: {names} cannot be told apart (highest mean {best['psnr_db']:.2f} dB)."
+    text = f"**`{best['policy']}`** wins with {best['psnr_db']:.2f} dB"
+    if len(ranking.cells) == 1:
+        return f"{text}, alone."
+    gap, (low, high) = ranking.gaps[1]
+    return f"{text}, {-gap:.2f} dB [{-high:.2f}, {-low:.2f}] above `{ranking.cells[1]['policy']}`."
+
+
+def markdown(config: CompareConfig, rankings: Sequence[Ranking], *, command: str, num_missing: int = 0) -> str:
+    """The report."""
+    tuning = config.tuning
+    samplers = "; ".join(
+        f"{name}: {sampler.scheduler}, {sampler.num_inference_steps} steps, n = {sampler.num_test}"
+        for name, sampler in config.samplers.items()
+    )
+    paragraphs = [
+        f"Written by `{command}`; the numbers are in [{config.name}.json]({config.name}.json). Teacher "
+        f"`{config.model}`, guidance scale {config.guidance_scale:g}. {samplers}. Every test sample has its own "
+        "prompt, control and seed.",
+        f"All knobs are tuned for each cell on {tuning.num_scenes} other scenes: of a policy's candidates within the "
+        f"budget (+{tuning.tolerance:.1%} of the full MACs) up to {tuning.max_candidates}, closest to it and spread "
+        f"over its variants, are tried on {tuning.num_screening_scenes} scenes, the best {tuning.num_finalists} of "
+        "them on all; the best mean PSNR wins. MACs do not count attention matmuls.",
+        "PSNR, SSIM and latent error (relative L2) are against the uncached picture of the same seed, means over "
+        "samples; brackets are 95 % bootstrap intervals over samples. *To best* is the mean paired difference to the "
+        "first row: where its interval contains 0, the test set cannot tell the two apart, and both are marked with =. "
+        "mIoU and colour accuracy measure obedience to control and caption. FID is to drawn test pictures, with "
+        "features of the project's own network (`hgc_learn/demo/features.py`) and n as above: compare it within a "
+        "table only.",
+    ]
+    if num_missing:
+        paragraphs.append(f"**Incomplete: {num_missing} cells have not been run.**")
+    lines = ["# Policies at equal compute", ""]
+    for paragraph in paragraphs:
+        lines += [fill(paragraph, 118, break_long_words=False, break_on_hyphens=False), ""]
+    lines += _summary(rankings)
+    for ranking in rankings:
+        lines += _section(config, ranking)
+    lines += _tuning_costs(config, rankings)
+    lines += ["![PSNR against kept MACs](pareto.png)", "", "![the same samples under every policy](grid.png)", ""]
+    return "\n".join(lines)
+
+
+def _summary(rankings: Sequence[Ranking]) -> list[str]:
+    lines = [
+        "## In short",
+        "",
+        f"| sampler | MACs kept | best, or not told apart from it | `{OURS}`, dB | best other | difference, dB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for ranking in rankings:
+        own = next((cell for cell in ranking.cells if cell["policy"] == OURS), None)
+        lead = ranking.lead(OURS)
+        winners = ", ".join(f"`{name}`" for name in ranking.winners) or "-"
+        entries = [ranking.sampler, f"{ranking.budget:.0%}", winners, f"{own['psnr_db']:.2f}" if own else "-"]
+        entries += [f"`{lead[0]}`", _with_interval(lead[1], lead[2], "+.2f")] if lead else ["-", "-"]
+        lines.append(_line(entries))
+    return [*lines, ""]
+
+
+def _section(config: CompareConfig, ranking: Ranking) -> list[str]:
+    lines = [f"## {ranking.sampler}, {ranking.budget:.0%} of the MACs", ""]
+    if ranking.cells:
+        full = ranking.cells[0]["full"]
+        lines += [
+            f"{verdict(ranking)[0].upper()}{verdict(ranking)[1:]}",
+            f"Uncached pictures: mIoU {full['control_miou']:.4f}, colour {full['color_accuracy']:.4f}, "
+            f"FID {full['fid']:.2f}.",
+            "",
+        ]
+        optional = config.optional_metrics
+        heading = ["", "policy", "PSNR, dB", "to best, dB", "MACs", "latent error", "SSIM", "mIoU", "colour", "FID"]
+        heading += [*optional, "speed", "settings"]
+        lines += [_line(heading), "|" + "---|" * len(heading)]
+        winners = ranking.winners
+        rows = public_rows(config, ranking)[: len(ranking.cells)]
+        for place, (row, gap) in enumerate(zip(rows, ranking.gaps, strict=True), start=1):
+            tied = len(winners) > 1 and row["policy"] in winners
+            entries = [
+                f"{place}{' =' * tied}",
+                f"**`{row['policy']}`**" if row["policy"] == OURS else f"`{row['policy']}`",
+                _with_interval(row["psnr_db"], row["psnr_ci"], ".2f"),
+                _with_interval(*gap, ".2f") if place > 1 else "",
+                f"{row['kept_macs']:.4f}",
+                f"{row['latent_rel_l2']:.4f}",
+                f"{row['ssim']:.4f}",
+                f"{row['control_miou']:.4f}",
+                f"{row['color_accuracy']:.4f}",
+                f"{row['fid']:.2f}",
+                *[f"{row[name]:.4f}" for name in optional],
+                f"{row['wall_clock_speedup']:.2f}x" if "wall_clock_speedup" in row else "-",
+                _settings(row["settings"]),
+            ]
+            lines.append(_line(entries))
+        lines.append("")
+    for cell in ranking.others:
+        if "reason" in cell:
+            lines.append(f"- `{cell['policy']}` is not here: {cell['reason']}.")
+        else:
+            lines.append(f"- **`{cell['policy']}` failed**: {cell['error'].strip().splitlines()[-1]}")
+    return [*lines, ""] if ranking.others else lines
+
+
+def _tuning_costs(config: CompareConfig, rankings: Sequence[Ranking]) -> list[str]:
+    lines = [
+        "## What tuning cost",
+        "",
+        "Summed over the cells of a policy. Rollouts are pictures made, cached or not, what a policy measures or searches",
+        "itself included; training runs are told apart. What cells share, as measurements, counts where it was made.",
+        "",
+        "| policy | candidates | tried | rollouts | minutes | training, minutes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for policy in config.policy_names:
+        costs = [cell["tuning"] for ranking in rankings for cell in ranking.cells if cell["policy"] == policy]
+        done = [Path(config.output) / "trained" / sampler / policy / "trained.json" for sampler in config.samplers]
+        training = [read_json(path)["minutes"] for path in done if path.is_file()]
+        if costs:
+            totals = {name: sum(cost[name] for cost in costs) for name in costs[0]}
+            entries = [f"`{policy}`", f"{totals['num_candidates']}", f"{totals['num_tried']}"]
+            entries += [f"{totals['sample_rollouts']:.0f}", f"{totals['seconds'] / 60:.1f}"]
+            lines.append(_line([*entries, f"{sum(training):.1f}" if training else ""]))
+    return [*lines, ""]
+
+
+def _with_interval(value: float, interval: Interval, form: str) -> str:
+    return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    short = {name: value for name, value in settings.items() if name not in ("budget", "ckpt_path")}
+    return ", ".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in short.items()
+    )
+
+
+def _line(entries: list[str]) -> str:
+    return "| " + " | ".join(entry.replace("|", "\\|") for entry in entries) + " |"

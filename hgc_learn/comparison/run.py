@@ -1,0 +1,199 @@
+"""Runs the cells that are missing, one policy with one sampler at a time; any number of processes may share them."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from hgc_learn.comparison.cells import Bench, PolicyBench, cell_files, protocol
+from hgc_learn.comparison.config import CompareConfig
+from hgc_learn.comparison.samples import claim, read_json, save_json
+from hgc_learn.policies import POLICIES
+
+T = TypeVar("T", str, float)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The cells that a process is to run."""
+
+    samplers: Sequence[str]
+    policies: Sequence[str]
+    budgets: Sequence[float]
+
+    @classmethod
+    def of(
+        cls,
+        config: CompareConfig,
+        samplers: Sequence[str] | None = None,
+        policies: Sequence[str] | None = None,
+        budgets: Sequence[float] | None = None,
+    ) -> Selection:
+        """All cells of the configuration, or those that are named.
+
+        Raises:
+            ValueError: a name that the configuration does not have.
+        """
+        return cls(
+            _known("sampler", samplers, list(config.samplers)),
+            _known("policy", policies, config.policy_names),
+            _known("budget", budgets, config.budgets),
+        )
+
+    def cells(self) -> Iterator[tuple[str, str, float]]:
+        for sampler in self.samplers:
+            for policy in self.policies:
+                for budget in self.budgets:
+                    yield sampler, policy, budget
+
+
+def _known(what: str, asked: Sequence[T] | None, known: Sequence[T]) -> Sequence[T]:
+    for name in asked or ():
+        if name not in known:
+            raise ValueError(f"The configuration has no {what} {name}; it has {', '.join(map(str, known))}.")
+    return asked or known
+
+
+def read_cell(config: CompareConfig, sampler: str, policy: str, budget: float) -> dict[str, Any] | None:
+    """What is known of a cell: figures, `reason` or `error`; None if it has not been run.
+
+    Raises:
+        ValueError: it was run with other settings.
+    """
+    path = cell_files(config, sampler, policy, budget).figures
+    if not path.is_file():
+        return None
+    cell = read_json(path)
+    if cell["protocol"] != protocol(config, sampler):
+        raise ValueError(
+            f"{path} was made with other settings than those asked for now. Set another output, or run with --redo."
+        )
+    return cell
+
+
+def run_comparison(config: CompareConfig, selection: Selection) -> None:
+    """Runs every selected cell that has no figures and no reason yet. An exception in a cell is kept in its file, told,
+    and tried again by the next run."""
+    torch.set_flush_denormal(True)  # arithmetic with denormal numbers is many times slower on CPUs
+    cells = list(selection.cells())
+    total = len(cells)
+
+    def num_done() -> int:
+        return sum(_is_done(read_cell(config, *cell)) for cell in cells)
+
+    with _Display(total, num_done()) as display:
+        for sampler in selection.samplers:
+            bench: Bench | None = None
+            for policy in selection.policies:
+                lock = Path(config.output) / "cells" / sampler / policy / "lock"
+                with claim(lock) as mine:
+                    missing = [b for b in selection.budgets if not _is_done(read_cell(config, sampler, policy, b))]
+                    if not mine or not missing:
+                        continue
+                    if bench is None:
+                        display.say(f"{sampler}: drawing scenes")
+                        bench = Bench(config, sampler)
+                    _run_policy(bench, policy, missing, display, num_done)
+
+
+def _run_policy(
+    bench: Bench, policy: str, budgets: Sequence[float], display: _Display, num_done: Callable[[], int]
+) -> None:
+    where = f"{bench.sampler} {policy}"
+    policy_bench = PolicyBench(bench, POLICIES[policy], lambda words: display.say(f"{where}: {words}"))
+    no_checkpoint = None
+    if policy_bench.needs_checkpoint:
+        with display.paused():  # training has a display of its own
+            no_checkpoint = _attempt(lambda: policy_bench.ckpt_path)
+    for budget in budgets:
+        where = f"{bench.sampler} {policy} {budget:g}"
+        start = time.monotonic()
+        row: dict[str, Any] = {"policy": policy, "sampler": bench.sampler, "budget": budget}
+        error = no_checkpoint or _attempt(partial(_fill, row, policy_bench, budget))
+        if error:
+            row |= {"error": error, "protocol": protocol(bench.config, bench.sampler)}
+        save_json(cell_files(bench.config, bench.sampler, policy, budget).figures, row)
+        display.advance(num_done())
+        display.log(f"{where}: {_outcome(row)} ({time.monotonic() - start:.0f} s; {display.count()})")
+
+
+def _fill(row: dict[str, Any], policy_bench: PolicyBench, budget: float) -> None:
+    row.update(policy_bench.run(budget))
+
+
+def _attempt(action: Callable[[], object]) -> str | None:
+    """Runs `action`; the traceback if it fails. Ctrl-C passes."""
+    try:
+        action()
+    except Exception:
+        return traceback.format_exc()
+    return None
+
+
+def _is_done(cell: dict[str, Any] | None) -> bool:
+    return cell is not None and "error" not in cell
+
+
+def _outcome(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"[bold red]FAILED[/]: {row['error'].strip().splitlines()[-1]}"
+    if "reason" in row:
+        return f"none: {row['reason']}"
+    low, high = row["psnr_ci"]
+    return f"{row['psnr_db']:.2f} dB ({low:.2f} to {high:.2f}), {row['kept_macs']:.4f} of the MACs"
+
+
+class _Display:
+    """Which cell, how many are done, how long it will take; a line for every cell that is done."""
+
+    def __init__(self, total: int, done: int):
+        self.console = Console()
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("cells"), TimeElapsedColumn(), TimeRemainingColumn())
+        self.progress = Progress(
+            TextColumn("{task.description}"), *columns, console=self.console, speed_estimate_period=24 * 3600
+        )
+        self.task = self.progress.add_task("starting", total=total, completed=done)
+        self.total, self.done, self.first, self.start = total, done, done, time.monotonic()
+
+    def __enter__(self) -> _Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.progress.stop()
+        try:
+            yield
+        finally:
+            self.progress.start()
+
+    def say(self, words: str) -> None:
+        self.progress.update(self.task, description=words)
+
+    def advance(self, done: int) -> None:
+        self.done = done
+        self.progress.update(self.task, completed=done)
+
+    def log(self, words: str) -> None:
+        self.console.print(words, highlight=False, soft_wrap=True)
+
+    def count(self) -> str:
+        """Cells done and minutes left at the pace since the start, other processes' cells included."""
+        text, fresh = f"{self.done} of {self.total} cells", self.done - self.first
+        if fresh <= 0:
+            return text
+        minutes = (time.monotonic() - self.start) / fresh * (self.total - self.done) / 60
+        return f"{text}, about {minutes:.0f} min left"

@@ -1,0 +1,100 @@
+"""Scenes to compare on, and what the uncached pipeline makes of them, kept on disk."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from hgc_learn.comparison.metrics import Batch, Samples
+from hgc_learn.demo.scenes import SceneDataset
+from hgc_learn.evaluation import decode
+from hgc_learn.inference import apply_schedule, remove_schedule
+from hgc_learn.rollout import SamplingConfig, generate
+from hgc_learn.schedule import HGCSchedule
+
+
+def draw_batches(split: str, num_scenes: int, batch_size: int) -> list[Batch]:
+    """The first scenes of a split of `hgc_learn.demo.scenes`."""
+    return list(DataLoader(SceneDataset(split, num_scenes), batch_size))
+
+
+@torch.no_grad()
+def render(
+    pipe: Any, sampling: SamplingConfig, batches: Sequence[Batch], schedule: HGCSchedule | None = None
+) -> Samples:
+    """What the pipeline makes of the batches, with a schedule or without."""
+    if schedule is not None:
+        apply_schedule(pipe, schedule)
+        sampling = replace(sampling, num_inference_steps=schedule.num_inference_steps)
+    try:
+        latents = [generate(pipe, sampling, batch) for batch in batches]
+    finally:
+        remove_schedule(pipe)
+    return Samples(torch.cat(latents), torch.cat([decode(pipe, part) for part in latents]))
+
+
+def full_samples(
+    path: Path, pipe: Any, sampling: SamplingConfig, split: str, batches: Sequence[Batch], *, weights: dict[str, Any]
+) -> Samples:
+    """What the uncached pipeline makes of the batches: read from `path`, or made and written there.
+
+    Args:
+        weights: what identifies the models; a file of other models, samples or settings is replaced.
+    """
+    seeds = [int(seed) for batch in batches for seed in batch["seed"]]
+    made_of = json.dumps({"sampling": asdict(sampling), "split": split, "seeds": seeds, "weights": weights})
+    with claim(path.with_suffix(".lock"), wait=True):
+        if path.is_file():
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("made_of") == made_of:
+                    return Samples(file.get_tensor("latents"), file.get_tensor("pictures"))
+        samples = render(pipe, sampling, batches)
+        save_tensors(path, {"latents": samples.latents, "pictures": samples.pictures}, made_of=made_of)
+    return samples
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
+    """Writes a safetensors file that appears under its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata)
+    partial.replace(path)
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Writes a JSON file that appears under its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text())
+    return value
+
+
+@contextmanager
+def claim(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Holds the lock of a piece of work against other processes; false if another holds it. The system releases it
+    when a process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

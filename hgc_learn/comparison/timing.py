@@ -1,0 +1,62 @@
+"""Wall-clock time of the cells' schedules, in a pass of its own: nothing else should run on the machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from hgc_learn.comparison.cells import cell_files
+from hgc_learn.comparison.config import CompareConfig
+from hgc_learn.comparison.run import Selection
+from hgc_learn.comparison.samples import draw_batches, save_json
+from hgc_learn.inference import apply_schedule, remove_schedule
+from hgc_learn.rollout import generate, load_pipeline
+from hgc_learn.schedule import HGCSchedule
+
+NUM_PAIRS = 3
+BATCH_SIZE = 4
+
+
+def time_cells(config: CompareConfig, selection: Selection) -> None:
+    """Times every selected cell that has a schedule and no time yet: the median, over pairs of runs in turns, of the
+    ratio of the full run's time to the cached run's."""
+    torch.set_flush_denormal(True)
+    (batch,) = draw_batches("validation", BATCH_SIZE, BATCH_SIZE)
+    for sampler in selection.samplers:
+        cells = [cell_files(config, *cell) for cell in selection.cells() if cell[0] == sampler]
+        cells = [files for files in cells if files.schedule.is_file() and not files.timing.is_file()]
+        if not cells:
+            continue
+        sampling = config.sampling(sampler)
+        pipe = load_pipeline(config.model, sampling)
+        _seconds(lambda: generate(pipe, sampling, batch))  # noqa: B023  warm-up
+        for files in track(cells, description=f"timing {sampler}"):
+            ratios = _ratios(pipe, sampling, HGCSchedule.load(files.schedule), batch)
+            timing = {"wall_clock_speedup": round(statistics.median(ratios), 3), "num_pairs": len(ratios)}
+            save_json(files.timing, timing | {"batch_size": BATCH_SIZE, "num_threads": torch.get_num_threads()})
+
+
+def _ratios(pipe: Any, sampling: Any, schedule: HGCSchedule, batch: dict[str, Any]) -> list[float]:
+    cached_sampling = replace(sampling, num_inference_steps=schedule.num_inference_steps)
+    ratios = []
+    for _ in range(NUM_PAIRS):
+        full = _seconds(lambda: generate(pipe, sampling, batch))
+        apply_schedule(pipe, schedule)
+        try:
+            cached = _seconds(lambda: generate(pipe, cached_sampling, batch))
+        finally:
+            remove_schedule(pipe)
+        ratios.append(full / cached)
+    return ratios
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

@@ -1,0 +1,41 @@
+"""Checkpoints of the policies that are trained: made when they are first needed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from hgc_learn.comparison.config import CompareConfig
+from hgc_learn.comparison.samples import save_json
+
+
+def checkpoint(config: CompareConfig, sampler: str, policy: str) -> Path:
+    """The policy's checkpoint for a sampler; trains it if it is missing, or goes on with an interrupted training.
+
+    Raises:
+        ValueError: there is no training configuration for them, or it cannot be read.
+    """
+    folder = Path(config.output) / "trained" / sampler / policy
+    ckpt_path, done = folder / "last.ckpt", folder / "trained.json"
+    if done.is_file() and ckpt_path.is_file():
+        return ckpt_path
+    training = Path(config.training_config.format(policy=policy, sampler=sampler))
+    if not training.is_file():
+        raise ValueError(f"{policy} reads a checkpoint, and {training}, its training for {sampler}, does not exist.")
+    from hgc_learn.cli import train
+
+    arguments = ["fit", f"--config={training}", f"--checkpoint.dirpath={folder}"]
+    arguments.append(f"--trainer.default_root_dir={folder}")
+    resumed = ckpt_path.is_file()
+    if resumed:
+        arguments.append(f"--ckpt_path={ckpt_path}")
+    start = time.monotonic()
+    try:
+        trainer = train(arguments).trainer
+    except SystemExit as error:  # how the command line says that it does not like a setting
+        raise ValueError(f"{training} is not a configuration of train.py; what is wrong is printed above.") from error
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    minutes = round((time.monotonic() - start) / 60, 2)
+    save_json(done, {"training": str(training), "minutes": minutes, "resumed": resumed})
+    return ckpt_path

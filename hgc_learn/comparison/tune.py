@@ -1,0 +1,138 @@
+"""Sets the knobs of a policy for a budget: count all candidates, try few, keep the best."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from hgc_learn.comparison.config import TuningConfig
+from hgc_learn.policies import Policy
+from hgc_learn.schedule import HGCSchedule
+from hgc_learn.setting import Draft, Setting
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Knobs, the draft that they make and the fraction of the full MACs that it keeps."""
+
+    knobs: dict[str, Any]
+    draft: Draft
+    kept: float
+
+    def schedule(self, setting: Setting, policy: Policy) -> HGCSchedule:
+        settings = {**policy.knobs, **self.knobs}
+        return setting.schedule(self.draft, policy=policy.name, settings=plain(settings))
+
+
+@dataclass
+class Candidates:
+    """What a policy offers.
+
+    Attributes:
+        found: drafts that differ, in the order of the policy's grid.
+        num_candidates: how many combinations of knobs there were.
+        refused: what the policy said to combinations that it cannot write (ValueError).
+    """
+
+    found: list[Candidate] = field(default_factory=list)
+    num_candidates: int = 0
+    refused: list[str] = field(default_factory=list)
+
+
+def list_candidates(policy: Policy, setting: Setting, fixed: dict[str, Any]) -> Candidates:
+    """Writes and counts every candidate of a policy; `fixed` are knobs that are not tuned. No pictures are made but by
+    policies that do so themselves."""
+    result = Candidates()
+    seen = set()
+    # A grid may vary what is fixed here, the budget for one: such combinations are the same.
+    grid = [{**knobs, **fixed} for knobs in policy.candidates(setting)]
+    for knobs in {repr(sorted(knobs.items())): knobs for knobs in grid}.values():
+        result.num_candidates += 1
+        try:
+            draft = policy.write(setting, **knobs)
+            kept = setting.kept(draft)
+        except ValueError as error:
+            result.refused.append(str(error))
+            continue
+        if (key := _identity(draft)) not in seen:
+            seen.add(key)
+            result.found.append(Candidate(knobs, draft, kept))
+    return result
+
+
+def shortlist(candidates: Iterable[Candidate], budget: float, tuning: TuningConfig) -> list[Candidate]:
+    """Those within the budget, closest to it first, the policy's variants in turns: candidates are of one variant if
+    all their knobs that are not numbers agree."""
+    variants: dict[Any, list[Candidate]] = {}
+    for candidate in sorted(candidates, key=lambda c: -c.kept):
+        if candidate.kept <= budget + tuning.tolerance:
+            variant = tuple((name, repr(v)) for name, v in candidate.knobs.items() if _is_word(v))
+            variants.setdefault(variant, []).append(candidate)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*variants.values()))
+    return [candidate for candidate in turns if candidate is not None][: tuning.max_candidates]
+
+
+def best(
+    shortlisted: Sequence[Candidate], tuning: TuningConfig, judge: Callable[[Candidate, int], float]
+) -> tuple[Candidate, int]:
+    """The candidate with the best mean PSNR and how many were tried. `judge(candidate, num_scenes)` makes the first
+    scenes of the tuning set and returns that mean. A single candidate needs no trial."""
+    finalists = list(shortlisted)
+    num_tried = len(finalists) if len(finalists) > 1 else 0
+    if len(finalists) > tuning.num_finalists:
+        scores = [judge(candidate, tuning.num_screening_scenes) for candidate in finalists]
+        order = sorted(range(len(finalists)), key=lambda i: -scores[i])
+        finalists = [finalists[i] for i in order[: tuning.num_finalists]]
+    if len(finalists) > 1:
+        finalists = [max(finalists, key=lambda candidate: judge(candidate, tuning.num_scenes))]
+    return finalists[0], num_tried
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON has it: knobs may be tuples, paths, numpy numbers."""
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [plain(entry) for entry in value]
+    if isinstance(value, str | bool | int | float) or value is None:
+        return value
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+@dataclass
+class RolloutCount:
+    """Pictures that were made, cached or not; one of fewer steps is that fraction of a picture."""
+
+    num_samples: float = 0.0
+
+
+@contextmanager
+def count_rollouts(setting: Setting) -> Iterator[RolloutCount]:
+    """Counts what runs through the setting's UNet, whoever runs it."""
+    count = RolloutCount()
+    calls_per_sample = setting.num_steps * setting.batch_size
+
+    def add(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        count.num_samples += len(args[0] if args else kwargs["sample"]) / calls_per_sample
+
+    hook = setting.pipe.unet.register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        yield count
+    finally:
+        hook.remove()
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, bool) or not isinstance(value, int | float)
+
+
+def _identity(draft: Draft) -> str:
+    rows = sorted((site, row) for site, row in draft.sites.items() if set(row) != {"C"})
+    digest = hashlib.sha256(repr((rows, draft.timesteps)).encode())
+    for name, tensor in sorted(draft.tensors.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,252 @@
+"""Whole comparisons on a tiny pipeline: what is written, what a second run does, what goes wrong and how it is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from training_fixtures import save_tiny_teacher
+
+from hgc_learn.__main__ import main
+from hgc_learn.comparison.cells import cell_files
+from hgc_learn.comparison.config import CompareConfig, read_config
+from hgc_learn.comparison.ranking import Ranking
+from hgc_learn.comparison.run import Selection, read_cell
+from hgc_learn.comparison.samples import claim
+from hgc_learn.comparison.trained import checkpoint
+from hgc_learn.policies import POLICIES, Policy
+from hgc_learn.schedule import HGCSchedule
+from hgc_learn.setting import Draft, Setting
+
+ROOT = Path(__file__).parent.parent.parent
+SAMPLER = "UniPC-5"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    save_tiny_teacher(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(teacher: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model": str(teacher),
+        "samplers": {SAMPLER: {"scheduler": "UniPCMultistepScheduler", "num_inference_steps": 5, "num_test": 3}},
+        "budgets": [0.6, 0.1],
+        "policies": ["uniform", "fewer_steps"],
+        "guidance_scale": 3.0,
+        "batch_size": 2,
+        "tuning": {
+            "num_screening_scenes": 1,
+            "num_scenes": 2,
+            "max_candidates": 4,
+            "num_finalists": 2,
+            "num_calibration": 2,
+        },
+        "training_config": str(tmp_path / "{policy}-{sampler}.yaml"),
+        "grid": {"sampler": SAMPLER, "budget": 0.6, "num_pictures": 2},
+        "output": str(tmp_path / "run"),
+        "report": str(tmp_path / "report"),
+        "name": "tiny",
+    }
+
+
+def write(settings: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def rows(settings: dict[str, Any]) -> dict[tuple[str, float], dict[str, Any]]:
+    found = json.loads((Path(settings["report"]) / "tiny.json").read_text())
+    return {(row["policy"], row["budget"]): row for row in found}
+
+
+def test_a_comparison_writes_figures_reasons_tables_and_pictures(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = write(settings, tmp_path)
+    assert main(["compare", "--config", str(config)]) == 0
+    found = rows(settings)
+    assert len(found) == 4
+    row = found["uniform", 0.6]
+    assert row["sampler"] == SAMPLER
+    assert row["num_samples"] == 3
+    assert row["kept_macs"] <= 0.602
+    assert row["psnr_ci"][0] <= row["psnr_db"] <= row["psnr_ci"][1]
+    assert row["settings"]["interval"] == 2
+    assert row["tuning"]["num_tried"] == 4
+    assert row["tuning"]["sample_rollouts"] == 4 * 1 + 2 * 2  # four candidates on one scene, two on two
+    for name in ("ssim", "latent_rel_l2", "control_miou", "color_accuracy", "fid"):
+        assert isinstance(row[name], float), name
+    assert "keeps at least 0.2" in found["uniform", 0.1]["reason"]
+    assert "psnr_db" not in found["uniform", 0.1]
+    text = (tmp_path / "report" / "tiny.md").read_text()
+    assert f"## {SAMPLER}, 60% of the MACs" in text
+    assert "`uniform` is not here: keeps at least" in text
+    for name in ("pareto.png", "grid.png"):
+        assert (tmp_path / "report" / name).stat().st_size > 5000
+    schedule = HGCSchedule.load(tmp_path / "run" / "cells" / SAMPLER / "uniform" / "0.6.schedule.json")
+    assert schedule.producer["policy"] == "uniform"
+    assert schedule.fidelity["psnr_db"] == row["psnr_db"]
+
+    assert main(["compare", "--config", str(config), "--timing"]) == 0
+    assert rows(settings)["uniform", 0.6]["wall_clock_speedup"] > 0
+
+
+def test_a_killed_comparison_goes_on_where_it_was(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["budgets"] = [0.8, 0.6, 0.4]
+    path = write(settings, tmp_path)
+    command = [sys.executable, "-m", "hgc_learn", "compare", "--config", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = tmp_path / "run" / "cells" / SAMPLER / "uniform" / "0.8.json"
+    deadline = time.monotonic() + 300
+    while not first.is_file() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert first.is_file()
+    config = read_config(path)
+    cells = list(Selection.of(config).cells())
+    done = [cell for cell in cells if read_cell(config, *cell) is not None]
+    assert 1 <= len(done) < len(cells)
+    times = {cell: cell_files(config, *cell).figures.stat().st_mtime_ns for cell in done}
+
+    assert main(["compare", "--config", str(path)]) == 0
+    assert all(cell_files(config, *cell).figures.stat().st_mtime_ns == times[cell] for cell in done)
+    assert len(rows(settings)) == len(cells)
+
+
+def test_a_policy_that_fails_is_told_and_does_not_stop_the_others(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    works = False
+
+    def fragile(setting: Setting) -> Draft:
+        if not works:
+            raise KeyError("a mistake in the code")
+        return Draft({setting.graph.output: "C--CC"})
+
+    monkeypatch.setitem(POLICIES, "fragile", Policy("fragile", fragile, "none", lambda setting: {}))
+    settings |= {"policies": ["fragile", "uniform"], "budgets": [0.6]}
+    path = write(settings, tmp_path)
+    assert main(["compare", "--config", str(path)]) == 2
+    output = capsys.readouterr()
+    assert "FAILED" in output.out
+    assert "1 cells failed" in output.err
+    found = rows(settings)
+    assert "a mistake in the code" in found["fragile", 0.6]["error"]
+    assert "reason" not in found["fragile", 0.6]
+    assert "psnr_db" in found["uniform", 0.6]
+
+    works = True
+    assert main(["compare", "--config", str(path)]) == 0
+    assert rows(settings)["fragile", 0.6]["kept_macs"] == pytest.approx(0.6)
+
+
+def test_policies_that_refuse_everything(settings: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    """A budget that a policy says it cannot meet is a reason; anything else that it refuses is a failure."""
+
+    def strict(setting: Setting, *, budget: float = 0.5) -> Draft:
+        raise ValueError(f"A budget of {budget} cannot be met.")
+
+    def picky(setting: Setting) -> Draft:
+        raise ValueError("It wants other samples.")
+
+    for write_draft in (strict, picky):
+        policy = Policy(write_draft.__name__, write_draft, "none", lambda setting: {})
+        monkeypatch.setitem(POLICIES, policy.name, policy)
+    settings |= {"policies": ["strict", "picky"], "budgets": [0.6]}
+    assert main(["compare", "--config", str(write(settings, tmp_path))]) == 2
+    found = rows(settings)
+    assert found["strict", 0.6]["reason"] == "A budget of 0.6 cannot be met."
+    assert "It wants other samples." in found["picky", 0.6]["error"]
+
+
+def test_cells_made_with_other_settings_are_refused_until_redone(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings |= {"policies": ["uniform"], "budgets": [0.6]}
+    path = write(settings, tmp_path)
+    assert main(["compare", "--config", str(path)]) == 0
+    other = ["compare", "--config", str(path), "--", "--tuning.num_scenes=1"]
+    assert main(other) == 2
+    assert "--redo" in capsys.readouterr().err
+    assert main([*other[:3], "--redo", *other[3:]]) == 0
+
+
+def test_work_is_claimed_by_one_at_a_time(tmp_path: Path) -> None:
+    with claim(tmp_path / "lock") as mine:
+        assert mine
+        with claim(tmp_path / "lock") as also_mine:
+            assert not also_mine
+    with claim(tmp_path / "lock") as mine:
+        assert mine
+
+
+def test_a_checkpoint_is_trained_once_and_resumed(settings: dict[str, Any], teacher: Path, tmp_path: Path) -> None:
+    config = CompareConfig(**read_config(write(settings, tmp_path)).__dict__)
+    with pytest.raises(ValueError, match=r"learned-UniPC-5\.yaml.*does not exist"):
+        checkpoint(config, SAMPLER, "learned")
+    training = {
+        "model": {
+            "model": str(teacher),
+            "sampling": {"num_inference_steps": 5, "guidance_scale": 3.0, "height": 64, "width": 64},
+            "budgets": [0.5],
+            "objective": {"class_path": "Rollout", "init_args": {"num_warm_start_batches": 1}},
+        },
+        "data": {"class_path": "SceneDataModule", "init_args": {"num_train": 2, "num_val": 2, "batch_size": 2}},
+        "trainer": {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False, "logger": False},
+    }
+    (tmp_path / f"learned-{SAMPLER}.yaml").write_text(yaml.safe_dump(training))
+    path = checkpoint(config, SAMPLER, "learned")
+    made = path.stat().st_mtime_ns
+    assert checkpoint(config, SAMPLER, "learned") == path
+    assert path.stat().st_mtime_ns == made
+    done = path.with_name("trained.json")
+    assert json.loads(done.read_text())["resumed"] is False
+    done.unlink()  # as if the training had been interrupted
+    checkpoint(config, SAMPLER, "learned")
+    assert json.loads(done.read_text())["resumed"] is True
+
+
+def cell(policy: str, psnr: list[float]) -> dict[str, Any]:
+    return {"policy": policy, "psnr_db": sum(psnr) / len(psnr), "samples": {"psnr_db": psnr}}
+
+
+def test_ranking_names_ties_and_the_lead() -> None:
+    base = [30.0, 31, 25, 40, 33, 28, 36, 31]
+    noisy = [x + d for x, d in zip(base, [1, -1, 2, -2, 1, -1, 1, -1], strict=True)]
+    ranking = Ranking.of("s", 0.5, [cell("learned", [x - 1 for x in base]), cell("a", base), cell("b", noisy)])
+    assert set(ranking.winners) == {"a", "b"}
+    assert ranking.cells[-1]["policy"] == "learned"
+    lead = ranking.lead("learned")
+    assert lead is not None
+    name, gap, (low, high) = lead
+    assert name in ("a", "b")
+    assert gap == pytest.approx(-1)
+    assert low <= gap <= high
+
+
+@pytest.mark.parametrize("key", ["budgets=[1.5]", "policies=[magic]", "grid.budget=0.9", "samplers.DDIM-50.num_test=1"])
+def test_wrong_settings_are_named(key: str) -> None:
+    with pytest.raises(ValueError, match=key.partition("=")[0].partition(".")[0]):
+        read_config(ROOT / "configs/compare/demo.yaml", [f"--{key}"])
+
+
+def test_the_demonstration_compares_all_policies() -> None:
+    config = read_config(ROOT / "configs/compare/demo.yaml")
+    assert config.policy_names == sorted(POLICIES)
+    assert config.budgets == [0.50, 0.37, 0.25, 0.15]
+    assert {name: sampler.num_test for name, sampler in config.samplers.items()} == {"UniPC-20": 256, "DDIM-50": 128}
+    with pytest.raises(ValueError, match="no sampler Euler"):
+        Selection.of(config, samplers=["Euler"])
