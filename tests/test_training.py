@@ -18,7 +18,7 @@ from hgc_learn.cli import train
 from hgc_learn.data import ControlDataModule, SceneDataModule
 from hgc_learn.export import export
 from hgc_learn.inference import HGCSchedule, apply_schedule
-from hgc_learn.objectives import Rollout
+from hgc_learn.objectives import DEFAULT_SITES, Rollout
 from hgc_learn.plan import compile_plan
 from hgc_learn.refine import refine
 from hgc_learn.rollout import generate
@@ -41,7 +41,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def module(teacher: Path) -> RouterModule:
-    return RouterModule(str(teacher), SAMPLING, budgets=[BUDGET])
+    return RouterModule(str(teacher), SAMPLING, budgets=[BUDGET], sites=[*DEFAULT_SITES, "unet:guidance"])
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +63,8 @@ def small_logits(request: pytest.FixtureRequest) -> Iterator[None]:
 def random_table(module: RouterModule, share: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     compute = torch.rand(module.router.logits.shape, generator=generator) < share
+    if share < 1:
+        compute[2, module.router.sites.index("unet:guidance")] = False  # a step of half a batch among the full ones
     return module.router.with_first_step(compute)
 
 
