@@ -127,8 +127,8 @@ def _tuning_costs(config: CompareConfig, rankings: Sequence[Ranking]) -> list[st
     lines = [
         "## What tuning cost",
         "",
-        "Summed over the cells of a policy. Rollouts are pictures made, cached or not, what a policy measures or searches",
-        "itself included; training runs are told apart. What cells share, as measurements, counts where it was made.",
+        "Summed over the cells of a policy. Rollouts are pictures made, cached or not, what a policy measures or",
+        "searches itself included; training runs are told apart. Measurements that cells share count once.",
         "",
         "| policy | candidates | tried | rollouts | minutes | training, minutes |",
         "|---|---|---|---|---|---|",

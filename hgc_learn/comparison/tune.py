@@ -14,6 +14,8 @@ from hgc_learn.policies import Policy
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.setting import Draft, Setting
 
+NEAR = 0.9  # of the MACs of the candidate closest to the budget: as good a use of it
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -65,15 +67,39 @@ def list_candidates(policy: Policy, setting: Setting, fixed: dict[str, Any]) -> 
 
 
 def shortlist(candidates: Iterable[Candidate], budget: float, tuning: TuningConfig) -> list[Candidate]:
-    """Those within the budget, closest to it first, the policy's variants in turns: candidates are of one variant if
+    """Those within the budget that are worth a trial, the policy's variants in turns: candidates are of one variant if
     all their knobs that are not numbers agree."""
     variants: dict[Any, list[Candidate]] = {}
     for candidate in sorted(candidates, key=lambda c: -c.kept):
         if candidate.kept <= budget + tuning.tolerance:
             variant = tuple((name, repr(v)) for name, v in candidate.knobs.items() if _is_word(v))
             variants.setdefault(variant, []).append(candidate)
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*variants.values()))
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*map(_spread, variants.values())))
     return [candidate for candidate in turns if candidate is not None][: tuning.max_candidates]
+
+
+def _spread(variant: list[Candidate]) -> list[Candidate]:
+    """The candidates of a variant, given by falling MACs, in the order in which they are worth a trial: the one closest
+    to the budget; of the others about as close, always the one least like those before it; then the rest.
+
+    The closest ones alone would mostly be the same schedule but for a step or a site.
+    """
+    near = [candidate for candidate in variant if candidate.kept >= NEAR * variant[0].kept]
+    names = [name for name, value in near[0].knobs.items() if not _is_word(value)]
+    ranks = {name: {v: i for i, v in enumerate(sorted({c.knobs[name] for c in near}))} for name in names}
+
+    def distance(one: Candidate, other: Candidate) -> float:
+        steps = (abs(rank[one.knobs[n]] - rank[other.knobs[n]]) / max(1, len(rank) - 1) for n, rank in ranks.items())
+        return sum(steps)
+
+    order, left = near[:1], near[1:]
+    nearest = [distance(candidate, order[0]) for candidate in left]
+    while left:
+        index = max(range(len(left)), key=nearest.__getitem__)
+        order.append(left.pop(index))
+        nearest.pop(index)
+        nearest = [min(d, distance(candidate, order[-1])) for d, candidate in zip(nearest, left, strict=True)]
+    return order + variant[len(near) :]
 
 
 def best(
