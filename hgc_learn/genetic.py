@@ -93,8 +93,10 @@ class _Variation(Mutation):
                 a, b = rng.integers(num_steps, size=2)
                 genes[[a, b]] = genes[[b, a]]
             else:
-                gene = int(rng.integers(num_genes))
-                genes[rng.integers(num_steps), gene] = rng.integers(self.sizes[gene])
+                step, gene = int(rng.integers(num_steps)), int(rng.integers(num_genes))
+                nearby = genes[step, gene] + rng.choice([-1, 1])  # alternatives are in the order of their cost
+                anything = rng.integers(self.sizes[gene])
+                genes[step, gene] = np.clip(nearby if rng.random() < 0.5 else anything, 0, self.sizes[gene] - 1)
         return self.spend(self.reduce(genes, rng), rng)
 
     def reduce(self, genes: Genes, rng: np.random.Generator) -> Genes:
