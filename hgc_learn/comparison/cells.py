@@ -153,7 +153,8 @@ class PolicyBench:
         return list_candidates(self.policy, self.bench.setting, self._fixed())
 
     def _fixed(self) -> dict[str, Any]:
-        return {"ckpt_path": self.ckpt_path} if self.needs_checkpoint else {}
+        fixed = self.bench.config.fixed.get(self.policy.name, {})
+        return {**fixed, "ckpt_path": self.ckpt_path} if self.needs_checkpoint else fixed
 
     def candidates(self, budget: float) -> Candidates:
         if "budget" in self.policy.knobs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hgc_learn.demo.scenes import IMAGE_SIZE
 from hgc_learn.rollout import SamplingConfig
@@ -75,6 +76,7 @@ class CompareConfig:
         guidance_scale: classifier-free guidance scale.
         batch_size: samples generated at once.
         tuning: how the knobs are set.
+        fixed: knobs that are not tuned, by policy: how much a search may try, for example.
         training_config: of the policies that read a checkpoint: path of the training configuration, in which
             `{policy}` and `{sampler}` are filled in.
         optional_metrics: further metrics, of which the weights must be on this machine: `lpips`, `clip`.
@@ -91,6 +93,7 @@ class CompareConfig:
     guidance_scale: float = 7.5
     batch_size: int = 16
     tuning: TuningConfig = field(default_factory=TuningConfig)
+    fixed: dict[str, dict[str, Any]] = field(default_factory=dict)
     training_config: str = "configs/compare/train/{policy}-{sampler}.yaml"
     optional_metrics: list[str] = field(default_factory=list)
     output: str = "runs/compare"
@@ -105,6 +108,10 @@ class CompareConfig:
         unknown = sorted(set(self.policies) - set(POLICIES))
         if unknown:
             raise ValueError(f"policies: {unknown[0]!r} is not one of {', '.join(sorted(POLICIES))}.")
+        for name, knobs in self.fixed.items():
+            wrong = sorted(set(knobs) - set(POLICIES[name].knobs)) if name in POLICIES else [name]
+            if wrong:
+                raise ValueError(f"fixed: {wrong[0]!r} is not a policy or none of the knobs of {name}.")
         for name, sampler in self.samplers.items():
             if not name or Path(name).name != name:
                 raise ValueError(f"samplers: {name!r} names a folder; use letters, digits and dashes.")
