@@ -165,7 +165,7 @@ def test_weight_of_a_step_is_the_error_that_its_cache_causes(module: RouterModul
     generator = torch.Generator().manual_seed(0)
     router.logits.data.copy_(torch.randn(router.logits.shape, generator=generator))
     router.logits.data[3] = 1.0  # computes everything: measured with everything reused
-    objective.measure_weights(module, batch)
+    objective.measure_weights(module, [batch])
     target = module.teacher_latents(batch)
     errors = []
     for step in (2, 3):

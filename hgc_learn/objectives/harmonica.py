@@ -12,6 +12,8 @@ liveness.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -37,7 +39,7 @@ class HarmoniCa(Objective):
         threshold: a layer's value is kept where beta is above it.
         learning_rate: of AdamW on the logits.
         weight_interval: epochs after which the steps' weights are measured anew.
-        num_weight_samples: samples of a batch that they are measured on.
+        num_weight_batches: training batches that they are measured on.
     """
 
     policy: ClassVar[str] = "harmonica"
@@ -51,14 +53,14 @@ class HarmoniCa(Objective):
         threshold: float = 0.5,
         learning_rate: float = 1e-2,
         weight_interval: int = 4,
-        num_weight_samples: int = 2,
+        num_weight_batches: int = 1,
     ):
         super().__init__()
         self.penalty = penalty
         self.threshold = threshold
         self.learning_rate = learning_rate
         self.weight_interval = weight_interval
-        self.num_weight_samples = num_weight_samples
+        self.num_weight_batches = num_weight_batches
 
     def prepare(self, module: RouterModule) -> None:
         self.forwards = BlendedForwards(module.pipe, module.forwards.graph, module.router.sites, module.num_steps)
@@ -73,7 +75,9 @@ class HarmoniCa(Objective):
         """Rolls one trajectory out. A step's loss depends on its own row of logits alone (what is kept is taken as
         given), so one update of the table after the trajectory is the paper's update at every step."""
         if self.weights_epoch < 0 or module.current_epoch - self.weights_epoch >= self.weight_interval:
-            self.measure_weights(module, batch)
+            loader = module.trainer.train_dataloader
+            assert loader is not None
+            self.measure_weights(module, itertools.islice(loader, self.num_weight_batches))
         logits = module.router.logits
         hard = self.hard(module.router)
         errors: list[Tensor] = []
@@ -106,14 +110,16 @@ class HarmoniCa(Objective):
         return router.with_first_step(router.logits.detach().sigmoid() > self.threshold)
 
     @torch.no_grad()
-    def measure_weights(self, module: RouterModule, batch: dict[str, Any]) -> None:
+    def measure_weights(self, module: RouterModule, batches: Iterable[dict[str, Any]]) -> None:
         """The error of the final latents that the cache of each step alone causes, relative to their mean."""
-        batch = {name: values[: self.num_weight_samples] for name, values in batch.items()}
-        target = module.teacher_latents(batch)
         hard = self.hard(module.router)
-        for step in range(1, len(hard)):
-            compute = torch.ones_like(hard)
-            compute[step] = False if hard[step].all() else hard[step]
-            self.weights[step] = module.rollout_errors(batch, compute, target).mean()
+        self.weights.zero_()
+        for batch in batches:
+            batch = module.transfer_batch_to_device(batch, module.device, 0)
+            target = module.teacher_latents(batch)
+            for step in range(1, len(hard)):
+                compute = torch.ones_like(hard)
+                compute[step] = False if hard[step].all() else hard[step]
+                self.weights[step] += module.rollout_errors(batch, compute, target).sum()
         self.weights /= self.weights[1:].mean()
         self.weights_epoch.fill_(module.current_epoch)
