@@ -35,11 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, help=f"model calls per image (default: the schedule's, else {DEFAULT_STEPS})"
     )
     parser.add_argument(
-        "--size", type=_size, help="image size in pixels, N or HEIGHTxWIDTH (default: the schedule's, else the model's)"
+        "--size",
+        type=image_size,
+        help="image size in pixels, N or HEIGHTxWIDTH (default: the schedule's, else the model's)",
     )
     parser.add_argument(
         "--guidance_scale",
-        type=_finite,
+        type=finite,
         help="above 1 every call runs two samples per image; 1 or less: one "
         f"(default: the schedule's, else {DEFAULT_GUIDANCE_SCALE})",
     )
@@ -138,7 +140,7 @@ def _check_schedule(schedule: HGCSchedule, architecture: Architecture) -> None:
         )
 
 
-def _finite(text: str) -> float:
+def finite(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -148,7 +150,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def _size(text: str) -> tuple[int, int]:
+def image_size(text: str) -> tuple[int, int]:
     try:
         height, width = (int(part) for part in (text.split("x") if "x" in text else (text, text)))
     except ValueError:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hgc_learn.commands.macs import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, _finite, _size
+from hgc_learn.commands.macs import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, finite, image_size
 
 if TYPE_CHECKING:
     from hgc_learn.policies import Policy
@@ -60,11 +60,11 @@ def policy_parser(policy: Policy, kind: type[argparse.ArgumentParser], prog: str
     add("--steps", type=int, default=DEFAULT_STEPS, help=f"denoising steps (default {DEFAULT_STEPS})")
     add(
         "--guidance_scale",
-        type=_finite,
+        type=finite,
         default=DEFAULT_GUIDANCE_SCALE,
         help=f"1 or less: without guidance (default {DEFAULT_GUIDANCE_SCALE})",
     )
-    add("--size", type=_size, help="image size in pixels, N or HEIGHTxWIDTH (default: the model's)")
+    add("--size", type=image_size, help="image size in pixels, N or HEIGHTxWIDTH (default: the model's)")
     add("--negative_prompt", default="", metavar="TEXT", help="for policies that measure (default: none)")
     add(
         "--data",
@@ -158,7 +158,7 @@ def _reader(kind: type) -> Callable[[str], Any]:
     assert kind in (int, float, str, bool), kind
     if kind is bool:
         return _bool
-    return _finite if kind is float else kind
+    return finite if kind is float else kind
 
 
 def _bool(text: str) -> bool:
