@@ -75,7 +75,11 @@ def load_pipeline(
         scheduler = getattr(diffusers, sampling.scheduler, None)
         if scheduler is None or not hasattr(scheduler, "from_config"):
             raise ValueError(f"diffusers has no scheduler named {sampling.scheduler!r}.")
-        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        config = dict(pipe.scheduler.config)
+        if "clip_sample" in inspect.signature(scheduler.__init__).parameters:
+            # On by default, for pixels in [-1, 1]; it ruins latents. Most models' configs say so, not all.
+            config.setdefault("clip_sample", False)
+        pipe.scheduler = scheduler.from_config(config)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
