@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hgc_learn.comparison.cells import Bench, PolicyBench, cell_files, protocol
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.samples import claim, read_json, save_json
+from hgc_learn.comparison.tune import plain
 from hgc_learn.policies import POLICIES
 
 T = TypeVar("T", str, float)
@@ -74,7 +75,9 @@ def read_cell(config: CompareConfig, sampler: str, policy: str, budget: float) -
     if not path.is_file():
         return None
     cell = read_json(path)
-    if cell["protocol"] != protocol(config, sampler):
+    fixed = plain(config.fixed.get(policy, {}))
+    other_knobs = any(cell["settings"].get(name) != value for name, value in fixed.items() if "settings" in cell)
+    if cell["protocol"] != protocol(config, sampler) or other_knobs:
         raise ValueError(
             f"{path} was made with other settings than those asked for now. Set another output, or run with --redo."
         )

@@ -178,10 +178,11 @@ def test_cells_made_with_other_settings_are_refused_until_redone(
     settings |= {"policies": ["uniform"], "budgets": [0.6]}
     path = write(settings, tmp_path)
     assert main(["compare", "--config", str(path)]) == 0
-    other = ["compare", "--config", str(path), "--", "--tuning.num_scenes=1"]
-    assert main(other) == 2
-    assert "--redo" in capsys.readouterr().err
-    assert main([*other[:3], "--redo", *other[3:]]) == 0
+    for override in ("--fixed={uniform: {interval: 1}}", "--tuning.num_scenes=1"):
+        assert main(["compare", "--config", str(path), "--", override]) == 2
+        assert "--redo" in capsys.readouterr().err
+    assert main(["compare", "--config", str(path), "--redo", "--", "--tuning.num_scenes=1"]) == 0
+    assert main(["compare", "--config", str(path), "--", "--tuning.num_scenes=1"]) == 0
 
 
 def test_work_is_claimed_by_one_at_a_time(tmp_path: Path) -> None:
