@@ -15,9 +15,21 @@ from hgc_learn.setting import Draft, Setting
 @register(
     "hyca",
     paper="HyCa, Zheng et al. 2025, arXiv 2510.04188",
-    grid={"interval": range(2, 21), "site": ("last_block", "prediction"), "num_clusters": (1, 8)},
+    grid={
+        "interval": range(2, 21),
+        "site": ("last_block", "prediction"),
+        "num_clusters": (1, 8),
+        "num_solvers": (1, 2, len(CHOICES)),
+    },
 )
-def hyca(setting: Setting, *, interval: int = 2, site: str = "last_block", num_clusters: int = 8) -> Draft:
+def hyca(
+    setting: Setting,
+    *,
+    interval: int = 2,
+    site: str = "last_block",
+    num_clusters: int = 8,
+    num_solvers: int = len(CHOICES),
+) -> Draft:
     """Clusters channels by how they move over the steps; each cluster gets the solver with the least forecast error.
 
     Descriptors and errors are measured on uncached trajectories, errors at the very steps that are skipped.
@@ -27,10 +39,14 @@ def hyca(setting: Setting, *, interval: int = 2, site: str = "last_block", num_c
         site: what is forecast: `last_block` (the decoder's last tensor; only the output convolution runs between
             full steps) or `prediction` (nothing runs).
         num_clusters: of the k-means over channels.
+        num_solvers: how many of hold, linear, Taylor-2, AB2, BDF2, FoCa, in this order, there are to choose from. All
+            in the paper; but errors measured on uncached trajectories favour high orders more than cached ones do.
     """
     setting.need_samples("hyca")
     if interval < 1 or num_clusters < 1:
         raise ValueError(f"interval is {interval}, num_clusters {num_clusters}; both must be at least 1.")
+    if not 1 <= num_solvers <= len(CHOICES):
+        raise ValueError(f"num_solvers is {num_solvers}; it must be from 1 to {len(CHOICES)}.")
     output = setting.graph.output
     names = {"last_block": setting.graph.nodes[output].inputs[0], "prediction": output}
     if site not in names:
@@ -41,7 +57,7 @@ def hyca(setting: Setting, *, interval: int = 2, site: str = "last_block", num_c
         return Draft({})
     statistics = site_statistics(setting, [name])[name]
     clusters = cluster_channels(descriptors(statistics), num_clusters)
-    chosen = choose_solvers(solver_errors(statistics, interval), clusters)
+    chosen = choose_solvers(solver_errors(statistics, interval)[:num_solvers], clusters)
     return Draft({name: row}, {f"{name}/predictor": chosen})
 
 

@@ -12,7 +12,7 @@ def _grid(setting: Setting) -> dict[str, list[object]]:
     inputs = [shallow_inputs(setting.graph, branch)[0] for branch in range(num_branches(setting.graph))]
     return {
         "cutoff": list(range(1, setting.num_steps)),
-        "interval": [2, 3, 5, setting.num_steps],
+        "interval": [2, 3, 4, 5, 7, 10, setting.num_steps],
         "site": ["*:branch", setting.graph.output, *inputs],
     }
 
