@@ -64,7 +64,7 @@ def assert_plan_is_true(tiny: Any, rows: dict[str, str], costs: Any, guidance_sc
     """With prompt embeddings given and latents returned only the UNet and the ControlNets multiply matrices."""
     graph, cost = costs
     schedule = tiny.schedule(rows, guidance_scale=guidance_scale)
-    plan = compile_plan(graph, schedule.compute_table(), NUM_STEPS)
+    plan = compile_plan(graph, rows, NUM_STEPS)
     try:
         apply_schedule(tiny.pipe, schedule)
         macs = counted(lambda: tiny(guidance_scale=guidance_scale, **kwargs))
