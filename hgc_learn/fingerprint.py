@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hgc_learn.graph import controlnet_list, meta_copy
+from hgc_learn.graph import architecture_key, controlnet_list, meta_copy
 
 NORM_TOLERANCE = 2e-3
 """Relative; rounding a tensor to bfloat16 moves its norm by less."""
@@ -81,11 +81,11 @@ class ModelFingerprint:
         )
 
 
-_architectures: dict[tuple[type, str], str] = {}  # by class and config: building a model takes longer than reading one
+_architectures: dict[tuple[type, str], str] = {}  # building a model takes longer than reading one
 
 
 def _architecture(model: Any) -> str:
-    key = (type(model), model.to_json_string())
+    key = architecture_key(model)
     if key not in _architectures:
         shapes = sorted(f"{name} {tuple(p.shape)}" for name, p in meta_copy(model).named_parameters())
         _architectures[key] = hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]

@@ -273,3 +273,9 @@ def meta_copy(model: Any) -> Any:
     """The same architecture on the meta device: shapes without weights, to count with."""
     with torch.device("meta"):
         return type(model).from_config(model.config).eval().requires_grad_(False)
+
+
+def architecture_key(model: Any) -> tuple[type, str]:
+    """What a meta copy depends on: equal for models of one architecture, wherever they were loaded from."""
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    return type(model), repr(sorted(config.items()))

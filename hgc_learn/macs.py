@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hgc_learn import ops
-from hgc_learn.graph import Graph, build_graph, controlnet_list, meta_copy
+from hgc_learn.graph import Graph, architecture_key, build_graph, controlnet_list, meta_copy
 
 # Linear layers reach the counter as mm/addmm, attention as batched products or fused attention.
 _ATTENTION_OPS = ("bmm", "baddbmm", "_scaled_dot_product", "_efficient_attention", "_flash_attention")
@@ -47,6 +47,10 @@ def split_macs(counter: FlopCounterMode) -> tuple[int, int]:
     return macs, attention
 
 
+_measured: dict[Any, tuple[Graph, dict[str, NodeCost]]] = {}  # it takes longer than a small pipeline's run
+_MAX_MEASURED = 16
+
+
 def measure_costs(
     unet: UNet2DConditionModel,
     controlnet: Any = None,
@@ -55,7 +59,8 @@ def measure_costs(
     image_size: tuple[int, int],
     num_tokens: int = 77,
 ) -> tuple[Graph, dict[str, NodeCost]]:
-    """Runs the fully expanded graph of the models' architecture on meta tensors, one node at a time.
+    """Runs the fully expanded graph of the models' architecture on meta tensors, one node at a time. What it gives for
+    an architecture at a size is kept, and shared by all who ask for it again: it is not to be changed.
 
     Args:
         unet, controlnet: the models, or models of the same architecture on any device; their weights are not read.
@@ -65,8 +70,23 @@ def measure_costs(
     Returns:
         The expanded graph of meta copies of the models, and the cost of each of its nodes per sample.
     """
-    unet = meta_copy(unet)
-    nets = [meta_copy(net) for net in controlnet_list(controlnet)]
+    models = (unet, *controlnet_list(controlnet))
+    key = (*map(architecture_key, models), latent_size, image_size, num_tokens)
+    if key not in _measured:
+        while len(_measured) >= _MAX_MEASURED:
+            del _measured[next(iter(_measured))]
+        copies = [meta_copy(model) for model in models]
+        _measured[key] = _measure(copies[0], copies[1:], latent_size, image_size, num_tokens)
+    return _measured[key]
+
+
+def _measure(
+    unet: UNet2DConditionModel,
+    nets: Sequence[ControlNetModel],
+    latent_size: tuple[int, int],
+    image_size: tuple[int, int],
+    num_tokens: int,
+) -> tuple[Graph, dict[str, NodeCost]]:
     graph = build_graph(unet, nets)
     calls = meta_calls(unet, nets, latent_size=latent_size, image_size=image_size, num_tokens=num_tokens)
     costs: dict[str, NodeCost] = {}

@@ -113,6 +113,19 @@ def test_counting_does_not_depend_on_weights_or_device() -> None:
     assert costs["unet:eps"].numel == 4 * 10 * 13
 
 
+def test_measured_once_per_architecture_and_size() -> None:
+    graph, costs = shared_costs("sd15")
+    again = costs_of(build_pipeline("sd15", seed=1).pipe)
+    assert again[0] is graph
+    assert again[1] is costs
+    assert costs_of(build_pipeline("sd15", num_controlnets=2).pipe)[1] != costs
+    assert shared_costs("sd2")[1] != costs
+    pipe = shared_pipeline("sd15").pipe
+    more = {"image_size": (IMAGE_SIZE, IMAGE_SIZE), "num_tokens": NUM_TOKENS}
+    larger = measure_costs(pipe.unet, pipe.controlnet, latent_size=(2 * LATENT_SIZE, LATENT_SIZE), **more)[1]
+    assert larger["unet:eps"].numel == 2 * costs["unet:eps"].numel
+
+
 @pytest.mark.parametrize(
     ("name", "size", "macs", "macs_with_attention"),
     [
