@@ -12,7 +12,7 @@ from tiny_models import SHAPES, UNET_CONFIGS, build_models, conditioning
 
 from hgc_learn import ops
 from hgc_learn.graph import build_graph, meta_copy, run_graph
-from hgc_learn.sites import enclosing_module, is_inside, list_sites, select_sites
+from hgc_learn.sites import KINDS, enclosing_module, is_inside, list_sites, select_sites
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "scale_shift": {"resnet_time_scale_shift": "scale_shift"},
@@ -108,7 +108,7 @@ def test_several_controlnets(guess_mode: bool) -> None:
 def test_every_kind_of_site_exists_and_is_found_by_pattern() -> None:
     graph = build_graph(*build_models(UNET_CONFIGS["sd15"]))
     sites = list_sites(graph)
-    assert {site.rpartition(":")[2] for site in sites} == {"out", "branch", "control", "eps"}
+    assert {site.rpartition(":")[2] for site in sites} == set(KINDS)
     assert len(select_sites(graph, ["controlnet.*:control"])) == 13
     assert len(select_sites(graph, ["unet.*.attn2:out"])) == 16
     assert select_sites(graph, ["*"]) == sites
