@@ -48,7 +48,8 @@ def save_tiny_teacher(folder: Path) -> None:
 
 
 def fit(teacher: Path, folder: Path, max_steps: int, *more: str) -> Path:
-    """Trains through the command line's own code, `more` being arguments of it; returns the last checkpoint."""
+    """Trains through the command line's own code, `more` being arguments of it; returns the last checkpoint. There is
+    no validation unless they ask for it: drawing what TensorBoard shows takes longer than these trainings."""
     from hgc_learn.cli import train
 
     arguments = {
@@ -56,6 +57,7 @@ def fit(teacher: Path, folder: Path, max_steps: int, *more: str) -> Path:
         "trainer.max_steps": max_steps,
         "trainer.accelerator": "cpu",
         "trainer.enable_model_summary": "false",
+        "trainer.limit_val_batches": 0,
         "model.model": teacher,
         "data": "SceneDataModule",
         "data.num_train": 4,
