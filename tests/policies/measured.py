@@ -30,6 +30,12 @@ def measured_setting() -> Setting:
     return Setting.of_pipeline(pipe, SAMPLING, batches)
 
 
+def single_sample_setting() -> Setting:
+    """For tests with many rollouts; nothing is measured yet."""
+    pipe, batches = tiny_teacher()
+    return Setting.of_pipeline(pipe, SAMPLING, batches[-1:])
+
+
 @cache
 def shared_setting() -> Setting:
     """One for all tests that do not look at what is measured when."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from measured import measured_setting, shared_setting
+from measured import shared_setting, single_sample_setting
 
 from hgc_learn.calibration import latent_error
 from hgc_learn.genetic import Genes, search
@@ -56,7 +56,7 @@ def test_rules_keep_the_budget_and_hold_the_well_known_ones(budget: float) -> No
 
 @pytest.mark.parametrize(("budget", "seed"), [(0.3, 0), (0.5, 1)])
 def test_never_beyond_the_budget_nor_worse_than_any_rule(budget: float, seed: int) -> None:
-    setting = shared_setting()
+    setting = single_sample_setting()
     draft = evolutionary(setting, budget=budget, population=6, generations=3, seed=seed)
     assert setting.kept(draft) <= budget
     encoding = Encoding(setting)
@@ -67,7 +67,7 @@ def test_never_beyond_the_budget_nor_worse_than_any_rule(budget: float, seed: in
 def test_the_same_seed_finds_the_same_schedule_and_counts_its_rollouts() -> None:
     drafts = []
     for _ in range(2):
-        setting = measured_setting()
+        setting = single_sample_setting()
         drafts.append(evolutionary(setting, budget=0.4, population=4, generations=2, seed=3))
         num_rules = len(rules(Encoding(setting), 0.4))
         num_samples = sum(len(batch["seed"]) for batch in setting.batches)
