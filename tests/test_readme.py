@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from hgc_learn.__main__ import main
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -32,6 +34,15 @@ MORE_ARGUMENTS: dict[str, list[str]] = {
     "python -m hgc_learn sites": [],
     "python -m hgc_learn policies": [],
     "python -m hgc_learn schedule": [],
+    "python -m hgc_learn compare": [
+        *("--samplers", "UniPC-20", "--policies", "fewer_steps", "uniform", "--budgets", "0.25", "--"),
+        "--samplers.UniPC-20.num_inference_steps=4",
+        "--samplers.UniPC-20.num_test=2",
+        "--tuning.num_screening_scenes=1",
+        "--tuning.num_scenes=1",
+        "--tuning.num_calibration=1",
+        "--grid.num_pictures=2",
+    ],
 }
 
 
@@ -65,14 +76,23 @@ def run(folder: Path, *arguments: str) -> str:
     return result.stdout
 
 
-def test_every_command_runs(workplace: Path) -> None:
-    """In order, for they build on each other."""
+def test_every_command_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, for they build on each other. What `python -m hgc_learn` does is done in this process: imports take
+    longer than the commands."""
+    monkeypatch.chdir(workplace)
     assert len(commands()) >= len(MORE_ARGUMENTS)
     for command in commands():
         more = next((more for start, more in MORE_ARGUMENTS.items() if command.startswith(start)), None)
         assert more is not None, f"no row for {command!r}"
-        run(workplace, *shlex.split(command)[1:], *more)
+        _, *arguments = [*shlex.split(command), *more]
+        if arguments[:2] == ["-m", "hgc_learn"]:
+            assert main(arguments[2:]) == 0, command
+        else:
+            run(workplace, *arguments)
     assert (workplace / "runs/export/hgc_schedule.json").is_file()
+    for name in ("demo.md", "demo.json", "pareto.png"):
+        assert f"benchmarks/compare/{name}" in README
+        assert (workplace / "benchmarks/compare" / name).stat().st_size > 500
 
 
 def test_python_runs(workplace: Path) -> None:
