@@ -52,16 +52,16 @@ def export(
             progress.update(task, advance=1, description=f"refining, latent error {error:.5f}")
 
         batches = list(itertools.islice(data.train_dataloader(), refine_batches)) if rounds else []
-        compute = decide(module, budget, batches, num_rounds=rounds, report=report)
+        choices = decide(module, budget, batches, num_rounds=rounds, report=report)
         progress.update(task, completed=rounds)
         task = progress.add_task("measuring on validation samples", total=None)
-        fidelity = measure_fidelity(module, data, compute)
+        fidelity = measure_fidelity(module, data, choices)
     settings = {"ckpt_path": ckpt_path.name, "budget": budget, "refine_rounds": rounds, **module.hparams}
-    draft = module.draft(compute)
+    draft = module.draft(choices)
     schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
     path = output / "hgc_schedule.json"
     schedule.save(path)
-    figure = gate_heatmap(compute, module.router.sites, f"budget {budget:g}")
+    figure = gate_heatmap(choices == 0, module.router.sites, f"budget {budget:g}")
     figure.savefig(output / "hgc_schedule.png", dpi=150)
     return path
 
@@ -75,11 +75,11 @@ def decide(
     report: Report = lambda *_: None,
 ) -> Tensor:
     """The hard schedule [steps, sites] of a trained router at a budget, polished on `batches` (see `refine`)."""
-    compute = module.hard_schedule(budget)
+    choices = module.hard_schedule(budget)
     if not num_rounds:
-        return compute
+        return choices
     module.generator = torch.Generator(module.device)  # whenever it is asked for, the same schedule
-    return refine(module, batches, compute, budget, num_rounds=num_rounds, report=report)
+    return refine(module, batches, choices, budget, num_rounds=num_rounds, report=report)
 
 
 def load_trained(setting: Setting, ckpt_path: str, policy: str) -> tuple[RouterModule, Any]:
@@ -131,14 +131,14 @@ def load_run(ckpt_path: Path) -> tuple[RouterModule, Any]:
 
 
 @torch.no_grad()
-def measure_fidelity(module: RouterModule, data: Any, compute: Tensor) -> dict[str, Any]:
+def measure_fidelity(module: RouterModule, data: Any, choices: Tensor) -> dict[str, Any]:
     """Paired comparison with the uncached pipeline on the validation samples."""
-    all_compute = torch.ones_like(compute)
+    uncached = torch.zeros_like(choices)
     psnr = []
     for batch in data.val_dataloader():
         batch = module.transfer_batch_to_device(batch, module.device, 0)
-        full = module.rollout(batch, all_compute, "pt")
-        cached = module.rollout(batch, compute, "pt")
+        full = module.rollout(batch, uncached, "pt")
+        cached = module.rollout(batch, choices, "pt")
         psnr.append(picture_psnr(cached, full))
     values = torch.cat(psnr)
     return {"psnr_db": round(float(values.mean()), 3), "num_samples": len(values), "split": "validation"}

@@ -1,8 +1,9 @@
-"""Polishes a hard schedule: swaps gates by their measured effect and keeps what real rollouts confirm.
+"""Polishes a hard schedule: makes the changes that measured effects promise most of and keeps what rollouts confirm.
 
-Rounding a router ignores how gates act on each other. Here the effects of all flips are measured at the rounded
-schedule itself, on the student's own trajectory; the swaps that promise most per MAC are made together, and halved
-in number until the error really falls.
+Rounding a router ignores how gates act on each other. Here the effects of all other choices are measured at the
+schedule itself, on the student's own trajectory. In turns, gates are swapped (those that promise most per MAC compute,
+those that cost least per MAC no longer do) and predictors are exchanged; many at once, and half as many until the error
+really falls.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hgc_learn.router import Router
 from hgc_learn.training import RouterModule
+
+Propose = Callable[[Tensor, Tensor, int], Tensor]
+"""(schedule, effects, number of changes) -> schedule; the same one if there is nothing to change."""
 
 
 def refine(
     module: RouterModule,
     batches: Sequence[dict[str, Any]],
-    compute: Tensor,
+    choices: Tensor,
     budget: float,
     *,
     num_rounds: int,
-    max_swaps: int = 64,
+    max_changes: int = 64,
     report: Callable[[int, float, int], None] = lambda *_: None,
 ) -> Tensor:
     """Improves a hard schedule [steps, sites] at the same budget.
@@ -32,8 +37,8 @@ def refine(
         batches: training batches to measure on; the more, the less it fits their noise.
         budget: fraction of the full MACs that must not be exceeded.
         num_rounds: how often the effects are measured; each costs three trajectories per sample and a few rollouts.
-        max_swaps: gates switched on in the first trial of a round.
-        report: called after each round with (round, mean squared error, swaps accepted).
+        max_changes: gates switched on, and predictors exchanged, in the first trial of a round.
+        report: called after each round with (round, mean squared error, choices changed).
     """
     router = module.router
     targets = [module.teacher_latents(batch) for batch in batches]
@@ -42,57 +47,67 @@ def refine(
         errors = [module.rollout_errors(b, candidate, t) for b, t in zip(batches, targets, strict=True)]
         return float(torch.cat(errors).mean())
 
-    best, num_swaps = error(compute), max_swaps
+    def swap(schedule: Tensor, effects: Tensor, num_changes: int) -> Tensor:
+        return swap_gates(router, schedule, effects, budget, num_changes)
+
+    proposals: dict[Propose, int] = {swap: max_changes}
+    if len(router.codes) > 2:
+        proposals[exchange_predictors] = max_changes
+    best = error(choices)
     for index in range(num_rounds):
-        effects = torch.cat(
-            [module.flip_effects(b, compute, t)[1] for b, t in zip(batches, targets, strict=True)]
-        ).mean(0)
-        costs = marginal_costs(module, compute)
-        accepted = 0
-        while num_swaps >= 1 and not accepted:
-            candidate = swap(router.kept, compute, effects, costs, budget, num_swaps)
-            candidate_error = error(candidate)
-            if candidate_error < best:
-                accepted = int((candidate ^ compute).sum())
-                compute, best = candidate, candidate_error
-            else:
-                num_swaps //= 2
-        report(index, best, accepted)
-        if not accepted:
+        start = choices
+        effects = torch.stack([module.effects(batch, choices)[1] for batch in batches]).mean(0)
+        for propose, num_changes in proposals.items():
+            num_changes = max(1, num_changes)
+            accepted = False
+            while num_changes >= 1 and not accepted:
+                candidate = propose(choices, effects, num_changes)
+                candidate_error = best if torch.equal(candidate, choices) else error(candidate)
+                if accepted := candidate_error < best:
+                    choices, best = candidate, candidate_error
+                else:
+                    num_changes //= 2
+            proposals[propose] = min(max_changes, 2 * num_changes)
+        report(index, best, int((choices != start).sum()))
+        if torch.equal(choices, start):
             break
-        num_swaps = min(max_swaps, 2 * num_swaps)
-    return compute
+    return choices
 
 
-def marginal_costs(module: RouterModule, compute: Tensor) -> Tensor:
-    """Change of the kept fraction [steps, sites] by flipping each gate alone (its absolute value)."""
-    router = module.router
-    kept = router.kept(compute)
-    costs = torch.zeros(compute.shape)
-    for step in range(1, compute.shape[0]):
-        for site in range(compute.shape[1]):
-            flipped = compute.clone()
-            flipped[step, site] ^= True
-            costs[step, site] = abs(router.kept(flipped) - kept)
-    return costs
-
-
-def swap(
-    kept: Callable[[Tensor], float], compute: Tensor, effects: Tensor, costs: Tensor, budget: float, num_swaps: int
-) -> Tensor:
-    """Switches on the `num_swaps` reused gates that promise most per MAC, then off the computed ones that cost least
-    error per MAC, until the budget is met again."""
-    candidate = compute.clone()
-    gain = torch.where(~compute & (costs > 0), -effects / costs.clamp_min(1e-9), -torch.inf)
-    gain[0] = -torch.inf
-    for index in gain.flatten().topk(num_swaps).indices:
+def swap_gates(router: Router, choices: Tensor, effects: Tensor, budget: float, num_changes: int) -> Tensor:
+    """Has the `num_changes` reused gates compute that promise most per MAC, then computed ones no longer that cost
+    least error per MAC, until the budget is met again."""
+    costs = router.marginal_costs(choices).to(effects)
+    candidate = choices.clone()
+    computed = choices == 0
+    gain = torch.where(~computed & (costs > 0), -effects[0] / costs.clamp_min(1e-9), -torch.inf)
+    for index in gain.flatten().topk(num_changes).indices:
         if gain.flatten()[index] > 0:
-            candidate.view(-1)[index] = True
-    loss = torch.where(compute & (costs > 0), -effects / costs.clamp_min(1e-9), torch.inf)
-    loss[0] = torch.inf
-    order = loss.flatten().argsort()
-    position = 0
-    while position < len(order) and kept(candidate) > budget and loss.flatten()[order[position]] < torch.inf:
-        candidate.view(-1)[order[position]] = False
-        position += 1
-    return candidate if kept(candidate) <= budget else compute
+            candidate.view(-1)[index] = 0
+    fallback = usual_predictors(router, choices)
+    loss = effects.gather(0, fallback[None])[0] / (-costs).clamp_min(1e-9)
+    loss = torch.where(computed & (costs < 0), loss, torch.inf)
+    for index in loss.flatten().argsort():
+        if router.kept(candidate) <= budget or loss.flatten()[index] == torch.inf:
+            break
+        candidate.view(-1)[index] = fallback.flatten()[index]
+    return candidate if router.kept(candidate) <= budget else choices
+
+
+def usual_predictors(router: Router, choices: Tensor) -> Tensor:
+    """Per gate, the predictor [steps, sites] that its site is filled in by most often; the router's where it never
+    is."""
+    counts = torch.stack([(choices == choice).sum(0) for choice in range(1, len(router.codes))])
+    usual = (1 + counts.argmax(0)).expand_as(choices)
+    return torch.where(counts.sum(0) > 0, usual, router.best_predictors)
+
+
+def exchange_predictors(choices: Tensor, effects: Tensor, num_changes: int) -> Tensor:
+    """Exchanges the predictors of the `num_changes` reused gates that promise most."""
+    best = effects[1:].min(0)
+    gain = torch.where(choices > 0, -best.values, -torch.inf).flatten()
+    candidate = choices.clone()
+    for index in gain.topk(num_changes).indices:
+        if gain[index] > 0:
+            candidate.view(-1)[index] = 1 + best.indices.flatten()[index]
+    return candidate

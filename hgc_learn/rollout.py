@@ -1,13 +1,8 @@
-"""Trajectories of the frozen pipeline: the teacher's, and the student's own with its own cache.
-
-The student runs the very pipeline that inference runs, with gates at the sites: the forward is hard (compute or
-reuse, nothing in between), the backward gives, per sample, the derivative of the result by every gate.
-"""
+"""Loading a frozen pipeline and running it, for teacher and student alike: the very pipeline that inference runs."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +11,6 @@ import diffusers
 import torch
 from diffusers import AutoPipelineForText2Image, ControlNetModel, DiffusionPipeline
 from torch import Tensor
-
-from hgc_learn import ops
-from hgc_learn.forwards import RoutedForwards
-from hgc_learn.graph import Graph
-from hgc_learn.plan import live_step
 
 
 @dataclass
@@ -130,161 +120,3 @@ def generate(
         return_dict=False,
         **kwargs,
     )[0]
-
-
-class GatedForwards(RoutedForwards):
-    """Runs the models with a gate at every routed site.
-
-    Besides what the hard schedule runs, it computes the fresh value of every site that is loaded (without a
-    gradient of its own), so that the derivative by the gate of a reused site is known too.
-    """
-
-    def __init__(self, pipe: Any, graph: Graph, sites: Sequence[str], num_steps: int):
-        super().__init__(pipe, graph, num_steps)
-        self.columns = {name: s for s, name in enumerate(sites)}
-        self.order = {model: [n for n in graph.nodes.values() if n.model == model] for model in self.models}
-        self.given = set(graph.residuals)
-        self.gates: Tensor | None = None
-        self.set_schedule(torch.ones(num_steps, len(sites), dtype=torch.bool))
-
-    def set_schedule(self, compute: Tensor, gates: Tensor | None = None) -> None:
-        """Sets what the next runs do.
-
-        Args:
-            compute: hard decisions [steps, sites], bool. The first step computes whatever they say.
-            gates: leaf [batch, steps, sites] that receives the derivatives; None runs without.
-        """
-        names = list(self.columns)
-        self.gates = gates
-        self.reused = [
-            {name for name, c in zip(names, row, strict=True) if not c} if i else set()
-            for i, row in enumerate(compute.tolist())
-        ]
-        plans = [live_step(self.graph, reused) for reused in self.reused]
-        self.run = [set(plan.run) for plan in plans]
-        self.load = [set(plan.load) for plan in plans]
-        self.is_half = [plan.is_half for plan in plans]
-        self.probe = [self._probe(i) if gates is not None else set() for i in range(self.num_steps)]
-
-    def _probe(self, step: int) -> set[str]:
-        """Nodes that run only to know the fresh values of the sites loaded at this step."""
-        wanted, nodes = set(self.load[step]), self.graph.nodes
-        needed = {i for name in wanted for i in nodes[name].inputs}
-        for name in reversed(nodes):
-            if name in needed and name not in self.reused[step]:
-                wanted.add(name)
-                needed.update(nodes[name].inputs)
-        return wanted - self.run[step]
-
-    def runs_half(self, step: int) -> bool:
-        # With gates, the unguided half runs all the same: to know the fresh guidance difference.
-        return self.is_half[step] and self.gates is None
-
-    def execute(self, model: str, step: int, call: ops.Call, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        if step in self.refreshed:
-            raise RuntimeError(f"Inputs changed at step {step}; training needs them constant over a run.")
-        run, load, probe = self.run[step], self.load[step], self.probe[step]
-        values, batch_size = given, len(call.sample)
-        for node in self.order[model]:
-            name = node.name
-            if name in self.given or name == self.graph.guidance:
-                continue
-            if name in run:
-                fresh = node.run(call, *[self._read(values, i, step, batch_size) for i in node.inputs])
-                if name not in self.columns:
-                    values[name] = fresh
-                    continue
-                values[name] = self._gate(name, step, fresh, compute=True)
-                self._keep(name, step, values[name])
-            elif name in probe:
-                with torch.no_grad():
-                    fresh = node.run(call, *[self._read(values, i, step, batch_size) for i in node.inputs])
-                values[name] = fresh
-                if name in load:
-                    # Kept on, for the gate decides what later steps find in the cache, too.
-                    values[name] = self.cache[name] = self._gate(name, step, fresh, compute=False)
-            elif name in load:
-                values[name] = self.cache[name][-batch_size:]
-        for name in self.residuals.get(model, ()):  # a fresh value in the UNet may read one that is not live
-            if name not in values and name in self.cache:
-                values[name] = self.cache[name][-batch_size:]
-        if model == "unet" and self.graph.guidance in self.columns:
-            self._guide(values, step)
-        return values
-
-    def _read(self, values: dict[str, Tensor], name: str, step: int, batch_size: int) -> Tensor:
-        return values[name] if name in values else self.cache[name][-batch_size:]
-
-    def _keep(self, name: str, step: int, value: Tensor) -> None:
-        """Of a step that counts for the guided half only, the unguided half stays what it was."""
-        if self.is_half[step]:
-            old = self.cache[name]
-            num_guided = len(old) // 2
-            value = torch.cat([old[:num_guided], value[-num_guided:]])
-        self.cache[name] = value
-
-    def _guide(self, values: dict[str, Tensor], step: int) -> None:
-        """The gate of the guidance difference, where it is one of the sites."""
-        guidance, prediction = self.graph.guidance, values[self.graph.output]
-        if self.runs_half(step):
-            values[guidance] = self.cache[guidance]
-            return
-        unguided, guided = prediction.tensor_split(2)
-        is_half = self.is_half[step]
-        used = self._gate(guidance, step, guided - unguided, compute=not is_half)
-        if is_half:
-            self.cache[guidance] = used
-            values[self.graph.output] = torch.cat([guided - used, guided])
-            return
-        if self.graph.output in self.run[step]:
-            self.cache[guidance] = used
-        if self.gates is not None:
-            unguided = _Unguided.apply(unguided, guided, used)
-            values[self.graph.output] = torch.cat([unguided, guided])
-
-    def _gate(self, name: str, step: int, fresh: Tensor, *, compute: bool) -> Tensor:
-        cached = self.cache.get(name)
-        if cached is None:
-            return fresh
-        if self.gates is None:
-            return fresh if compute else cached
-        gate = self.gates[:, step, self.columns[name]]
-        if not self.is_half[step] or name == self.graph.guidance:
-            return _HardGate.apply(fresh, cached, gate, compute)
-        num_guided = len(fresh) // 2  # what the gate decides concerns the guided half
-        unguided = (fresh if compute else cached)[:num_guided]
-        return torch.cat([unguided, _HardGate.apply(fresh[num_guided:], cached[num_guided:], gate, compute)])
-
-
-class _Unguided(torch.autograd.Function):
-    """guided - difference, where the difference is guided - unguided: the unguided prediction itself, to the bit, with
-    the derivative by the difference."""
-
-    @staticmethod
-    def forward(ctx: Any, unguided: Tensor, guided: Tensor, difference: Tensor) -> Tensor:
-        return unguided.view_as(unguided)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
-        return None, grad, -grad
-
-
-class _HardGate(torch.autograd.Function):
-    """gate * fresh + (1 - gate) * cached for a gate of exactly 0 or 1, per sample.
-
-    The derivative by the gate is <grad, fresh - cached>, summed over a sample's halves (guided and unguided).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, fresh: Tensor, cached: Tensor, gate: Tensor, compute: bool) -> Tensor:
-        ctx.save_for_backward(fresh, cached)
-        ctx.compute, ctx.batch_size = compute, gate.shape[0]
-        value = fresh if compute else cached
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, None]:
-        fresh, cached = ctx.saved_tensors
-        by_sample = (grad * (fresh - cached)).flatten(1).sum(1)  # [halves * batch], halves outermost
-        by_gate = by_sample.reshape(-1, ctx.batch_size).sum(0)
-        return (grad, None, by_gate, None) if ctx.compute else (None, grad, by_gate, None)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from hgc_learn.sites import KINDS
 
 FORMAT = "hgc_schedule"
 VERSION = 2
-HOLD = "-"
 
 MAX_FILE_BYTES = 16 * 2**20
 MAX_TENSOR_BYTES = 64 * 2**20
@@ -113,12 +112,6 @@ class HGCSchedule:
     def batch_size(self) -> int:
         """Samples in a model call per image: 2 with guidance, 1 without."""
         return 2 if self.guidance_scale > 1 else 1
-
-    @staticmethod
-    def rows(compute: Mapping[str, Sequence[bool]]) -> dict[str, str]:
-        """Rows of computing and holding; sites that are always computed are left out."""
-        rows = {site: "".join(COMPUTE if c else HOLD for c in row) for site, row in compute.items()}
-        return {site: row for site, row in rows.items() if HOLD in row}
 
     def to_dict(self) -> dict[str, Any]:
         """What the JSON file holds; of the tensors, the SHA-256 of their file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,11 +10,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from hgc_learn.effects import REACH, ProbedForwards
 from hgc_learn.graph import build_graph
+from hgc_learn.inference import apply_schedule
 from hgc_learn.objectives import Objective, Rollout
-from hgc_learn.rollout import GatedForwards, SamplingConfig, generate, load_pipeline
+from hgc_learn.predictors import PREDICTORS
+from hgc_learn.rollout import SamplingConfig, generate, load_pipeline
 from hgc_learn.router import Router
-from hgc_learn.schedule import HGCSchedule
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import enclosing_module, is_inside, select_sites
 
@@ -28,6 +31,8 @@ class RouterModule(L.LightningModule):
         objective: how the router learns; `Rollout` if not given.
         sites: glob patterns of the sites to route, as printed by `python -m hgc_learn sites`; the objective's own if
             not given.
+        predictors: names of the predictors that a reused site may be filled in by (`hold`, `linear`, ...); the
+            objective's own if not given.
         budgets: fractions of the full MACs to keep: those that validation looks at; an objective that trains at a
             budget takes turns.
         dtype: of the frozen models: `float32`, `float16` or `bfloat16`.
@@ -40,12 +45,14 @@ class RouterModule(L.LightningModule):
         controlnet: str | None = None,
         objective: Objective | None = None,
         sites: list[str] | tuple[str, ...] | None = None,
+        predictors: list[str] | tuple[str, ...] | None = None,
         budgets: list[float] | tuple[float, ...] = (0.5,),
         dtype: str = "float32",
     ):
         super().__init__()
         self.objective = objective = objective or Rollout()
         sites = sites or objective.default_sites
+        predictors = predictors or objective.default_predictors
         self.save_hyperparameters(
             {
                 "model": model,
@@ -53,6 +60,7 @@ class RouterModule(L.LightningModule):
                 "controlnet": controlnet,
                 "objective": objective.settings(),
                 "sites": list(sites),
+                "predictors": list(predictors),
                 "budgets": list(budgets),
                 "dtype": dtype,
             }
@@ -62,7 +70,8 @@ class RouterModule(L.LightningModule):
         pipe = load_pipeline(model, sampling, controlnet=controlnet, dtype=dtype)
         self.setting = Setting.of_pipeline(pipe, sampling)
         self.graph, self.costs, self.timesteps = self.setting.graph, self.setting.costs, self.setting.timesteps
-        self.router = Router(self.graph, self.costs, select_sites(self.graph, sites), self.num_steps)
+        names = select_sites(self.graph, sites)
+        self.router = Router(self.graph, self.costs, names, self.num_steps, predictor_codes(predictors))
         self.use_pipeline(pipe)
         self.targets: dict[Any, Tensor] = {}
         self.generator = torch.Generator()
@@ -76,7 +85,7 @@ class RouterModule(L.LightningModule):
         self.pipe = pipe  # no nn.Module: not saved
         inside = {enclosing_module(name) for name in self.router.sites if is_inside(name)}
         graph = build_graph(pipe.unet, getattr(pipe, "controlnet", None), inside)
-        self.forwards = GatedForwards(pipe, graph, self.router.sites, self.num_steps)
+        self.forwards = ProbedForwards(pipe, graph, self.router.sites, self.num_steps)
 
     @property
     def num_steps(self) -> int:
@@ -97,9 +106,9 @@ class RouterModule(L.LightningModule):
         """
         return self.objective.hard_schedule(self.router, budget)
 
-    def draft(self, compute: Tensor) -> Draft:
+    def draft(self, choices: Tensor) -> Draft:
         """A hard schedule [steps, sites] as policies write it."""
-        return Draft(HGCSchedule.rows(self.router.table(compute)))
+        return Draft(self.router.rows(choices))
 
     # Trajectories
 
@@ -115,32 +124,20 @@ class RouterModule(L.LightningModule):
             self.targets.update(zip(keys, latents, strict=True))
         return torch.stack([self.targets[key] for key in keys]).to(self.device)
 
-    def flip_effects(self, batch: dict[str, Any], compute: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Rolls a hard schedule out on the student's own trajectory.
-
-        Args:
-            compute: hard schedule [steps, sites], bool.
-            target: the teacher's final latents.
+    def effects(self, batch: dict[str, Any], choices: Tensor) -> tuple[Tensor, Tensor]:
+        """Rolls a hard schedule [steps, sites] out on the student's own trajectory.
 
         Returns:
-            The squared error per sample [batch], and the change of it [batch, steps, sites] that a gate makes by
-            computing instead of reusing (to second order, all other gates as they are).
+            The squared error of the final latents per sample [batch], and by how much every other choice of a gate
+            alone would change it (to second order, all other gates as they are): [codes, steps, sites].
         """
-        gates = compute.to(target.dtype).expand(len(target), *compute.shape).clone().requires_grad_()
-        self.forwards.set_schedule(compute, gates)
-        self.forwards.install()
-        try:
-            with torch.enable_grad():
-                latents = generate(self.pipe, self.sampling, batch, grad=True)
-            error = (latents - target).detach()
-            (first,) = torch.autograd.grad((error * latents).sum(), gates, retain_graph=True)
-            direction = torch.randn(error.shape, generator=self.generator, device=error.device)
-            (probe,) = torch.autograd.grad((direction * latents).sum(), gates)
-        finally:
-            self.forwards.uninstall()
-        dims = error[0].numel()
-        effects = (2 * first + (1 - 2 * gates.detach()) * probe.square()) / dims
-        return error.square().flatten(1).mean(1), effects
+        self.forwards.set_rows(self.router.rows(choices))
+        return self.forwards.effects(
+            lambda: generate(self.pipe, self.sampling, batch, grad=True),
+            self.teacher_latents(batch),
+            self.router.codes,
+            self.generator,
+        )
 
     def guide(self, prediction: Tensor) -> Tensor:
         """The guided prediction [B, ...] of what the UNet makes of a batch, [unguided, guided] or guided alone."""
@@ -177,7 +174,7 @@ class RouterModule(L.LightningModule):
         target = self.teacher_latents(batch)
         for budget in self.hparams["budgets"]:
             hard = self.hard_schedule(budget)
-            soft = torch.bernoulli(self.router.probabilities(self.router.price(budget))).bool()
+            soft = self.router.sample(self.router.probabilities(self.router.price(budget)))
             hard_error = self.rollout_errors(batch, hard, target).mean()
             soft_error = self.rollout_errors(batch, soft, target).mean()
             self.log_dict(
@@ -192,17 +189,31 @@ class RouterModule(L.LightningModule):
         self.log("val_loss", hard_error, prog_bar=True, logger=False, batch_size=len(target))
 
     @torch.no_grad()
-    def rollout_errors(self, batch: dict[str, Any], compute: Tensor, target: Tensor) -> Tensor:
+    def rollout_errors(self, batch: dict[str, Any], choices: Tensor, target: Tensor) -> Tensor:
         """Squared error of the final latents per sample [batch] under a hard schedule."""
-        latents = self.rollout(batch, compute)
+        latents = self.rollout(batch, choices)
         return (latents - target).square().flatten(1).mean(1)
 
     @torch.no_grad()
-    def rollout(self, batch: dict[str, Any], compute: Tensor, output_type: str = "latent") -> Tensor:
-        """What the pipeline makes under a hard schedule [steps, sites]."""
-        self.forwards.set_schedule(compute)
-        self.forwards.install()
-        try:
+    def rollout(self, batch: dict[str, Any], choices: Tensor, output_type: str = "latent") -> Tensor:
+        """What the pipeline makes under a hard schedule [steps, sites], as at inference."""
+        schedule = self.setting.schedule(self.draft(choices), policy=self.objective.policy, settings={})
+        with apply_schedule(self.pipe, schedule):
             return generate(self.pipe, self.sampling, batch, output_type=output_type)
-        finally:
-            self.forwards.uninstall()
+
+
+def predictor_codes(names: Sequence[str]) -> str:
+    """The codes of predictors that a router may choose from.
+
+    Raises:
+        ValueError: an unknown one, or one that needs tensors or more values than effects reach back.
+    """
+    usable = {
+        name: predictor.code
+        for name, predictor in PREDICTORS.items()
+        if predictor.num_values < REACH
+        and not (predictor.parameters or predictor.mean_of_halves or predictor.only_guidance)
+    }
+    if wrong := [name for name in names if name not in usable] or ["nothing"] * (not names):
+        raise ValueError(f"predictors: {wrong[0]!r} cannot be chosen by a router; {', '.join(usable)} can.")
+    return "".join(usable[name] for name in names)

@@ -59,9 +59,9 @@ def forwards(module: RouterModule) -> BlendedForwards:
     return module.objective.forwards
 
 
-def random_table(module: RouterModule, share: float, seed: int) -> Tensor:
+def random_choices(module: RouterModule, share: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return module.router.with_first_step(torch.rand(module.router.logits.shape, generator=generator) < share)
+    return module.router.choices(torch.rand(module.router.logits.shape, generator=generator) < share)
 
 
 # The blend
@@ -87,16 +87,14 @@ def test_hard_blend_is_the_inference_runtime(
     module: RouterModule, forwards: BlendedForwards, batch: dict[str, Any], share: float
 ) -> None:
     """Gates inside of what is reused included: what is dead is not kept anew."""
-    compute = random_table(module, share, seed=int(100 * share))
+    choices = random_choices(module, share, seed=int(100 * share))
+    compute = choices == 0
 
     def visit_step(step: int) -> Tensor:
         return forwards.blend(compute[step].float(), compute=compute[step]) if step else forwards.full(keep=True)
 
     latents = forwards.follow(SAMPLING, batch, visit_step)
-    schedule = module.setting.schedule(module.draft(compute), policy="random", settings={})
-    with apply_schedule(module.pipe, schedule):
-        inference = generate(module.pipe, SAMPLING, batch)
-    torch.testing.assert_close(latents, inference, rtol=0, atol=0)
+    torch.testing.assert_close(latents, module.rollout(batch, choices), rtol=0, atol=0)
 
 
 def test_gradient_of_the_blended_loss_is_that_of_finite_differences(
@@ -169,9 +167,9 @@ def test_weight_of_a_step_is_the_error_that_its_cache_causes(module: RouterModul
     target = module.teacher_latents(batch)
     errors = []
     for step in (2, 3):
-        compute = torch.ones_like(router.logits, dtype=torch.bool)
-        compute[step] = router.logits[step] > 0 if step == 2 else False
-        errors.append(module.rollout_errors(batch, compute, target).mean())
+        choices = torch.zeros_like(router.logits, dtype=torch.long)
+        choices[step] = router.logits[step] <= 0 if step == 2 else 1
+        errors.append(module.rollout_errors(batch, choices, target).mean())
     assert objective.weights[1:].mean() == pytest.approx(1.0)
     torch.testing.assert_close(objective.weights[3] / objective.weights[2], errors[1] / errors[0])
 

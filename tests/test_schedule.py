@@ -68,12 +68,6 @@ def test_version_1_is_read(tmp_path: Path) -> None:
     assert HGCSchedule.load(path) == SCHEDULE
 
 
-def test_rows_of_a_table() -> None:
-    table = {"unet:eps": [True, False], "unet.conv_in:out": [True, True]}
-    assert HGCSchedule.rows(table) == {"unet:eps": "C-"}
-    assert HGCSchedule.rows({"unet:eps": [True, True]}) == {}
-
-
 def nested(depth: int) -> str:
     return '{"format": "hgc_schedule", "producer": ' + "[" * depth + "]" * depth + "}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,17 +13,17 @@ import torch
 from torch import Tensor
 from training_fixtures import SAMPLING, fit, save_tiny_teacher
 
-import hgc_learn.rollout
 from hgc_learn.__main__ import guarded, main
 from hgc_learn.cli import train
 from hgc_learn.data import ControlDataModule, SceneDataModule
 from hgc_learn.export import export
 from hgc_learn.inference import HGCSchedule, apply_schedule
 from hgc_learn.objectives import DEFAULT_SITES, Rollout
-from hgc_learn.plan import compile_plan
-from hgc_learn.refine import refine
+from hgc_learn.plan import Plan, compile_plan
+from hgc_learn.predictors import BY_CODE
+from hgc_learn.refine import exchange_predictors, refine
 from hgc_learn.rollout import generate
-from hgc_learn.training import RouterModule
+from hgc_learn.training import RouterModule, predictor_codes
 
 CONFIGS = [
     path
@@ -60,69 +61,99 @@ def small_logits(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
 
 
-def random_table(module: RouterModule, share: float, seed: int) -> Tensor:
+def random_choices(module: RouterModule, share: float, seed: int) -> Tensor:
+    """A hard schedule that computes a share of the gates and fills in the rest by any of the predictors."""
     generator = torch.Generator().manual_seed(seed)
-    compute = torch.rand(module.router.logits.shape, generator=generator) < share
+    shape = module.router.logits.shape
+    choices = torch.randint(1, len(module.router.codes), shape, generator=generator)
+    choices[torch.rand(shape, generator=generator) < share] = 0
     if share < 1:
-        compute[2, module.router.sites.index("unet:guidance")] = False  # a step of half a batch among the full ones
-    return module.router.with_first_step(compute)
+        choices[2, module.router.sites.index("unet:guidance")] = 1  # a step of half a batch among the full ones
+    choices[0] = 0
+    return choices
 
 
 @pytest.mark.parametrize("share", [1.0, 0.95, 0.7])
 def test_training_path_equals_inference_path(module: RouterModule, batch: dict[str, Any], share: float) -> None:
-    compute = random_table(module, share, seed=int(100 * share))
-    schedule = module.setting.schedule(module.draft(compute), policy="random", settings={})
-    with apply_schedule(module.pipe, schedule):
-        inference = generate(module.pipe, SAMPLING, batch)
-    gates = compute.float().expand(2, *compute.shape).clone().requires_grad_()
-    module.forwards.set_schedule(compute, gates)
+    choices = random_choices(module, share, seed=int(100 * share))
+    inference = module.rollout(batch, choices)
+    module.forwards.set_rows(module.router.rows(choices))
     module.forwards.install()
     training = generate(module.pipe, SAMPLING, batch, grad=True)
     module.forwards.uninstall()
     assert training.requires_grad
     torch.testing.assert_close(training.detach(), inference, rtol=0, atol=1e-5 * float(inference.abs().max()))
-    torch.testing.assert_close(module.rollout(batch, compute), inference, rtol=0, atol=0)
 
 
-def test_gate_derivatives_are_those_of_a_mix(
+def weights(plan: Plan, site: str, step: int) -> dict[int, float] | None:
+    """What a site gives at a step, as weights of its fresh values by step: of the guided half; None if not live."""
+    if site in plan.steps[step].run:
+        return {step: 1.0}
+    for load in plan.steps[step].load:
+        if load.site == site:
+            fill = BY_CODE[load.code].fill([step - j for j in load.guided], step, {})
+            return {j: float(c) for j, c in zip(load.guided, fill.coefficients, strict=False)}
+    return None
+
+
+def test_first_order_effects_are_those_of_a_small_change(
     module: RouterModule, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against autograd through gate * fresh + (1 - gate) * cached, written out."""
+    """Against autograd through used + epsilon * (what the plan of the other schedule says - used), written out."""
+    choices = random_choices(module, 0.9, seed=1)
+    choices[:, module.router.sites.index("unet:guidance")] = 0  # the halves are the same then
+    forwards, codes = module.forwards, module.router.codes
+    rows = module.router.rows(choices)
+    graph, num_steps = forwards.graph, len(choices)
+    plan = compile_plan(graph, rows, num_steps)
+    flips = []
+    for site in module.router.sites[::3]:
+        row = rows.get(site, "C" * num_steps)
+        for step, code in itertools.product(range(1, num_steps), codes):
+            if site != "unet:guidance" and code != row[step] and weights(plan, site, step):
+                flips.append((site, step, code, {**rows, site: row[:step] + code + row[step + 1 :]}))
+    flips = flips[:: max(1, len(flips) // 60)]
+    others = [compile_plan(graph, flipped, num_steps) for *_, flipped in flips]
+    epsilon = torch.zeros(len(flips), requires_grad=True)
+    watch = forwards._watch
 
-    class Mix:
-        @staticmethod
-        def apply(fresh: Tensor, cached: Tensor, gate: Tensor, compute: bool) -> Tensor:
-            gate = gate.repeat(len(fresh) // len(gate)).reshape(-1, *[1] * (fresh.ndim - 1))
-            return gate * fresh + (1 - gate) * cached
+    def disturbed(used: Tensor, name: str, step: int) -> Tensor:
+        value = watch(used, name, step)
+        for index, ((site, *_), other) in enumerate(zip(flips, others, strict=True)):
+            before, after = weights(plan, name, step), weights(other, name, step)
+            if site == name and before and after and before != after:
+                fresh = forwards.fresh[name]
+                change = sum((after.get(j, 0) - before.get(j, 0)) * fresh[j] for j in {**before, **after})
+                value = value + epsilon[index] * change
+        return value
 
-    compute = random_table(module, 0.95, seed=1)
-    derivatives = []
-    for replacement in (None, Mix):
-        if replacement is not None:
-            monkeypatch.setattr(hgc_learn.rollout, "_HardGate", replacement)
-        gates = compute.float().expand(2, *compute.shape).clone().requires_grad_()
-        module.forwards.set_schedule(compute, gates)
-        module.forwards.install()
-        latents = generate(module.pipe, SAMPLING, batch, grad=True)
-        module.forwards.uninstall()
-        derivatives.append(torch.autograd.grad(latents.sin().sum(), gates)[0])
-    assert derivatives[0].count_nonzero() > 100
-    torch.testing.assert_close(derivatives[0], derivatives[1], rtol=1e-3, atol=1e-4)
+    monkeypatch.setattr(forwards, "_watch", disturbed)
+    forwards.set_rows(rows)
+    forwards.install()
+    value = generate(module.pipe, SAMPLING, batch, grad=True).sin().sum()
+    forwards.uninstall()
+    (expected,) = torch.autograd.grad(value, epsilon, retain_graph=True)
+    products = forwards._backward(value)
+    for (site, step, code, _), derivative in zip(flips, expected.tolist(), strict=True):
+        changes = forwards._changes(site, codes, forwards._by_half(products[site], 2))
+        assert changes[codes.index(code), step].sum() == pytest.approx(derivative, rel=2e-3, abs=1e-4)
+    assert expected.abs().gt(1e-3).sum() > 20
+    forwards.set_rows({})
 
 
-def test_flip_effects_predict_what_flips_do(module: RouterModule, batch: dict[str, Any]) -> None:
-    compute = random_table(module, 0.99, seed=2)
+def test_effects_predict_what_other_choices_do(module: RouterModule, batch: dict[str, Any]) -> None:
+    choices = random_choices(module, 0.99, seed=2)
     target = module.teacher_latents(batch)
     module.generator = torch.Generator().manual_seed(0)
-    predicted = torch.stack([module.flip_effects(batch, compute, target)[1].mean(0) for _ in range(12)]).mean(0)
-    error = module.rollout_errors(batch, compute, target).mean()
+    predicted = torch.stack([module.effects(batch, choices)[1] for _ in range(12)]).mean(0)
+    error = module.rollout_errors(batch, choices, target).mean()
     order = predicted.abs().flatten().argsort(descending=True)
     actual = []
-    for index in (chosen := order[:200:10]):
-        flipped = compute.clone()
-        flipped.view(-1)[index] ^= True
-        change = module.rollout_errors(batch, flipped, target).mean() - error
-        actual.append(change if flipped.view(-1)[index] else -change)  # computing less reusing
+    for index in (chosen := order[:300:15]):
+        code, step, site = (int(i) for i in torch.unravel_index(index, predicted.shape))
+        other = choices.clone()
+        other[step, site] = code
+        actual.append(module.rollout_errors(batch, other, target).mean() - error)
     pair = (predicted.flatten()[chosen], torch.stack(actual))
     assert (pair[0].sign() == pair[1].sign()).float().mean() > 0.8
     logs = torch.stack([x.abs().clamp_min(1e-9).log() for x in pair])
@@ -141,10 +172,10 @@ def test_price_meets_the_budget_and_threshold_keeps_to_it(module: RouterModule) 
 
 
 def test_kept_is_what_the_plan_says(module: RouterModule) -> None:
-    compute = random_table(module, 0.9, seed=3)
-    plan = module.setting.plan(module.draft(compute))
-    full = compile_plan(module.graph, {}, len(compute))
-    assert module.router.kept(compute) == pytest.approx(plan.macs(module.costs) / full.macs(module.costs), rel=1e-6)
+    choices = random_choices(module, 0.9, seed=3)
+    plan = module.setting.plan(module.draft(choices))
+    full = compile_plan(module.graph, {}, len(choices))
+    assert module.router.kept(choices) == pytest.approx(plan.macs(module.costs) / full.macs(module.costs), rel=1e-6)
 
 
 @pytest.mark.parametrize("budget", [0.0, 0.1, 1.5])
@@ -156,21 +187,47 @@ def test_impossible_budget_is_refused(module: RouterModule, budget: float) -> No
 def test_gradient_does_not_move_the_expected_macs(module: RouterModule, batch: dict[str, Any]) -> None:
     module.generator = torch.Generator().manual_seed(0)
     assert isinstance(module.objective, Rollout)
-    gradient, logs = module.objective.gradient(module, batch, BUDGET)
-    assert gradient.isfinite().all()
-    assert gradient.abs().sum() > 0
+    (gradient, predictor_gradient), logs = module.objective.gradients(module, batch, BUDGET)
+    for values in (gradient, predictor_gradient):
+        assert values.isfinite().all()
+        assert values.abs().sum() > 0
     assert abs(float(gradient.sum())) < 1e-3 * float(gradient.abs().sum())
     assert float(logs["expected_macs"]) == pytest.approx(BUDGET, abs=2e-3)
 
 
-def test_refining_lowers_the_error_within_the_budget(module: RouterModule, batch: dict[str, Any]) -> None:
+@pytest.mark.parametrize("predictors", [["hold"], ["hold", "linear"]])
+def test_refining_lowers_the_error_within_the_budget(
+    predictors: list[str], teacher: Path, batch: dict[str, Any]
+) -> None:
+    module = RouterModule(str(teacher), SAMPLING, budgets=[BUDGET], predictors=predictors)
     module.generator = torch.Generator().manual_seed(0)
-    compute = module.router.threshold(BUDGET)
+    with torch.no_grad():
+        module.router.logits.copy_(torch.randn(module.router.logits.shape, generator=module.generator))
+    choices = module.router.threshold(BUDGET)
     target = module.teacher_latents(batch)
-    before = module.rollout_errors(batch, compute, target).mean()
-    refined = refine(module, [batch], compute, BUDGET, num_rounds=2, max_swaps=16)
+    before = module.rollout_errors(batch, choices, target).mean()
+    refined = refine(module, [batch], choices, BUDGET, num_rounds=2, max_changes=16)
     assert module.router.kept(refined) <= BUDGET
     assert module.rollout_errors(batch, refined, target).mean() < before
+
+
+def test_predictors_are_exchanged_where_that_promises_most(module: RouterModule) -> None:
+    choices = random_choices(module, 0.5, seed=4)
+    effects = torch.randn(len(module.router.codes), *choices.shape, generator=torch.Generator().manual_seed(4))
+    effects.scatter_(0, choices[None], 0.0)
+    changed = exchange_predictors(choices, effects, 5)
+    where = (changed != choices).nonzero()
+    assert len(where) == 5
+    assert (choices[changed != choices] > 0).all()
+    promised = effects.gather(0, changed[None])[0][changed != choices]
+    rest = effects[1:].min(0).values[(choices > 0) & (changed == choices)]
+    assert promised.max() <= rest.min()
+
+
+@pytest.mark.parametrize("names", [["nothing"], ["per_channel"], ["taylor2"], []])
+def test_predictors_that_a_router_cannot_choose_are_refused(names: list[str], teacher: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be chosen by a router; hold, linear"):
+        predictor_codes(names)
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -194,7 +251,7 @@ def test_interrupted_training_resumes_to_the_same_router(
 ) -> None:
     more = [f"--model.objective={objective[0]}", *objective[1:]]
     whole = torch.load(fit(teacher, tmp_path / "whole", 4, *more), weights_only=True)
-    names = {"router.logits", *(f"objective.{name}" for name in buffers)}
+    names = {"router.logits", "router.predictor_logits", *(f"objective.{name}" for name in buffers)}
     assert set(whole["state_dict"]) == names  # no frozen model
     assert list((tmp_path / "whole").rglob("events.out.tfevents*"))
 

@@ -25,11 +25,13 @@ class Objective(nn.Module):
     Attributes:
         policy: name of the policy that a router trained like this is exported as.
         default_sites: glob patterns of the sites that it routes unless others are asked for.
+        default_predictors: names of the predictors that it chooses from unless others are asked for.
         is_refined: whether an exported schedule is polished by real rollouts.
     """
 
     policy: ClassVar[str]
     default_sites: ClassVar[tuple[str, ...]] = DEFAULT_SITES
+    default_predictors: ClassVar[tuple[str, ...]] = ("hold",)
     is_refined: ClassVar[bool] = False
 
     def settings(self) -> dict[str, Any]:
@@ -42,7 +44,7 @@ class Objective(nn.Module):
         """Called once, when the module's pipeline and router are there."""
 
     def hard_schedule(self, router: Router, budget: float) -> Tensor:
-        """The hard schedule [steps, sites] for a budget, a fraction of the full MACs.
+        """The hard schedule [steps, sites] (see `Router`) for a budget, a fraction of the full MACs.
 
         Raises:
             ValueError: a budget that cannot be met.

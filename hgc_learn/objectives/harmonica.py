@@ -88,7 +88,7 @@ class HarmoniCa(Objective):
             prediction = self.forwards.full()
             with torch.enable_grad():
                 betas = torch.sigmoid(logits[step])
-                blended = self.forwards.blend(betas, compute=hard[step])
+                blended = self.forwards.blend(betas, compute=hard[step] == 0)
                 error = (blended - prediction).square().mean()
                 (self.weights[step] * error + self.penalty * betas.sum()).backward()
             errors.append(error.detach())
@@ -107,7 +107,7 @@ class HarmoniCa(Objective):
 
     def hard(self, router: Router) -> Tensor:
         """The schedule [steps, sites] by the fixed threshold: what is kept in training follows it."""
-        return router.with_first_step(router.logits.detach().sigmoid() > self.threshold)
+        return router.choices(router.logits.detach().sigmoid() > self.threshold)
 
     @torch.no_grad()
     def measure_weights(self, module: RouterModule, batches: Iterable[dict[str, Any]]) -> None:
@@ -118,8 +118,8 @@ class HarmoniCa(Objective):
             batch = module.transfer_batch_to_device(batch, module.device, 0)
             target = module.teacher_latents(batch)
             for step in range(1, len(hard)):
-                compute = torch.ones_like(hard)
-                compute[step] = False if hard[step].all() else hard[step]
-                self.weights[step] += module.rollout_errors(batch, compute, target).sum()
+                choices = torch.zeros_like(hard)
+                choices[step] = hard[step] if hard[step].any() else module.router.best_predictors[step]
+                self.weights[step] += module.rollout_errors(batch, choices, target).sum()
         self.weights /= self.weights[1:].mean()
         self.weights_epoch.fill_(module.current_epoch)

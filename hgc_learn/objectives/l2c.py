@@ -65,7 +65,7 @@ class L2C(Objective):
         """
         if interval is not None and interval not in self.intervals:
             raise ValueError(f"interval is {interval}; this router was trained for {self.intervals}.")
-        least = {k: router.kept(self._full_steps(router, k)) for k in self.intervals}
+        least = {k: router.kept(router.choices(self._full_steps(router, k))) for k in self.intervals}
         interval = interval or next((k for k in self.intervals if least[k] <= budget), self.intervals[-1])
         if least[interval] > budget:
             raise ValueError(
@@ -81,10 +81,10 @@ class L2C(Objective):
 
     @staticmethod
     def _full_steps(router: Router, interval: int) -> Tensor:
-        """Only the full steps compute [steps, sites]."""
-        compute = torch.zeros_like(router.logits, dtype=torch.bool)
-        compute[::interval] = True
-        return compute
+        """Whether a gate is of a full step [steps, sites]."""
+        full = torch.zeros_like(router.logits, dtype=torch.bool)
+        full[::interval] = True
+        return full
 
     def optimizer(self, router: Router) -> torch.optim.Optimizer:
         return torch.optim.AdamW(router.parameters(), lr=self.learning_rate, weight_decay=0.0)

@@ -1,8 +1,8 @@
 """The second-order effect of every gate, on the student's own hard trajectories.
 
 One step: draw a hard schedule from the router at a budget, roll it out with its own cache, compare the final latents
-with the teacher's, and ask for every gate how much the loss would change if it alone were flipped. To second order
-in the change J*d that the flip makes to the final latents, with error e = student - teacher, that is
+with the teacher's, and ask for every gate how much the loss would change if it alone chose otherwise. To second
+order in the change J*d that this makes to the final latents, with error e = student - teacher, that is
 2 <e, J d> + |J d|^2. The first term is one backward pass; the second, which a straight-through estimator misses, is
 estimated by another one from a random direction v, since E <v, J d>^2 = |J d|^2 for v ~ N(0, I).
 """
@@ -33,6 +33,7 @@ class Rollout(Objective):
     """
 
     policy: ClassVar[str] = "learned"
+    default_predictors: ClassVar[tuple[str, ...]] = ("hold", "linear")
     is_refined: ClassVar[bool] = True
     warm_started: Tensor
 
@@ -55,46 +56,53 @@ class Rollout(Objective):
         router.temperature = self.final_temperature ** module.progress()
         budgets = module.hparams["budgets"]
         module.seed(1 + module.global_step)
-        gradient, logs = self.gradient(module, batch, budgets[module.global_step % len(budgets)])
-        router.logits.grad = gradient
+        gradients, logs = self.gradients(module, batch, budgets[module.global_step % len(budgets)])
+        router.logits.grad, router.predictor_logits.grad = gradients
         module.update_router()
         router.logits.data.clamp_(-8, 8)
         return logs
 
-    def gradient(self, module: RouterModule, batch: dict[str, Any], budget: float) -> tuple[Tensor, dict[str, Any]]:
-        """Gradient of the expected log error by the logits [steps, sites] along which the expected MACs stay put."""
+    def gradients(
+        self, module: RouterModule, batch: dict[str, Any], budget: float
+    ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+        """Gradients of the expected log error by the logits [steps, sites], along which the expected MACs stay put,
+        and by the predictors' logits [predictors, steps, sites]."""
         router = module.router
-        p = router.probabilities(router.price(budget))
-        compute = torch.bernoulli(p.detach(), generator=module.generator).bool()
-        errors, effects = module.flip_effects(batch, compute, module.teacher_latents(batch))
-        loss_gradient = (effects.mean(0) / errors.mean()) * (p * (1 - p)).detach() / router.temperature
-        loss_gradient[0] = 0
-        expected = router.expected_macs(p)
+        p_compute = router.probabilities(router.price(budget))
+        choices = router.sample(p_compute.detach(), module.generator)
+        errors, effects = module.effects(batch, choices)
+        change = (router.choice_probabilities(p_compute) * effects).sum() / errors.mean()
+        loss_gradient, predictor_gradient = torch.autograd.grad(
+            change, [router.logits, router.predictor_logits], retain_graph=True
+        )
+        expected = router.expected_macs(p_compute)
         (macs_gradient,) = torch.autograd.grad(expected, router.logits)
         # The multiplier at which moving all logits together gains nothing: the price of compute at this budget.
         multiplier = -loss_gradient.sum() / macs_gradient.sum()
         logs = {
             "loss": errors.mean(),
             "expected_macs": expected.detach(),
-            "sampled_macs": router.kept(compute),
+            "sampled_macs": router.kept(choices),
             "multiplier": multiplier,
             "temperature": router.temperature,
         }
-        return loss_gradient + multiplier * macs_gradient, logs
+        return (loss_gradient + multiplier * macs_gradient, predictor_gradient), logs
 
     def warm_start(self, module: RouterModule, batches: Iterable[dict[str, Any]]) -> None:
-        """Sets the logits to log(effect / saving) of reusing each gate alone on the uncached trajectory."""
+        """Sets the logits to log(effect / saving) of reusing each gate alone on the uncached trajectory, and the
+        predictors' to -log(effect)."""
         router = module.router
-        compute = torch.ones_like(router.logits, dtype=torch.bool)
         module.seed(0)
         effects = []
         for batch in itertools.islice(batches, self.num_warm_start_batches):
             batch = module.transfer_batch_to_device(batch, module.device, 0)
-            effects.append(-module.flip_effects(batch, compute, module.teacher_latents(batch))[1])
+            effects.append(module.effects(batch, torch.zeros_like(router.logits, dtype=torch.long))[1][1:])
+        log_effects = torch.stack(effects).mean(0).clamp_min(1e-12).log()
         savings = router.savings().to(module.device)
-        score = torch.cat(effects).mean(0).clamp_min(1e-12).log() - savings.clamp_min(1e-9).log()
+        score = log_effects.min(0).values - savings.clamp_min(1e-9).log()
         score[1:] = 2 * (score[1:] - score[1:].mean()) / score[1:].std()
         score[:, savings <= 0] = score.max()
         score[0] = 0
         router.logits.data.copy_(score)
+        router.predictor_logits.data.copy_((log_effects.mean(0) - log_effects).clamp(-1, 1))
         self.warm_started.fill_(True)
