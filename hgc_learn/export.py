@@ -16,8 +16,9 @@ from hgc_learn.cli import rebuild
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import gate_heatmap
 from hgc_learn.fingerprint import ModelFingerprint
-from hgc_learn.refine import refine
+from hgc_learn.refine import mean_error, refine
 from hgc_learn.setting import Setting
+from hgc_learn.starts import best_start, rule_schedules
 from hgc_learn.training import RouterModule
 
 Report = Callable[[int, float, int], None]
@@ -27,8 +28,8 @@ def export(
     ckpt_path: Path,
     output: Path,
     budget: float = 0.5,
-    refine_rounds: int = 4,
-    refine_batches: int = 4,
+    refine_rounds: int = 6,
+    refine_batches: int = 32,
 ) -> Path:
     """Writes `hgc_schedule.json` and a picture of it.
 
@@ -36,9 +37,9 @@ def export(
         ckpt_path: checkpoint of `train.py fit`.
         output: folder to write to.
         budget: fraction of the full MACs to keep.
-        refine_rounds: rounds of local search with real rollouts on training batches; 0 for none. It is part of
-            `Rollout` only, other objectives are exported as they are.
-        refine_batches: training batches it measures on.
+        refine_rounds: rounds of local search with real rollouts on training batches; 0 for none, and for no rule's
+            schedule to begin with. It is part of `Rollout` only, other objectives are exported as they are.
+        refine_batches: training batches it measures on, four in a round.
 
     Raises:
         ValueError: the checkpoint cannot be found or read, or the budget cannot be met.
@@ -74,10 +75,15 @@ def decide(
     num_rounds: int = 0,
     report: Report = lambda *_: None,
 ) -> Tensor:
-    """The hard schedule [steps, sites] of a trained router at a budget, polished on `batches` (see `refine`)."""
+    """The hard schedule [steps, sites] of a trained router at a budget; with rounds of polishing (see `refine`) on
+    `batches`, from there or from the best of the rules, if one is better."""
     choices = module.hard_schedule(budget)
     if not num_rounds:
         return choices
+    candidates = [choices, *rule_schedules(module.router, module.setting, budget)]
+    choices = best_start(
+        candidates, lambda candidate, num_batches: mean_error(module, batches[:num_batches], candidate)
+    )
     module.generator = torch.Generator(module.device)  # whenever it is asked for, the same schedule
     return refine(module, batches, choices, budget, num_rounds=num_rounds, report=report)
 

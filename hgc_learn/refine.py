@@ -28,24 +28,22 @@ def refine(
     budget: float,
     *,
     num_rounds: int,
+    batches_per_round: int = 4,
     max_changes: int = 64,
     report: Callable[[int, float, int], None] = lambda *_: None,
 ) -> Tensor:
     """Improves a hard schedule [steps, sites] at the same budget.
 
     Args:
-        batches: training batches to measure on; the more, the less it fits their noise.
+        batches: training batches to measure on, which the rounds take in turns: a schedule polished on few samples
+            fits their noise.
         budget: fraction of the full MACs that must not be exceeded.
         num_rounds: how often the effects are measured; each costs three trajectories per sample and a few rollouts.
+        batches_per_round: that effects and errors are measured on.
         max_changes: gates switched on, and predictors exchanged, in the first trial of a round.
         report: called after each round with (round, mean squared error, choices changed).
     """
     router = module.router
-    targets = [module.teacher_latents(batch) for batch in batches]
-
-    def error(candidate: Tensor) -> float:
-        errors = [module.rollout_errors(b, candidate, t) for b, t in zip(batches, targets, strict=True)]
-        return float(torch.cat(errors).mean())
 
     def swap(schedule: Tensor, effects: Tensor, num_changes: int) -> Tensor:
         return swap_gates(router, schedule, effects, budget, num_changes)
@@ -53,25 +51,32 @@ def refine(
     proposals: dict[Propose, int] = {swap: max_changes}
     if len(router.codes) > 2:
         proposals[exchange_predictors] = max_changes
-    best = error(choices)
     for index in range(num_rounds):
         start = choices
-        effects = torch.stack([module.effects(batch, choices)[1] for batch in batches]).mean(0)
+        mine = [batches[(index * batches_per_round + i) % len(batches)] for i in range(batches_per_round)]
+        measured = [module.effects(batch, choices) for batch in mine]
+        best = float(torch.cat([errors for errors, _ in measured]).mean())
+        effects = torch.stack([effects for _, effects in measured]).mean(0)
         for propose, num_changes in proposals.items():
             num_changes = max(1, num_changes)
             accepted = False
             while num_changes >= 1 and not accepted:
                 candidate = propose(choices, effects, num_changes)
-                candidate_error = best if torch.equal(candidate, choices) else error(candidate)
-                if accepted := candidate_error < best:
-                    choices, best = candidate, candidate_error
+                error = best if torch.equal(candidate, choices) else mean_error(module, mine, candidate)
+                if accepted := error < best:
+                    choices, best = candidate, error
                 else:
                     num_changes //= 2
             proposals[propose] = min(max_changes, 2 * num_changes)
         report(index, best, int((choices != start).sum()))
-        if torch.equal(choices, start):
+        if torch.equal(choices, start) and batches_per_round >= len(batches):
             break
     return choices
+
+
+def mean_error(module: RouterModule, batches: Sequence[dict[str, Any]], choices: Tensor) -> float:
+    """Mean squared error of the final latents under a hard schedule."""
+    return float(torch.cat([module.rollout_errors(b, choices, module.teacher_latents(b)) for b in batches]).mean())
 
 
 def swap_gates(router: Router, choices: Tensor, effects: Tensor, budget: float, num_changes: int) -> Tensor:

@@ -23,6 +23,7 @@ from hgc_learn.plan import Plan, compile_plan
 from hgc_learn.predictors import BY_CODE
 from hgc_learn.refine import exchange_predictors, refine
 from hgc_learn.rollout import generate
+from hgc_learn.starts import best_start, rule_schedules
 from hgc_learn.training import RouterModule, predictor_codes
 
 CONFIGS = [
@@ -209,6 +210,30 @@ def test_refining_lowers_the_error_within_the_budget(
     refined = refine(module, [batch], choices, BUDGET, num_rounds=2, max_changes=16)
     assert module.router.kept(refined) <= BUDGET
     assert module.rollout_errors(batch, refined, target).mean() < before
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.6])
+def test_polishing_can_start_from_what_rules_write(module: RouterModule, budget: float) -> None:
+    router = module.router
+    schedules = rule_schedules(router, module.setting, budget)
+    assert len(schedules) > 4
+    for choices in schedules:
+        assert 0.5 * budget < router.kept(choices) <= budget
+        rows = list(router.rows(choices).values())
+        assert len(set(rows)) == 1  # full steps are full for all that is reused together
+    eps = {router.rows(choices).get("unet:eps") for choices in schedules}
+    assert {row[1:].replace("C", "") for row in eps if row} >= ({"--", "11"} if budget == 0.6 else {"----", "1111"})
+
+
+def test_the_best_start_wins_on_more_batches() -> None:
+    tried = []
+
+    def error(schedule: Tensor, num_batches: int) -> float:
+        tried.append((int(schedule), num_batches))
+        return float(schedule) if num_batches == 1 else -float(schedule)
+
+    assert best_start([torch.tensor(i) for i in (5, 1, 2, 3, 4)], error, num_finalists=3) == 3
+    assert tried[5:] == [(1, 4), (2, 4), (3, 4)]
 
 
 def test_predictors_are_exchanged_where_that_promises_most(module: RouterModule) -> None:

@@ -89,8 +89,9 @@ class Rollout(Objective):
         return (loss_gradient + multiplier * macs_gradient, predictor_gradient), logs
 
     def warm_start(self, module: RouterModule, batches: Iterable[dict[str, Any]]) -> None:
-        """Sets the logits to log(effect / saving) of reusing each gate alone on the uncached trajectory, and the
-        predictors' to -log(effect)."""
+        """Sets the logits to log(effect / saving) of reusing each gate alone on the uncached trajectory, by the
+        predictor that is best there, and has nearly all gates begin with the first one: over longer gaps than that
+        trajectory has, forecasts made by chance diverge."""
         router = module.router
         module.seed(0)
         effects = []
@@ -104,5 +105,5 @@ class Rollout(Objective):
         score[:, savings <= 0] = score.max()
         score[0] = 0
         router.logits.data.copy_(score)
-        router.predictor_logits.data.copy_((log_effects.mean(0) - log_effects).clamp(-1, 1))
+        router.predictor_logits.data[0] = 2.0
         self.warm_started.fill_(True)

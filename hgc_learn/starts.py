@@ -1,0 +1,62 @@
+"""Where polishing starts from: the router's schedule, or what a rule would write in the router's own vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hgc_learn.policies.deepcache import num_branches, quadratic_steps, shallow_inputs
+from hgc_learn.router import Router
+from hgc_learn.setting import Setting
+
+
+def rule_schedules(router: Router, setting: Setting, budget: float) -> list[Tensor]:
+    """Full steps, as many as the budget allows, evenly spaced or denser early on; at the others the prediction is
+    filled in, or the decoder starts from one of its layers, with the ControlNet's residuals or without, by any
+    predictor: hard schedules [steps, sites] that differ."""
+    found: dict[bytes, Tensor] = {}
+    num_steps = router.num_steps
+    for sites in _reused_together(router, setting):
+        columns = [router.sites.index(site) for site in sites]
+        for choice in range(1, len(router.codes)):
+            for spacing in (_evenly, _early):
+                for num_full in range(num_steps, 0, -1):
+                    choices = torch.zeros_like(router.logits, dtype=torch.long)
+                    choices[:, columns] = choice
+                    choices[spacing(num_steps, num_full)] = 0
+                    if router.kept(choices) <= budget:
+                        found.setdefault(choices.numpy(force=True).tobytes(), choices)
+                        break
+    return list(found.values())
+
+
+def _reused_together(router: Router, setting: Setting) -> Iterator[list[str]]:
+    graph, routed = setting.graph, set(router.sites)
+    controls = [site for site in router.sites if site.endswith(":control")]
+    layers = [shallow_inputs(graph, branch) for branch in range(num_branches(graph))]
+    for sites in [[graph.output], *layers]:
+        if routed.issuperset(sites):
+            yield sites
+            if controls and graph.output not in sites:
+                yield [*sites, *(site for site in controls if site not in sites)]
+
+
+def _evenly(num_steps: int, num_full: int) -> list[int]:
+    return [i * num_steps // num_full for i in range(num_full)]
+
+
+def _early(num_steps: int, num_full: int) -> list[int]:
+    try:
+        return quadratic_steps(num_steps, num_full, center=num_steps * 3 // 10, power=1.4)
+    except ValueError:  # too many of them to be that dense
+        return _evenly(num_steps, num_full)
+
+
+def best_start(candidates: Sequence[Tensor], error: Callable[[Tensor, int], float], num_finalists: int = 4) -> Tensor:
+    """The best of some schedules by `error(schedule, number of batches)`: all are tried on one batch, the best of them
+    on four."""
+    errors = [error(candidate, 1) for candidate in candidates]
+    order = sorted(range(len(candidates)), key=errors.__getitem__)
+    return min((candidates[i] for i in order[:num_finalists]), key=lambda candidate: error(candidate, 4))
