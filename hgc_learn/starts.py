@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,15 +14,15 @@ from hgc_learn.setting import Setting
 
 
 def rule_schedules(router: Router, setting: Setting, budget: float) -> list[Tensor]:
-    """Full steps, as many as the budget allows, evenly spaced or denser early on; at the others the prediction is
-    filled in, or the decoder starts from one of its layers, with the ControlNet's residuals or without, by any
-    predictor: hard schedules [steps, sites] that differ."""
+    """Full steps, as many as the budget allows, evenly spaced, denser early on, or all first and few later; at the
+    others the prediction is filled in, or the decoder starts from one of its layers, with the ControlNet's residuals or
+    without, by any predictor: hard schedules [steps, sites] that differ."""
     found: dict[bytes, Tensor] = {}
     num_steps = router.num_steps
     for sites in _reused_together(router, setting):
         columns = [router.sites.index(site) for site in sites]
         for choice in range(1, len(router.codes)):
-            for spacing in (_evenly, _early):
+            for spacing in SPACINGS:
                 for num_full in range(num_steps, 0, -1):
                     choices = torch.zeros_like(router.logits, dtype=torch.long)
                     choices[:, columns] = choice
@@ -52,6 +53,22 @@ def _early(num_steps: int, num_full: int) -> list[int]:
         return quadratic_steps(num_steps, num_full, center=num_steps * 3 // 10, power=1.4)
     except ValueError:  # too many of them to be that dense
         return _evenly(num_steps, num_full)
+
+
+def _first(num_steps: int, num_full: int, interval: int) -> list[int]:
+    """All up to a step, from there on every interval-th."""
+    for cutoff in range(num_full, 0, -1):
+        steps = [*range(cutoff), *range(cutoff - 1 + interval, num_steps, interval)]
+        if len(steps) <= num_full:
+            return steps
+    return _evenly(num_steps, num_full)
+
+
+SPACINGS: tuple[Callable[[int, int], list[int]], ...] = (
+    _evenly,
+    _early,
+    *(partial(_first, interval=interval) for interval in (2, 4, 8)),
+)
 
 
 def best_start(candidates: Sequence[Tensor], error: Callable[[Tensor, int], float], num_finalists: int = 4) -> Tensor:
