@@ -69,10 +69,6 @@ SPACINGS: tuple[Callable[[int, int], list[int]], ...] = (
     _early,
     *(partial(_first, interval=interval) for interval in (2, 4, 8)),
 )
-    _evenly,
-    _early,
-    *(partial(_first, interval=interval) for interval in (2, 4, 8)),
-)
 
 
 def best_start(candidates: Sequence[Tensor], error: Callable[[Tensor, int], float], num_finalists: int = 4) -> Tensor:

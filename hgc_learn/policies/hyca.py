@@ -19,7 +19,7 @@ from hgc_learn.setting import Draft, Setting
         "interval": range(2, 21),
         "site": ("last_block", "prediction"),
         "num_clusters": (1, 8),
-        "num_solvers": (1, 2, len(CHOICES)),
+        "solvers": ("all", "hold", "linear", "hold linear", "linear taylor2 ab2 bdf2 foca"),
     },
 )
 def hyca(
@@ -28,7 +28,7 @@ def hyca(
     interval: int = 2,
     site: str = "last_block",
     num_clusters: int = 8,
-    num_solvers: int = len(CHOICES),
+    solvers: str = "all",
 ) -> Draft:
     """Clusters channels by how they move over the steps; each cluster gets the solver with the least forecast error.
 
@@ -39,14 +39,16 @@ def hyca(
         site: what is forecast: `last_block` (the decoder's last tensor; only the output convolution runs between
             full steps) or `prediction` (nothing runs).
         num_clusters: of the k-means over channels.
-        num_solvers: how many of hold, linear, Taylor-2, AB2, BDF2, FoCa, in this order, there are to choose from. All
-            in the paper; but errors measured on uncached trajectories favour high orders more than cached ones do.
+        solvers: names of those to choose from, of hold, linear, taylor2, ab2, bdf2 and foca. `all` in the paper; but
+            the best on uncached trajectories need not be the best on cached ones.
     """
     setting.need_samples("hyca")
     if interval < 1 or num_clusters < 1:
         raise ValueError(f"interval is {interval}, num_clusters {num_clusters}; both must be at least 1.")
-    if not 1 <= num_solvers <= len(CHOICES):
-        raise ValueError(f"num_solvers is {num_solvers}; it must be from 1 to {len(CHOICES)}.")
+    known = [choice.name for choice in CHOICES]
+    pool = known if solvers == "all" else solvers.split()
+    if not pool or not set(pool) <= set(known):
+        raise ValueError(f"solvers is {solvers!r}; it is all or some of {' '.join(known)}.")
     output = setting.graph.output
     names = {"last_block": setting.graph.nodes[output].inputs[0], "prediction": output}
     if site not in names:
@@ -57,7 +59,9 @@ def hyca(
         return Draft({})
     statistics = site_statistics(setting, [name])[name]
     clusters = cluster_channels(descriptors(statistics), num_clusters)
-    chosen = choose_solvers(solver_errors(statistics, interval)[:num_solvers], clusters)
+    errors = solver_errors(statistics, interval)
+    errors[[name not in pool for name in known]] = torch.inf
+    chosen = choose_solvers(errors, clusters)
     return Draft({name: row}, {f"{name}/predictor": chosen})
 
 

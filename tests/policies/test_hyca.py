@@ -103,14 +103,14 @@ def test_channels_chosen_apart_forecast_no_worse_than_any_solver_for_all() -> No
     assert float(errors.gather(0, chosen[None]).sum()) <= float(errors.sum(1).min())
 
 
-@pytest.mark.parametrize("num_solvers", range(1, len(CHOICES) + 1))
-def test_only_the_first_solvers_are_chosen_from(num_solvers: int) -> None:
+@pytest.mark.parametrize("solvers", ["hold", "hold linear", "linear taylor2", "all"])
+def test_only_the_solvers_asked_for_are_chosen_from(solvers: str) -> None:
     setting = shared_setting()
     name = "unet.up_blocks.3.attentions.2:out"
-    errors = solver_errors(site_statistics(setting, [name])[name], 2)
-    assert errors.sum(1).argmin() > 1  # left to itself, it chooses another than the first two
-    chosen = hyca(setting, interval=2, num_clusters=1, num_solvers=num_solvers).tensors[f"{name}/predictor"]
-    assert set(chosen.tolist()) == {int(errors[:num_solvers].sum(1).argmin())}
+    errors = solver_errors(site_statistics(setting, [name])[name], 2).sum(1).tolist()
+    pool = [i for i, choice in enumerate(CHOICES) if solvers == "all" or choice.name in solvers.split()]
+    chosen = hyca(setting, interval=2, num_clusters=1, solvers=solvers).tensors[f"{name}/predictor"]
+    assert set(chosen.tolist()) == {min(pool, key=errors.__getitem__)}
 
 
 def test_no_more_clusters_than_channels() -> None:
@@ -126,8 +126,8 @@ def test_nothing_is_forecast_at_interval_one() -> None:
     [
         ({"interval": 0}, "interval is 0"),
         ({"num_clusters": 0}, "num_clusters 0"),
-        ({"num_solvers": 0}, "num_solvers is 0; it must be from 1 to 6"),
-        ({"num_solvers": 7}, "num_solvers is 7"),
+        ({"solvers": ""}, "solvers is ''; it is all or some of hold linear"),
+        ({"solvers": "hold cubic"}, "solvers is 'hold cubic'"),
         ({"site": "middle"}, "site is 'middle'; it is one of last_block, prediction"),
     ],
 )
