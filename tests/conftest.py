@@ -19,6 +19,13 @@ settings.register_profile(
 settings.load_profile("default")
 
 
+@pytest.fixture(autouse=True)
+def denormal_numbers() -> Iterator[None]:
+    """Trainings and comparisons flush them to zero in the whole process; hypothesis makes no numbers there."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(params=SHAPES)
 def tiny(request: pytest.FixtureRequest) -> Iterator[TinyPipeline]:
     """A pipeline of every shape."""
