@@ -2,8 +2,8 @@
 
 Rounding a router ignores how gates act on each other. Here the effects of all other choices are measured at the
 schedule itself, on the student's own trajectory. In turns, gates are swapped (those that promise most per MAC compute,
-those that cost least per MAC no longer do) and predictors are exchanged; many at once, and half as many until the error
-really falls.
+those that cost least per MAC no longer do) and predictors are exchanged: many at once, half as many whenever the error
+does not really fall.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 from hgc_learn.router import Router
 from hgc_learn.training import RouterModule
 
-Propose = Callable[[Tensor, Tensor, int], Tensor]
-"""(schedule, effects, number of changes) -> schedule; the same one if there is nothing to change."""
+Propose = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""(schedule, effects, gates to leave alone [steps, sites], number of changes) -> schedule; the same one if there is
+nothing to change."""
 
 
 def refine(
@@ -29,6 +30,7 @@ def refine(
     *,
     num_rounds: int,
     batches_per_round: int = 4,
+    trials_per_round: int = 8,
     max_changes: int = 64,
     report: Callable[[int, float, int], None] = lambda *_: None,
 ) -> Tensor:
@@ -40,13 +42,14 @@ def refine(
         budget: fraction of the full MACs that must not be exceeded.
         num_rounds: how often the effects are measured; each costs three trajectories per sample and a few rollouts.
         batches_per_round: that effects and errors are measured on.
+        trials_per_round: rollouts of changed schedules, for gates and for predictors each.
         max_changes: gates switched on, and predictors exchanged, in the first trial of a round.
         report: called after each round with (round, mean squared error, choices changed).
     """
     router = module.router
 
-    def swap(schedule: Tensor, effects: Tensor, num_changes: int) -> Tensor:
-        return swap_gates(router, schedule, effects, budget, num_changes)
+    def swap(schedule: Tensor, effects: Tensor, frozen: Tensor, num_changes: int) -> Tensor:
+        return swap_gates(router, schedule, effects, frozen, budget, num_changes)
 
     proposals: dict[Propose, int] = {swap: max_changes}
     if len(router.codes) > 2:
@@ -58,13 +61,17 @@ def refine(
         best = float(torch.cat([errors for errors, _ in measured]).mean())
         effects = torch.stack([effects for _, effects in measured]).mean(0)
         for propose, num_changes in proposals.items():
-            num_changes = max(1, num_changes)
-            accepted = False
-            while num_changes >= 1 and not accepted:
-                candidate = propose(choices, effects, num_changes)
-                error = best if torch.equal(candidate, choices) else mean_error(module, mine, candidate)
-                if accepted := error < best:
+            frozen = torch.zeros_like(choices, dtype=torch.bool)
+            for _ in range(trials_per_round):
+                candidate = propose(choices, effects, frozen, num_changes)
+                changed = candidate != choices
+                if not changed.any():
+                    break
+                error = mean_error(module, mine, candidate)
+                if error < best:
                     choices, best = candidate, error
+                if error <= best or num_changes == 1:
+                    frozen |= changed  # what has been tried; measured effects say nothing about trying it back
                 else:
                     num_changes //= 2
             proposals[propose] = min(max_changes, 2 * num_changes)
@@ -79,13 +86,15 @@ def mean_error(module: RouterModule, batches: Sequence[dict[str, Any]], choices:
     return float(torch.cat([module.rollout_errors(b, choices, module.teacher_latents(b)) for b in batches]).mean())
 
 
-def swap_gates(router: Router, choices: Tensor, effects: Tensor, budget: float, num_changes: int) -> Tensor:
+def swap_gates(
+    router: Router, choices: Tensor, effects: Tensor, frozen: Tensor, budget: float, num_changes: int
+) -> Tensor:
     """Has the `num_changes` reused gates compute that promise most per MAC, then computed ones no longer that cost
     least error per MAC, until the budget is met again."""
     costs = router.marginal_costs(choices).to(effects)
     candidate = choices.clone()
-    computed = choices == 0
-    gain = torch.where(~computed & (costs > 0), -effects[0] / costs.clamp_min(1e-9), -torch.inf)
+    computed, reused = (choices == 0) & ~frozen, (choices > 0) & ~frozen
+    gain = torch.where(reused & (costs > 0), -effects[0] / costs.clamp_min(1e-9), -torch.inf)
     for index in gain.flatten().topk(num_changes).indices:
         if gain.flatten()[index] > 0:
             candidate.view(-1)[index] = 0
@@ -96,7 +105,8 @@ def swap_gates(router: Router, choices: Tensor, effects: Tensor, budget: float, 
         if router.kept(candidate) <= budget or loss.flatten()[index] == torch.inf:
             break
         candidate.view(-1)[index] = fallback.flatten()[index]
-    return candidate if router.kept(candidate) <= budget else choices
+    gained = (candidate == 0) & (choices > 0)
+    return candidate if gained.any() and router.kept(candidate) <= budget else choices
 
 
 def usual_predictors(router: Router, choices: Tensor) -> Tensor:
@@ -107,10 +117,10 @@ def usual_predictors(router: Router, choices: Tensor) -> Tensor:
     return torch.where(counts.sum(0) > 0, usual, router.best_predictors)
 
 
-def exchange_predictors(choices: Tensor, effects: Tensor, num_changes: int) -> Tensor:
+def exchange_predictors(choices: Tensor, effects: Tensor, frozen: Tensor, num_changes: int) -> Tensor:
     """Exchanges the predictors of the `num_changes` reused gates that promise most."""
     best = effects[1:].min(0)
-    gain = torch.where(choices > 0, -best.values, -torch.inf).flatten()
+    gain = torch.where((choices > 0) & ~frozen, -best.values, -torch.inf).flatten()
     candidate = choices.clone()
     for index in gain.topk(num_changes).indices:
         if gain[index] > 0:

@@ -240,9 +240,10 @@ def test_predictors_are_exchanged_where_that_promises_most(module: RouterModule)
     choices = random_choices(module, 0.5, seed=4)
     effects = torch.randn(len(module.router.codes), *choices.shape, generator=torch.Generator().manual_seed(4))
     effects.scatter_(0, choices[None], 0.0)
-    changed = exchange_predictors(choices, effects, 5)
-    where = (changed != choices).nonzero()
-    assert len(where) == 5
+    nothing = torch.zeros_like(choices, dtype=torch.bool)
+    changed = exchange_predictors(choices, effects, nothing, 5)
+    assert (changed != choices).sum() == 5
+    assert not ((exchange_predictors(choices, effects, changed != choices, 5) != choices) & (changed != choices)).any()
     assert (choices[changed != choices] > 0).all()
     promised = effects.gather(0, changed[None])[0][changed != choices]
     rest = effects[1:].min(0).values[(choices > 0) & (changed == choices)]
