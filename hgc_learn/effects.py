@@ -178,8 +178,9 @@ class ProbedForwards(RoutedForwards):
             generator: of the random direction.
 
         Returns:
-            The squared error per sample [batch], and its change, to second order, by every other choice of a gate
-            alone, [codes, steps, sites], mean over samples; 0 for the present choice and where a site is not live.
+            The mean squared error per sample [batch], and its relative change, to second order, by every other choice
+            of a gate alone, [codes, steps, sites], mean over samples: what it adds to the mean logarithm of the error.
+            0 for the present choice and where a site is not live.
         """
         self.install()
         try:
@@ -191,14 +192,16 @@ class ProbedForwards(RoutedForwards):
             probes = self._backward((direction * latents).sum())
         finally:
             self.uninstall()
+        squared = error.square().flatten(1).sum(1)
         result = np.zeros((len(codes), self.num_steps, len(self.sites)))
+        scale = squared.clamp_min(1e-12 * target.square().flatten(1).sum(1)).cpu().double().numpy()
         for column, site in enumerate(self.sites):
             if site in slopes:
                 slope = self._changes(site, codes, self._by_half(slopes[site], len(error)))
                 probe = self._changes(site, codes, self._by_half(probes[site], len(error)))
-                result[:, :, column] = (2 * slope + probe**2).mean(-1) / error[0].numel()
+                result[:, :, column] = ((2 * slope + probe**2) / scale).mean(-1)
         self.set_rows(self.rows)  # lets go of the graph
-        return error.square().flatten(1).mean(1), torch.from_numpy(result).to(error)
+        return squared / error[0].numel(), torch.from_numpy(result).to(error)
 
     def _backward(self, value: Tensor, keep: bool = False) -> dict[str, Tensor]:
         self.products = {}

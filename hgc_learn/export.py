@@ -16,7 +16,7 @@ from hgc_learn.cli import rebuild
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import gate_heatmap
 from hgc_learn.fingerprint import ModelFingerprint
-from hgc_learn.refine import mean_error, refine
+from hgc_learn.refine import log_error, refine
 from hgc_learn.setting import Setting
 from hgc_learn.starts import best_start, rule_schedules
 from hgc_learn.training import RouterModule
@@ -28,8 +28,8 @@ def export(
     ckpt_path: Path,
     output: Path,
     budget: float = 0.5,
-    refine_rounds: int = 6,
-    refine_batches: int = 32,
+    refine_rounds: int = 4,
+    refine_batches: int = 16,
 ) -> Path:
     """Writes `hgc_schedule.json` and a picture of it.
 
@@ -81,9 +81,7 @@ def decide(
     if not num_rounds:
         return choices
     candidates = [choices, *rule_schedules(module.router, module.setting, budget)]
-    choices = best_start(
-        candidates, lambda candidate, num_batches: mean_error(module, batches[:num_batches], candidate)
-    )
+    choices = best_start(candidates, lambda candidate, num_batches: log_error(module, batches[:num_batches], candidate))
     module.generator = torch.Generator(module.device)  # whenever it is asked for, the same schedule
     return refine(module, batches, choices, budget, num_rounds=num_rounds, report=report)
 

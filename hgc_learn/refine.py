@@ -8,6 +8,7 @@ does not really fall.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def refine(
     *,
     num_rounds: int,
     batches_per_round: int = 4,
-    trials_per_round: int = 8,
+    trials_per_round: int = 6,
     max_changes: int = 64,
     report: Callable[[int, float, int], None] = lambda *_: None,
 ) -> Tensor:
@@ -44,7 +45,7 @@ def refine(
         batches_per_round: that effects and errors are measured on.
         trials_per_round: rollouts of changed schedules, for gates and for predictors each.
         max_changes: gates switched on, and predictors exchanged, in the first trial of a round.
-        report: called after each round with (round, mean squared error, choices changed).
+        report: called after each round with (round, mean squared error as a geometric mean, choices changed).
     """
     router = module.router
 
@@ -58,7 +59,7 @@ def refine(
         start = choices
         mine = [batches[(index * batches_per_round + i) % len(batches)] for i in range(batches_per_round)]
         measured = [module.effects(batch, choices) for batch in mine]
-        best = float(torch.cat([errors for errors, _ in measured]).mean())
+        best = float(torch.cat([errors for errors, _ in measured]).clamp_min(1e-30).log().mean())
         effects = torch.stack([effects for _, effects in measured]).mean(0)
         for propose, num_changes in proposals.items():
             frozen = torch.zeros_like(choices, dtype=torch.bool)
@@ -67,7 +68,7 @@ def refine(
                 changed = candidate != choices
                 if not changed.any():
                     break
-                error = mean_error(module, mine, candidate)
+                error = log_error(module, mine, candidate)
                 if error < best:
                     choices, best = candidate, error
                 if error <= best or num_changes == 1:
@@ -75,15 +76,17 @@ def refine(
                 else:
                     num_changes //= 2
             proposals[propose] = min(max_changes, 2 * num_changes)
-        report(index, best, int((choices != start).sum()))
+        report(index, math.exp(best), int((choices != start).sum()))
         if torch.equal(choices, start) and batches_per_round >= len(batches):
             break
     return choices
 
 
-def mean_error(module: RouterModule, batches: Sequence[dict[str, Any]], choices: Tensor) -> float:
-    """Mean squared error of the final latents under a hard schedule."""
-    return float(torch.cat([module.rollout_errors(b, choices, module.teacher_latents(b)) for b in batches]).mean())
+def log_error(module: RouterModule, batches: Sequence[dict[str, Any]], choices: Tensor) -> float:
+    """Mean over samples of the logarithm of the final latents' squared error under a hard schedule: as PSNR is judged,
+    and not ruled by the few samples with the largest errors."""
+    errors = torch.cat([module.rollout_errors(b, choices, module.teacher_latents(b)) for b in batches])
+    return float(errors.clamp_min(1e-30).log().mean())
 
 
 def swap_gates(

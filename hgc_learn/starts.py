@@ -72,8 +72,8 @@ SPACINGS: tuple[Callable[[int, int], list[int]], ...] = (
 
 
 def best_start(candidates: Sequence[Tensor], error: Callable[[Tensor, int], float], num_finalists: int = 4) -> Tensor:
-    """The best of some schedules by `error(schedule, number of batches)`: all are tried on one batch, the best of them
-    on four."""
-    errors = [error(candidate, 1) for candidate in candidates]
-    order = sorted(range(len(candidates)), key=errors.__getitem__)
-    return min((candidates[i] for i in order[:num_finalists]), key=lambda candidate: error(candidate, 4))
+    """The best of some schedules by `error(schedule, number of batches)`: all but the first are tried on one batch; the
+    best of them and the first on four."""
+    first, *others = candidates
+    finalists = sorted(others, key=lambda candidate: error(candidate, 1))[: num_finalists - 1]
+    return min([first, *finalists], key=lambda candidate: error(candidate, 4))

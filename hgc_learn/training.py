@@ -128,8 +128,9 @@ class RouterModule(L.LightningModule):
         """Rolls a hard schedule [steps, sites] out on the student's own trajectory.
 
         Returns:
-            The squared error of the final latents per sample [batch], and by how much every other choice of a gate
-            alone would change it (to second order, all other gates as they are): [codes, steps, sites].
+            The squared error of the final latents per sample [batch], and by how much, relative to it, every other
+            choice of a gate alone would change it (to second order, all other gates as they are, mean over samples):
+            [codes, steps, sites].
         """
         self.forwards.set_rows(self.router.rows(choices))
         return self.forwards.effects(

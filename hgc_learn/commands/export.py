@@ -18,11 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refine_rounds",
         type=int,
-        default=6,
-        help="rounds of local search with real rollouts after rounding; 0 for none (default 6)",
+        default=4,
+        help="rounds of local search with real rollouts after rounding; 0 for none (default 4)",
     )
     parser.add_argument(
-        "--refine_batches", type=int, default=32, help="training batches that the search measures on (default 32)"
+        "--refine_batches", type=int, default=16, help="training batches that the search measures on (default 16)"
     )
 
 

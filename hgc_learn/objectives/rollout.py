@@ -71,7 +71,7 @@ class Rollout(Objective):
         p_compute = router.probabilities(router.price(budget))
         choices = router.sample(p_compute.detach(), module.generator)
         errors, effects = module.effects(batch, choices)
-        change = (router.choice_probabilities(p_compute) * effects).sum() / errors.mean()
+        change = (router.choice_probabilities(p_compute) * effects).sum()
         loss_gradient, predictor_gradient = torch.autograd.grad(
             change, [router.logits, router.predictor_logits], retain_graph=True
         )

@@ -10,7 +10,7 @@ from hgc_learn.setting import Draft, Setting
 
 @register("learned", paper="this project, docs/learning.md", grid={})
 def learned(
-    setting: Setting, *, ckpt_path: str = "", budget: float = 0.5, refine_rounds: int = 6, refine_batches: int = 32
+    setting: Setting, *, ckpt_path: str = "", budget: float = 0.5, refine_rounds: int = 4, refine_batches: int = 16
 ) -> Draft:
     """A trained router's best gates within the budget, polished by real rollouts.
 
