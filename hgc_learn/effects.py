@@ -144,14 +144,12 @@ class ProbedForwards(RoutedForwards):
         unguided, guided = prediction.tensor_split(2)
         if self.is_half[step]:
             self.fresh[guidance][step] = (guided - unguided).detach()
-            used = self._watch(self._combine(self.load[step][guidance], step, self._half_sources(step)), guidance, step)
+            load = self.load[step][guidance]
+            used = self._watch(self._combine(load, step, load.guided), guidance, step)
             values[self.graph.output] = torch.cat([guided - used, guided])
         elif step in self.computed[guidance]:
             used = self._keep(guidance, step, guided - unguided)
             values[self.graph.output] = torch.cat([_Unguided.apply(unguided, guided, used), guided])
-
-    def _half_sources(self, step: int) -> tuple[int, ...]:
-        return self.load[step][self.graph.guidance].guided
 
     def collect(self, site: str, step: int, gradient: Tensor) -> None:
         """Takes the gradient by what a site gives at a step and notes its products with the site's fresh values."""

@@ -69,9 +69,10 @@ def refine(
                 if not changed.any():
                     break
                 error = log_error(module, mine, candidate)
-                if error < best:
+                accepted = error < best
+                if accepted:
                     choices, best = candidate, error
-                if error <= best or num_changes == 1:
+                if accepted or num_changes == 1:
                     frozen |= changed  # what has been tried; measured effects say nothing about trying it back
                 else:
                     num_changes //= 2

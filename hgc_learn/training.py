@@ -215,6 +215,8 @@ def predictor_codes(names: Sequence[str]) -> str:
         if predictor.num_values < REACH
         and not (predictor.parameters or predictor.mean_of_halves or predictor.only_guidance)
     }
-    if wrong := [name for name in names if name not in usable] or ["nothing"] * (not names):
-        raise ValueError(f"predictors: {wrong[0]!r} cannot be chosen by a router; {', '.join(usable)} can.")
+    if not names or not set(names) <= set(usable):
+        raise ValueError(
+            f"predictors: {list(names)} cannot be chosen by a router; one or more of {', '.join(usable)} can."
+        )
     return "".join(usable[name] for name in names)
