@@ -1,15 +1,16 @@
-"""What another choice at a gate would do to the final latents: all gates, all predictors, from two backward passes.
+"""What other choices would do to the final latents: of all gates and weights at once, from a few backward passes.
 
 What a site gives at step l is linear in the values that it has freshly: sum_j A[l, j] * fresh_j, where A[l, l] = 1 if
-it is computed and A[l, j] are the predictor's coefficients if it is filled in. One backward pass gives the products
-<gradient_l, fresh_j> for all l and j. The first-order effect of any other row of the schedule is the sum of its change
-of A times these products, whatever predictor it uses, later steps that look at the same values included.
+it is computed, and A[l, j] are the coefficients of the fitted predictor if it is filled in. One backward pass gives the
+products <gradient_l, fresh_j> for all l and j. The first-order effect of any other row of the schedule is the sum of
+its change of A times these products, later steps that look at the same values included; the derivatives by the
+coefficients are such products themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,63 @@ from torch import Tensor
 from hgc_learn import ops
 from hgc_learn.forwards import RoutedForwards
 from hgc_learn.graph import Graph, Node
+from hgc_learn.hard import HardSchedule
 from hgc_learn.plan import COMPUTE, Load, compile_plan
-from hgc_learn.predictors import BY_CODE
+from hgc_learn.predictors.fitted import FITTED
 
-REACH = 3
-"""How many computed values back from a step another choice may make a difference: one more than predictors look at."""
+REACH = FITTED.num_values + 1
+"""How many computed values back from a step another choice may make a difference: one more than the predictor looks
+at."""
+
+LEAST = 0.1
+"""A sample's squared error is never expected to fall to less than this share: directions are too few to tell."""
 
 Products = NDArray[np.float64]
-"""[steps l, steps j, halves, batch]: <gradient of what is used at l, fresh value of j>."""
+"""[steps l, steps j, halves, columns]: <gradient of what is used at l, fresh value of j>."""
+
+
+@dataclass(frozen=True)
+class Effects:
+    """First-order changes of the final latents, per sample, seen in a few directions: along the error itself
+    (<error, change> / |error|^2) and along random ones (<v, change> / |error|, v ~ N(0, 1 / number of them)).
+
+    For changes with amounts x_i, the relative change of a sample's squared error is to second order
+    2 sum_i x_i along_error_i + sum over directions of (sum_i x_i across_i)^2.
+
+    Attributes:
+        errors: mean squared error of the final latents [batch].
+        flips: of every gate choosing the other way, float64 [directions, batch, steps, sites]; 0 where the site is not
+            live. The first direction is the error's.
+        weights: of adding 1 to a weight, float64 [directions, batch, 2, steps, sites]; 0 where the site is not filled
+            in.
+    """
+
+    errors: Tensor
+    flips: Tensor
+    weights: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[Effects]) -> Effects:
+        """Of several batches."""
+        return cls(
+            torch.cat([part.errors for part in parts]),
+            torch.cat([part.flips for part in parts], dim=1),
+            torch.cat([part.weights for part in parts], dim=1),
+        )
+
+    @property
+    def log_error(self) -> float:
+        return float(self.errors.clamp_min(1e-30).log().mean())
+
+    def of_each_flip(self) -> Tensor:
+        """What each gate alone, if it chose the other way, would add to the mean log error, to second order, [steps,
+        sites]."""
+        relative = 1 + 2 * self.flips[0] + self.flips[1:].square().sum(0)
+        return relative.clamp_min(LEAST).log().mean(0)
+
+    def of_weights(self) -> Tensor:
+        """The mean log error's derivatives by the weights, [2, steps, sites]."""
+        return 2 * self.weights[0].mean(0)
 
 
 class ProbedForwards(RoutedForwards):
@@ -42,17 +92,27 @@ class ProbedForwards(RoutedForwards):
         self.sites = list(sites)
         self.routed = set(sites)
         self.order = {model: [n for n in graph.nodes.values() if n.model == model] for model in self.models}
-        self.set_rows({})
+        self.set_schedule(HardSchedule.full(num_steps, len(self.sites)))
 
-    def set_rows(self, rows: Mapping[str, str]) -> None:
-        """Sets what the next run does: codes by step for sites (not those with tensors, not the mean of halves)."""
-        self.rows = {site: rows.get(site, COMPUTE * self.num_steps) for site in self.sites}
+    def set_schedule(self, schedule: HardSchedule) -> None:
+        """Sets what the next run does."""
+        self.schedule = schedule
+        self.fitted = dict(zip(self.sites, schedule.weights.unbind(2), strict=True))
+        self.rows = {
+            site: "".join(COMPUTE if computes else FITTED.code for computes in column)
+            for site, column in zip(self.sites, schedule.compute.t().tolist(), strict=True)
+        }
         self.plan = compile_plan(self.graph, self.rows, self.num_steps)
         self.run = [set(step.run) for step in self.plan.steps]
         self.load = [{load.site: load for load in step.load} for step in self.plan.steps]
         self.is_half = [step.is_half for step in self.plan.steps]
         self.probe = [self._probe(i) for i in range(self.num_steps)]
         self.computed = {site: [i for i in range(self.num_steps) if self._computes(site, i)] for site in self.sites}
+        self.coefficients: dict[tuple[str, int, tuple[int, ...]], tuple[float, ...]] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Lets go of the values of the last run, and of its graph."""
         self.values: dict[str, dict[int, Tensor]] = {site: {} for site in self.sites}  # computed, with their graph
         self.fresh: dict[str, dict[int, Tensor]] = {site: {} for site in self.sites}  # all, without
         self.products: dict[str, Tensor] = {}
@@ -122,19 +182,19 @@ class ProbedForwards(RoutedForwards):
         return watched
 
     def _fill_in(self, load: Load, step: int) -> Tensor:
-        unguided = load.unguided or self._sources(load.site, step, load.code, in_full=True)
+        unguided = load.unguided or self._sources(load.site, step, in_full=True)
         if unguided == load.guided:
             return self._combine(load, step, load.guided)
         num_unguided = len(self.values[load.site][0]) // 2
         halves = self._combine(load, step, unguided)[:num_unguided], self._combine(load, step, load.guided)
         return torch.cat([halves[0], halves[1][num_unguided:]])
 
-    def _sources(self, site: str, step: int, code: str, *, in_full: bool) -> tuple[int, ...]:
+    def _sources(self, site: str, step: int, *, in_full: bool) -> tuple[int, ...]:
         steps = [j for j in reversed(self.computed[site]) if j < step and not (in_full and self.is_half[j])]
-        return tuple(steps[: BY_CODE[code].num_values])
+        return tuple(steps[: FITTED.num_values])
 
     def _combine(self, load: Load, step: int, sources: tuple[int, ...]) -> Tensor:
-        terms = zip(_coefficients(load.code, step, sources), sources, strict=False)
+        terms = zip(self._coefficients(load.site, step, sources), sources, strict=True)
         scaled = [self.values[load.site][j] if c == 1.0 else c * self.values[load.site][j] for c, j in terms]
         return sum(scaled[1:], start=scaled[0])
 
@@ -162,44 +222,55 @@ class ProbedForwards(RoutedForwards):
             if first <= j <= step:
                 self.products[site][step, j] = (gradient * fresh.flatten(1)).sum(1)
 
+    def _coefficients(self, site: str, step: int, sources: tuple[int, ...]) -> tuple[float, ...]:
+        """Of the values computed at the steps `sources`, the latest first."""
+        key = site, step, sources
+        if key not in self.coefficients:
+            scale, reach = self.fitted[site].double().cpu()
+            fill = FITTED.fill([step - j for j in sources], step, {"scale": scale, "reach": reach})
+            self.coefficients[key] = tuple(float(c) for c in fill.coefficients)
+        return self.coefficients[key]
+
     # Effects
 
     def effects(
-        self, generate: Callable[[], Tensor], target: Tensor, codes: str, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Runs the schedule.
+        self, generate: Callable[[], Tensor], target: Tensor, generator: torch.Generator, num_directions: int
+    ) -> Effects:
+        """Runs the schedule and measures.
 
         Args:
             generate: runs the pipeline differentiably and returns its final latents, [batch, ...].
             target: the uncached pipeline's.
-            codes: what a gate may choose from, `C` first.
-            generator: of the random direction.
-
-        Returns:
-            The mean squared error per sample [batch], and its relative change, to second order, by every other choice
-            of a gate alone, [codes, steps, sites], mean over samples: what it adds to the mean logarithm of the error.
-            0 for the present choice and where a site is not live.
+            generator: of the random directions.
+            num_directions: how many of them.
         """
         self.install()
         try:
             with torch.enable_grad():
                 latents = generate()
             error = (latents - target).detach()
-            direction = torch.randn(error.shape, generator=generator, device=error.device)
-            slopes = self._backward((error * latents).sum(), keep=True)
-            probes = self._backward((direction * latents).sum())
+            # A schedule that is nearly exact is measured against the rounding of its latents.
+            squared = error.square().flatten(1).sum(1)
+            scale = squared.clamp_min(1e-12 * target.square().flatten(1).sum(1)).view(-1, *[1] * (error.ndim - 1))
+            directions = [error / scale]
+            for _ in range(num_directions):
+                random = torch.randn(error.shape, generator=generator, device=error.device)
+                directions.append(random / (scale * num_directions).sqrt())
+            seen = []
+            for index, direction in enumerate(directions):
+                seen.append(self._backward((direction * latents).sum(), keep=index < num_directions))
         finally:
             self.uninstall()
-        squared = error.square().flatten(1).sum(1)
-        result = np.zeros((len(codes), self.num_steps, len(self.sites)))
-        scale = squared.clamp_min(1e-12 * target.square().flatten(1).sum(1)).cpu().double().numpy()
+        shape = len(directions), len(error), self.num_steps, len(self.sites)
+        flips, weights = np.zeros(shape), np.zeros((*shape[:2], 2, *shape[2:]))
         for column, site in enumerate(self.sites):
-            if site in slopes:
-                slope = self._changes(site, codes, self._by_half(slopes[site], len(error)))
-                probe = self._changes(site, codes, self._by_half(probes[site], len(error)))
-                result[:, :, column] = ((2 * slope + probe**2) / scale).mean(-1)
-        self.set_rows(self.rows)  # lets go of the graph
-        return squared / error[0].numel(), torch.from_numpy(result).to(error)
+            if site in seen[0]:
+                products = self._by_half(torch.stack([products[site] for products in seen], dim=2), len(error))
+                flips[..., column] = self._flips(site, products).reshape(-1, *shape[:2]).transpose(1, 2, 0)
+                by_weight = self._by_weight(site, products).reshape(2, -1, *shape[:2])
+                weights[..., column] = by_weight.transpose(2, 3, 0, 1)
+        self.forget()
+        return Effects(squared / error[0].numel(), torch.from_numpy(flips), torch.from_numpy(weights))
 
     def _backward(self, value: Tensor, keep: bool = False) -> dict[str, Tensor]:
         self.products = {}
@@ -207,30 +278,46 @@ class ProbedForwards(RoutedForwards):
         return self.products
 
     def _by_half(self, products: Tensor, batch_size: int) -> Products:
-        by_half: Products = products.unflatten(2, (-1, batch_size)).cpu().double().numpy()
+        """From [l, j, directions, halves * batch] to `Products` with the columns directions * batch."""
+        halves = products.unflatten(-1, (-1, batch_size)).transpose(2, 3).flatten(3)
+        by_half: Products = halves.cpu().double().numpy()
         return by_half
 
-    def _changes(self, site: str, codes: str, products: Products) -> NDArray[np.float64]:
-        """First-order change of a quantity by every choice at every step, [codes, steps, batch]."""
-        total = np.zeros((len(codes), self.num_steps, products.shape[-1]))
-        num_halves = products.shape[2]
-        row = self.rows[site]
-        for half in range(num_halves):
-            in_full = half < num_halves - 1  # the unguided half: as old as the last full step
-            mine = [j for j in self.computed[site] if not (in_full and self.is_half[j])]
-            used = [i for i in range(1, self.num_steps) if site in self.load[i] or i in self.computed[site]]
-            before = {i: self._used(row[i], i, mine, products[i, :, half]) for i in used}
+    def _flips(self, site: str, products: Products) -> NDArray[np.float64]:
+        """First-order change by every gate choosing the other way, [steps, columns]."""
+        total = np.zeros((self.num_steps, products.shape[-1]))
+        for half, computed, used in self._halves(site, products):
+            mine = products[:, :, half]
+            before = {i: self._used(site, i, computed, mine) for i in used}
             for step in used:
-                for index, code in enumerate(codes):
-                    if code == row[step] or (in_full and self.is_half[step]):
-                        continue
-                    other = sorted({*mine, step}) if code == COMPUTE else [j for j in mine if j != step]
-                    for later in self._affected(step, used, mine):
-                        after = self._used(
-                            code if later == step else row[later], later, other, products[later, :, half]
-                        )
-                        total[index, step] += after - before[later]
+                if half < products.shape[2] - 1 and self.is_half[step]:
+                    continue
+                other = [j for j in computed if j != step] if step in computed else sorted({*computed, step})
+                for later in self._affected(step, used, computed):
+                    total[step] += self._used(site, later, other, mine) - before[later]
         return total
+
+    def _by_weight(self, site: str, products: Products) -> NDArray[np.float64]:
+        """Derivatives by scale and reach, [2, steps, columns]."""
+        total = np.zeros((2, self.num_steps, products.shape[-1]))
+        for half, computed, used in self._halves(site, products):
+            for step in used:
+                if step in self.computed[site]:
+                    continue
+                sources = [j for j in reversed(computed) if j < step][: FITTED.num_values]
+                total[0, step] += products[step, sources[0], half]
+                if len(sources) > 1:
+                    ratio = (step - sources[0]) / (sources[0] - sources[1])
+                    total[1, step] += ratio * (products[step, sources[0], half] - products[step, sources[1], half])
+        return total
+
+    def _halves(self, site: str, products: Products) -> Iterator[tuple[int, list[int], list[int]]]:
+        """Per half of the batch: its index, the steps at which it was computed, and those at which it is used. The
+        unguided half is as old as the last full step."""
+        used = [i for i in range(1, self.num_steps) if site in self.load[i] or i in self.computed[site]]
+        for half in range(products.shape[2]):
+            in_full = half < products.shape[2] - 1
+            yield half, [j for j in self.computed[site] if not (in_full and self.is_half[j])], used
 
     @staticmethod
     def _affected(step: int, used: Sequence[int], computed: Sequence[int]) -> Iterator[int]:
@@ -239,19 +326,12 @@ class ProbedForwards(RoutedForwards):
             if later >= step and sum(step < j < later for j in computed) < REACH - 1:
                 yield later
 
-    def _used(self, code: str, step: int, computed: Sequence[int], products: NDArray[np.float64]) -> Any:
-        """The product of the gradient with what is used at a step, [batch]."""
-        if code == COMPUTE:
-            return products[step]
-        sources = tuple([j for j in reversed(computed) if j < step][: BY_CODE[code].num_values])
-        return sum(c * products[j] for c, j in zip(_coefficients(code, step, sources), sources, strict=False))
-
-
-@lru_cache(maxsize=1 << 18)
-def _coefficients(code: str, step: int, sources: tuple[int, ...]) -> tuple[float, ...]:
-    """Of the values computed at the steps `sources`, the latest first."""
-    fill = BY_CODE[code].fill([step - j for j in sources], step, {})
-    return tuple(float(c) for c in fill.coefficients)
+    def _used(self, site: str, step: int, computed: Sequence[int], products: NDArray[np.float64]) -> Any:
+        """The product of the gradient with what is used at a step, [columns]."""
+        if step in computed:
+            return products[step, step]
+        sources = tuple([j for j in reversed(computed) if j < step][: FITTED.num_values])
+        return sum(c * products[step, j] for c, j in zip(self._coefficients(site, step, sources), sources, strict=True))
 
 
 class _Unguided(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,18 +11,23 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import Tensor
+from torch.utils.data import DataLoader
 
 from hgc_learn.cli import rebuild
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import gate_heatmap
 from hgc_learn.fingerprint import ModelFingerprint
-from hgc_learn.refine import log_error, refine
+from hgc_learn.hard import HardSchedule
+from hgc_learn.refine import Polisher, log_error
 from hgc_learn.setting import Setting
-from hgc_learn.starts import best_start, rule_schedules
+from hgc_learn.starts import rule_schedules
 from hgc_learn.training import RouterModule
 
-Report = Callable[[int, float, int], None]
+Report = Callable[[int, float], None]
+"""(round, squared error of the latents as a geometric mean)."""
+
+NUM_RACERS = 4
+"""Schedules that polishing begins with; after every round the worse half is out."""
 
 
 def export(
@@ -29,7 +35,8 @@ def export(
     output: Path,
     budget: float = 0.5,
     refine_rounds: int = 4,
-    refine_batches: int = 16,
+    refine_samples: int = 64,
+    refine_batch_size: int = 8,
 ) -> Path:
     """Writes `hgc_schedule.json` and a picture of it.
 
@@ -39,7 +46,8 @@ def export(
         budget: fraction of the full MACs to keep.
         refine_rounds: rounds of local search with real rollouts on training batches; 0 for none, and for no rule's
             schedule to begin with. It is part of `Rollout` only, other objectives are exported as they are.
-        refine_batches: training batches it measures on, four in a round.
+        refine_samples: training samples that the rounds take in turns.
+        refine_batch_size: how many of them run at once.
 
     Raises:
         ValueError: the checkpoint cannot be found or read, or the budget cannot be met.
@@ -49,22 +57,29 @@ def export(
     with Progress() as progress:
         task = progress.add_task("refining", total=rounds, visible=rounds > 0)
 
-        def report(index: int, error: float, swaps: int) -> None:
+        def report(index: int, error: float) -> None:
             progress.update(task, advance=1, description=f"refining, latent error {error:.5f}")
 
-        batches = list(itertools.islice(data.train_dataloader(), refine_batches)) if rounds else []
-        choices = decide(module, budget, batches, num_rounds=rounds, report=report)
+        batches = polishing_batches(module, data, refine_samples, refine_batch_size) if rounds else []
+        hard = decide(module, budget, batches, num_rounds=rounds, report=report)
         progress.update(task, completed=rounds)
         task = progress.add_task("measuring on validation samples", total=None)
-        fidelity = measure_fidelity(module, data, choices)
+        fidelity = measure_fidelity(module, data, hard)
     settings = {"ckpt_path": ckpt_path.name, "budget": budget, "refine_rounds": rounds, **module.hparams}
-    draft = module.draft(choices)
+    draft = module.draft(hard)
     schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
     path = output / "hgc_schedule.json"
     schedule.save(path)
-    figure = gate_heatmap(choices == 0, module.router.sites, f"budget {budget:g}")
+    figure = gate_heatmap(hard.compute, module.router.sites, f"budget {budget:g}")
     figure.savefig(output / "hgc_schedule.png", dpi=150)
     return path
+
+
+def polishing_batches(module: RouterModule, data: Any, num_samples: int, batch_size: int) -> list[dict[str, Any]]:
+    """The first samples of the training's own data, on the module's device."""
+    loader = DataLoader(data.train_dataloader().dataset, batch_size)
+    batches = itertools.islice(loader, math.ceil(num_samples / batch_size))
+    return [module.transfer_batch_to_device(batch, module.device, 0) for batch in batches]
 
 
 def decide(
@@ -74,16 +89,22 @@ def decide(
     *,
     num_rounds: int = 0,
     report: Report = lambda *_: None,
-) -> Tensor:
-    """The hard schedule [steps, sites] of a trained router at a budget; with rounds of polishing (see `refine`) on
-    `batches`, from there or from the best of the rules, if one is better."""
-    choices = module.hard_schedule(budget)
+) -> HardSchedule:
+    """The hard schedule of a trained router at a budget; with rounds of polishing (see `refine`) on `batches`, which
+    begin with a race of that schedule against those of rules."""
+    schedule = module.hard_schedule(budget)
     if not num_rounds:
-        return choices
-    candidates = [choices, *rule_schedules(module.router, module.setting, budget)]
-    choices = best_start(candidates, lambda candidate, num_batches: log_error(module, batches[:num_batches], candidate))
+        return schedule
     module.generator = torch.Generator(module.device)  # whenever it is asked for, the same schedule
-    return refine(module, batches, choices, budget, num_rounds=num_rounds, report=report)
+    rules = rule_schedules(module.router, module.setting, budget)
+    rules.sort(key=lambda rule: log_error(module, batches[:1], rule))
+    racers = [Polisher(module, batches, start, budget) for start in (schedule, *rules[: NUM_RACERS - 1])]
+    for index in range(num_rounds):
+        for racer in racers:
+            racer.round()
+        racers = sorted(racers, key=lambda racer: racer.log_error)[: (len(racers) + 1) // 2]
+        report(index, math.exp(racers[0].log_error))
+    return racers[0].schedule
 
 
 def load_trained(setting: Setting, ckpt_path: str, policy: str) -> tuple[RouterModule, Any]:
@@ -135,14 +156,13 @@ def load_run(ckpt_path: Path) -> tuple[RouterModule, Any]:
 
 
 @torch.no_grad()
-def measure_fidelity(module: RouterModule, data: Any, choices: Tensor) -> dict[str, Any]:
+def measure_fidelity(module: RouterModule, data: Any, schedule: HardSchedule) -> dict[str, Any]:
     """Paired comparison with the uncached pipeline on the validation samples."""
-    uncached = torch.zeros_like(choices)
     psnr = []
     for batch in data.val_dataloader():
         batch = module.transfer_batch_to_device(batch, module.device, 0)
-        full = module.rollout(batch, uncached, "pt")
-        cached = module.rollout(batch, choices, "pt")
+        full = module.rollout(batch, None, "pt")
+        cached = module.rollout(batch, schedule, "pt")
         psnr.append(picture_psnr(cached, full))
     values = torch.cat(psnr)
     return {"psnr_db": round(float(values.mean()), 3), "num_samples": len(values), "split": "validation"}

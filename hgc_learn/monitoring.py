@@ -31,12 +31,12 @@ class ScheduleMonitor(L.Callback):
         batch = next(iter(trainer.val_dataloaders))
         batch = {name: values[: self.num_pictures] for name, values in batch.items()}
         batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-        full = pl_module.rollout(batch, torch.zeros_like(router.logits, dtype=torch.long), "pt")
+        full = pl_module.rollout(batch, None, "pt")
         for budget in pl_module.hparams["budgets"]:
             p = router.probabilities(router.price(budget))
             hard = pl_module.hard_schedule(budget)
             board.add_figure(f"gates/{budget:g}/soft", gate_heatmap(p.cpu(), router.sites, "P(compute)"), step)
-            board.add_figure(f"gates/{budget:g}/hard", gate_heatmap((hard == 0).cpu(), router.sites, "exported"), step)
+            board.add_figure(f"gates/{budget:g}/hard", gate_heatmap(hard.compute.cpu(), router.sites, "exported"), step)
             cached = pl_module.rollout(batch, hard, "pt")
             rows = {
                 "control": batch["conditioning_image"],

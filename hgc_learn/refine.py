@@ -1,132 +1,117 @@
 """Polishes a hard schedule: makes the changes that measured effects promise most of and keeps what rollouts confirm.
 
-Rounding a router ignores how gates act on each other. Here the effects of all other choices are measured at the
-schedule itself, on the student's own trajectory. In turns, gates are swapped (those that promise most per MAC compute,
-those that cost least per MAC no longer do) and predictors are exchanged: many at once, half as many whenever the error
-does not really fall.
+Rounding a router ignores how gates act on each other. Here the effects of all other choices and of all weights are
+measured at the schedule itself, on the student's own trajectory. A quadratic model of them (`quadratic`) says how to
+move the weights, and which gates to swap; fewer of them are, or by less, whenever the error does not really fall.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hgc_learn.router import Router
+from hgc_learn.effects import Effects
+from hgc_learn.hard import HardSchedule
+from hgc_learn.quadratic import QuadraticModel
 from hgc_learn.training import RouterModule
 
-Propose = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""(schedule, effects, gates to leave alone [steps, sites], number of changes) -> schedule; the same one if there is
-nothing to change."""
+MAX_DAMPING = 100.0
 
 
-def refine(
-    module: RouterModule,
-    batches: Sequence[dict[str, Any]],
-    choices: Tensor,
-    budget: float,
-    *,
-    num_rounds: int,
-    batches_per_round: int = 4,
-    trials_per_round: int = 6,
-    max_changes: int = 64,
-    report: Callable[[int, float, int], None] = lambda *_: None,
-) -> Tensor:
-    """Improves a hard schedule [steps, sites] at the same budget.
+class Polisher:
+    """Improves a hard schedule at its budget, round by round.
 
     Args:
         batches: training batches to measure on, which the rounds take in turns: a schedule polished on few samples
             fits their noise.
         budget: fraction of the full MACs that must not be exceeded.
-        num_rounds: how often the effects are measured; each costs three trajectories per sample and a few rollouts.
-        batches_per_round: that effects and errors are measured on.
-        trials_per_round: rollouts of changed schedules, for gates and for predictors each.
-        max_changes: gates switched on, and predictors exchanged, in the first trial of a round.
-        report: called after each round with (round, mean squared error as a geometric mean, choices changed).
+        samples_per_round: that effects are measured on; changes are judged by as many others.
+        num_directions: random ones that effects are measured in.
+        max_swaps: gates switched on in the first trial.
     """
-    router = module.router
 
-    def swap(schedule: Tensor, effects: Tensor, frozen: Tensor, num_changes: int) -> Tensor:
-        return swap_gates(router, schedule, effects, frozen, budget, num_changes)
+    def __init__(
+        self,
+        module: RouterModule,
+        batches: Sequence[dict[str, Any]],
+        schedule: HardSchedule,
+        budget: float,
+        *,
+        samples_per_round: int = 16,
+        num_directions: int = 2,
+        max_swaps: int = 64,
+    ):
+        self.module, self.batches, self.schedule, self.budget = module, batches, schedule, budget
+        self.batches_per_round = math.ceil(samples_per_round / len(batches[0]["text"]))
+        self.num_directions = num_directions
+        self.max_swaps, self.num_swaps, self.damping = max_swaps, max_swaps, 0.3
+        self.num_rounds = 0
+        self.log_error = math.inf
 
-    proposals: dict[Propose, int] = {swap: max_changes}
-    if len(router.codes) > 2:
-        proposals[exchange_predictors] = max_changes
-    for index in range(num_rounds):
-        start = choices
-        mine = [batches[(index * batches_per_round + i) % len(batches)] for i in range(batches_per_round)]
-        measured = [module.effects(batch, choices) for batch in mine]
-        best = float(torch.cat([errors for errors, _ in measured]).clamp_min(1e-30).log().mean())
-        effects = torch.stack([effects for _, effects in measured]).mean(0)
-        for propose, num_changes in proposals.items():
-            frozen = torch.zeros_like(choices, dtype=torch.bool)
-            for _ in range(trials_per_round):
-                candidate = propose(choices, effects, frozen, num_changes)
-                changed = candidate != choices
-                if not changed.any():
-                    break
-                error = log_error(module, mine, candidate)
-                accepted = error < best
-                if accepted:
-                    choices, best = candidate, error
-                if accepted or num_changes == 1:
-                    frozen |= changed  # what has been tried; measured effects say nothing about trying it back
-                else:
-                    num_changes //= 2
-            proposals[propose] = min(max_changes, 2 * num_changes)
-        report(index, math.exp(best), int((choices != start).sum()))
-        if torch.equal(choices, start) and batches_per_round >= len(batches):
-            break
-    return choices
+    def round(self, num_swap_trials: int = 4) -> bool:
+        """One round: a measurement, moves of the weights, and so many trials of swapping gates besides. Each costs a
+        rollout. Returns whether the schedule has changed."""
+        mine, judges = self._batches(0), self._batches(1)
+        self.schedule = self._with_ways_up(self.schedule)
+        self.num_rounds += 1
+        effects = Effects.join([self.module.effects(b, self.schedule, self.num_directions) for b in mine])
+        self.log_error = log_error(self.module, judges, self.schedule)
+        model = QuadraticModel(self.module.router, self.schedule, effects)
+        nothing = torch.zeros_like(self.schedule.compute).flatten()
+        changed = False
+        while self.damping <= MAX_DAMPING:
+            if self._accepts(model.changed(nothing, self.damping), judges):
+                self.damping /= 3
+                changed = True
+                break
+            self.damping *= 3
+        self.damping = min(self.damping, MAX_DAMPING)
+        for _ in range(num_swap_trials):
+            flipped = model.swaps(self.budget, self.num_swaps)
+            if not flipped.any():
+                break
+            if self._accepts(model.changed(flipped, 3 * self.damping), judges):
+                self.num_swaps = min(self.max_swaps, 2 * self.num_swaps)
+                changed = True
+                break
+            self.num_swaps = max(1, self.num_swaps // 2)
+        return changed
+
+    def _with_ways_up(self, schedule: HardSchedule) -> HardSchedule:
+        """Sets the gates that make no difference now, in turns: all that is behind a filled-in site computes with it if
+        it is flipped, or it alone does, from the kept values of what it reads."""
+        computes = torch.tensor(self.num_rounds % 2 == 1)
+        compute = torch.where(self.module.router.dead(schedule.compute), computes, schedule.compute)
+        return with_usual_weights(replace(schedule, compute=compute))
+
+    def _batches(self, ahead: int) -> list[dict[str, Any]]:
+        start = (self.num_rounds + ahead) * self.batches_per_round
+        return [self.batches[(start + i) % len(self.batches)] for i in range(self.batches_per_round)]
+
+    def _accepts(self, candidate: HardSchedule, batches: Sequence[dict[str, Any]]) -> bool:
+        error = log_error(self.module, batches, candidate)
+        if error < self.log_error:
+            self.schedule, self.log_error = candidate, error
+            return True
+        return False
 
 
-def log_error(module: RouterModule, batches: Sequence[dict[str, Any]], choices: Tensor) -> float:
+def log_error(module: RouterModule, batches: Sequence[dict[str, Any]], schedule: HardSchedule) -> float:
     """Mean over samples of the logarithm of the final latents' squared error under a hard schedule: as PSNR is judged,
     and not ruled by the few samples with the largest errors."""
-    errors = torch.cat([module.rollout_errors(b, choices, module.teacher_latents(b)) for b in batches])
-    return float(errors.clamp_min(1e-30).log().mean())
+    errors = torch.cat([module.rollout_errors(b, schedule, module.teacher_latents(b)) for b in batches])
+    error = float(errors.clamp_min(1e-30).log().mean())
+    return error if math.isfinite(error) else math.inf
 
 
-def swap_gates(
-    router: Router, choices: Tensor, effects: Tensor, frozen: Tensor, budget: float, num_changes: int
-) -> Tensor:
-    """Has the `num_changes` reused gates compute that promise most per MAC, then computed ones no longer that cost
-    least error per MAC, until the budget is met again."""
-    costs = router.marginal_costs(choices).to(effects)
-    candidate = choices.clone()
-    computed, reused = (choices == 0) & ~frozen, (choices > 0) & ~frozen
-    gain = torch.where(reused & (costs > 0), -effects[0] / costs.clamp_min(1e-9), -torch.inf)
-    for index in gain.flatten().topk(num_changes).indices:
-        if gain.flatten()[index] > 0:
-            candidate.view(-1)[index] = 0
-    fallback = usual_predictors(router, choices)
-    loss = effects.gather(0, fallback[None])[0] / (-costs).clamp_min(1e-9)
-    loss = torch.where(computed & (costs < 0), loss, torch.inf)
-    for index in loss.flatten().argsort():
-        if router.kept(candidate) <= budget or loss.flatten()[index] == torch.inf:
-            break
-        candidate.view(-1)[index] = fallback.flatten()[index]
-    gained = (candidate == 0) & (choices > 0)
-    return candidate if gained.any() and router.kept(candidate) <= budget else choices
-
-
-def usual_predictors(router: Router, choices: Tensor) -> Tensor:
-    """Per gate, the predictor [steps, sites] that its site is filled in by most often; the router's where it never
-    is."""
-    counts = torch.stack([(choices == choice).sum(0) for choice in range(1, len(router.codes))])
-    usual = (1 + counts.argmax(0)).expand_as(choices)
-    return torch.where(counts.sum(0) > 0, usual, router.best_predictors)
-
-
-def exchange_predictors(choices: Tensor, effects: Tensor, frozen: Tensor, num_changes: int) -> Tensor:
-    """Exchanges the predictors of the `num_changes` reused gates that promise most."""
-    best = effects[1:].min(0)
-    gain = torch.where((choices > 0) & ~frozen, -best.values, -torch.inf).flatten()
-    candidate = choices.clone()
-    for index in gain.topk(num_changes).indices:
-        if gain[index] > 0:
-            candidate.view(-1)[index] = 1 + best.indices.flatten()[index]
-    return candidate
+def with_usual_weights(schedule: HardSchedule) -> HardSchedule:
+    """Gates that compute get the mean weights of those of the same site that do not: what they would be filled in with.
+    Sites that always compute keep theirs."""
+    reused = (~schedule.compute).to(schedule.weights)
+    mean = (schedule.weights * reused).sum(1, keepdim=True) / reused.sum(0).clamp_min(1)
+    usual = torch.where(schedule.compute & ~schedule.compute.all(0), mean, schedule.weights)
+    return replace(schedule, weights=usual)

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import Tensor
 
+from hgc_learn.hard import HardSchedule, hold_weights
 from hgc_learn.policies.deepcache import num_branches, quadratic_steps, shallow_inputs
 from hgc_learn.router import Router
 from hgc_learn.setting import Setting
 
 
-def rule_schedules(router: Router, setting: Setting, budget: float) -> list[Tensor]:
+def rule_schedules(router: Router, setting: Setting, budget: float) -> list[HardSchedule]:
     """Full steps, as many as the budget allows, evenly spaced, denser early on, or all first and few later; at the
     others the prediction is filled in, or the decoder starts from one of its layers, with the ControlNet's residuals or
-    without, by any predictor: hard schedules [steps, sites] that differ."""
-    found: dict[bytes, Tensor] = {}
+    without, held or extrapolated: hard schedules that differ."""
+    found: dict[tuple[bytes, float], HardSchedule] = {}
     num_steps = router.num_steps
     for sites in _reused_together(router, setting):
         columns = [router.sites.index(site) for site in sites]
-        for choice in range(1, len(router.codes)):
-            for spacing in SPACINGS:
-                for num_full in range(num_steps, 0, -1):
-                    choices = torch.zeros_like(router.logits, dtype=torch.long)
-                    choices[:, columns] = choice
-                    choices[spacing(num_steps, num_full)] = 0
-                    if router.kept(choices) <= budget:
-                        found.setdefault(choices.numpy(force=True).tobytes(), choices)
-                        break
+        for spacing in SPACINGS:
+            for num_full in range(num_steps, 0, -1):
+                compute = torch.ones_like(router.logits, dtype=torch.bool)
+                compute[:, columns] = False
+                compute[spacing(num_steps, num_full)] = True
+                if router.kept(compute) <= budget:
+                    for reach in (0.0, 1.0):
+                        weights = hold_weights(*compute.shape)
+                        weights[1] = reach
+                        key = compute.numpy(force=True).tobytes(), reach
+                        found.setdefault(key, HardSchedule(compute, weights))
+                    break
     return list(found.values())
 
 
@@ -69,11 +72,3 @@ SPACINGS: tuple[Callable[[int, int], list[int]], ...] = (
     _early,
     *(partial(_first, interval=interval) for interval in (2, 4, 8)),
 )
-
-
-def best_start(candidates: Sequence[Tensor], error: Callable[[Tensor, int], float], num_finalists: int = 4) -> Tensor:
-    """The best of some schedules by `error(schedule, number of batches)`: all but the first are tried on one batch; the
-    best of them and the first on four."""
-    first, *others = candidates
-    finalists = sorted(others, key=lambda candidate: error(candidate, 1))[: num_finalists - 1]
-    return min([first, *finalists], key=lambda candidate: error(candidate, 4))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,11 +9,11 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from hgc_learn.effects import REACH, ProbedForwards
+from hgc_learn.effects import Effects, ProbedForwards
 from hgc_learn.graph import build_graph
+from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import apply_schedule
 from hgc_learn.objectives import Objective, Rollout
-from hgc_learn.predictors import PREDICTORS
 from hgc_learn.rollout import SamplingConfig, generate, load_pipeline
 from hgc_learn.router import Router
 from hgc_learn.setting import Draft, Setting
@@ -31,8 +30,6 @@ class RouterModule(L.LightningModule):
         objective: how the router learns; `Rollout` if not given.
         sites: glob patterns of the sites to route, as printed by `python -m hgc_learn sites`; the objective's own if
             not given.
-        predictors: names of the predictors that a reused site may be filled in by (`hold`, `linear`, ...); the
-            objective's own if not given.
         budgets: fractions of the full MACs to keep: those that validation looks at; an objective that trains at a
             budget takes turns.
         dtype: of the frozen models: `float32`, `float16` or `bfloat16`.
@@ -45,14 +42,12 @@ class RouterModule(L.LightningModule):
         controlnet: str | None = None,
         objective: Objective | None = None,
         sites: list[str] | tuple[str, ...] | None = None,
-        predictors: list[str] | tuple[str, ...] | None = None,
         budgets: list[float] | tuple[float, ...] = (0.5,),
         dtype: str = "float32",
     ):
         super().__init__()
         self.objective = objective = objective or Rollout()
         sites = sites or objective.default_sites
-        predictors = predictors or objective.default_predictors
         self.save_hyperparameters(
             {
                 "model": model,
@@ -60,7 +55,6 @@ class RouterModule(L.LightningModule):
                 "controlnet": controlnet,
                 "objective": objective.settings(),
                 "sites": list(sites),
-                "predictors": list(predictors),
                 "budgets": list(budgets),
                 "dtype": dtype,
             }
@@ -71,7 +65,7 @@ class RouterModule(L.LightningModule):
         self.setting = Setting.of_pipeline(pipe, sampling)
         self.graph, self.costs, self.timesteps = self.setting.graph, self.setting.costs, self.setting.timesteps
         names = select_sites(self.graph, sites)
-        self.router = Router(self.graph, self.costs, names, self.num_steps, predictor_codes(predictors))
+        self.router = Router(self.graph, self.costs, names, self.num_steps)
         self.use_pipeline(pipe)
         self.targets: dict[Any, Tensor] = {}
         self.generator = torch.Generator()
@@ -98,17 +92,17 @@ class RouterModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
 
-    def hard_schedule(self, budget: float) -> Tensor:
-        """The hard schedule [steps, sites] that the router stands for at a budget.
+    def hard_schedule(self, budget: float) -> HardSchedule:
+        """The hard schedule that the router stands for at a budget.
 
         Raises:
             ValueError: a budget that cannot be met.
         """
         return self.objective.hard_schedule(self.router, budget)
 
-    def draft(self, choices: Tensor) -> Draft:
-        """A hard schedule [steps, sites] as policies write it."""
-        return Draft(self.router.rows(choices))
+    def draft(self, schedule: HardSchedule) -> Draft:
+        """A hard schedule as policies write it."""
+        return schedule.draft(self.router.sites)
 
     # Trajectories
 
@@ -124,20 +118,15 @@ class RouterModule(L.LightningModule):
             self.targets.update(zip(keys, latents, strict=True))
         return torch.stack([self.targets[key] for key in keys]).to(self.device)
 
-    def effects(self, batch: dict[str, Any], choices: Tensor) -> tuple[Tensor, Tensor]:
-        """Rolls a hard schedule [steps, sites] out on the student's own trajectory.
-
-        Returns:
-            The squared error of the final latents per sample [batch], and by how much, relative to it, every other
-            choice of a gate alone would change it (to second order, all other gates as they are, mean over samples):
-            [codes, steps, sites].
-        """
-        self.forwards.set_rows(self.router.rows(choices))
+    def effects(self, batch: dict[str, Any], schedule: HardSchedule, num_directions: int = 1) -> Effects:
+        """Rolls a hard schedule out on the student's own trajectory, and measures what changes of it would do to the
+        final latents, along the error and in some random directions."""
+        self.forwards.set_schedule(schedule)
         return self.forwards.effects(
             lambda: generate(self.pipe, self.sampling, batch, grad=True),
             self.teacher_latents(batch),
-            self.router.codes,
             self.generator,
+            num_directions,
         )
 
     def guide(self, prediction: Tensor) -> Tensor:
@@ -183,40 +172,23 @@ class RouterModule(L.LightningModule):
                     f"val/{budget:g}/hard_loss": hard_error,
                     f"val/{budget:g}/soft_loss": soft_error,
                     f"val/{budget:g}/soft_hard_gap_db": 10 * (soft_error / hard_error).log10(),
-                    f"val/{budget:g}/exported_macs": self.router.kept(hard),
+                    f"val/{budget:g}/exported_macs": self.router.kept(hard.compute),
                 },
                 batch_size=len(target),
             )
         self.log("val_loss", hard_error, prog_bar=True, logger=False, batch_size=len(target))
 
     @torch.no_grad()
-    def rollout_errors(self, batch: dict[str, Any], choices: Tensor, target: Tensor) -> Tensor:
+    def rollout_errors(self, batch: dict[str, Any], schedule: HardSchedule, target: Tensor) -> Tensor:
         """Squared error of the final latents per sample [batch] under a hard schedule."""
-        latents = self.rollout(batch, choices)
+        latents = self.rollout(batch, schedule)
         return (latents - target).square().flatten(1).mean(1)
 
     @torch.no_grad()
-    def rollout(self, batch: dict[str, Any], choices: Tensor, output_type: str = "latent") -> Tensor:
-        """What the pipeline makes under a hard schedule [steps, sites], as at inference."""
-        schedule = self.setting.schedule(self.draft(choices), policy=self.objective.policy, settings={})
-        with apply_schedule(self.pipe, schedule):
+    def rollout(self, batch: dict[str, Any], schedule: HardSchedule | None, output_type: str = "latent") -> Tensor:
+        """What the pipeline makes under a hard schedule, as at inference; without one, uncached."""
+        if schedule is None:
             return generate(self.pipe, self.sampling, batch, output_type=output_type)
-
-
-def predictor_codes(names: Sequence[str]) -> str:
-    """The codes of predictors that a router may choose from.
-
-    Raises:
-        ValueError: an unknown one, or one that needs tensors or more values than effects reach back.
-    """
-    usable = {
-        name: predictor.code
-        for name, predictor in PREDICTORS.items()
-        if predictor.num_values < REACH
-        and not (predictor.parameters or predictor.mean_of_halves or predictor.only_guidance)
-    }
-    if not names or not set(names) <= set(usable):
-        raise ValueError(
-            f"predictors: {list(names)} cannot be chosen by a router; one or more of {', '.join(usable)} can."
-        )
-    return "".join(usable[name] for name in names)
+        file = self.setting.schedule(self.draft(schedule), policy=self.objective.policy, settings={})
+        with apply_schedule(self.pipe, file):
+            return generate(self.pipe, self.sampling, batch, output_type=output_type)

@@ -14,6 +14,7 @@ from torch import Tensor
 from training_fixtures import SAMPLING, fit, save_tiny_teacher
 
 from hgc_learn.data import SceneDataModule
+from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import apply_schedule
 from hgc_learn.objectives import L2C, OBJECTIVES, HarmoniCa
 from hgc_learn.objectives.blend import BlendedForwards
@@ -59,9 +60,9 @@ def forwards(module: RouterModule) -> BlendedForwards:
     return module.objective.forwards
 
 
-def random_choices(module: RouterModule, share: float, seed: int) -> Tensor:
+def random_schedule(module: RouterModule, share: float, seed: int) -> HardSchedule:
     generator = torch.Generator().manual_seed(seed)
-    return module.router.choices(torch.rand(module.router.logits.shape, generator=generator) < share)
+    return module.router.hard(torch.rand(module.router.logits.shape, generator=generator) < share)
 
 
 # The blend
@@ -87,14 +88,14 @@ def test_hard_blend_is_the_inference_runtime(
     module: RouterModule, forwards: BlendedForwards, batch: dict[str, Any], share: float
 ) -> None:
     """Gates inside of what is reused included: what is dead is not kept anew."""
-    choices = random_choices(module, share, seed=int(100 * share))
-    compute = choices == 0
+    schedule = random_schedule(module, share, seed=int(100 * share))
+    compute = schedule.compute
 
     def visit_step(step: int) -> Tensor:
         return forwards.blend(compute[step].float(), compute=compute[step]) if step else forwards.full(keep=True)
 
     latents = forwards.follow(SAMPLING, batch, visit_step)
-    torch.testing.assert_close(latents, module.rollout(batch, choices), rtol=0, atol=0)
+    torch.testing.assert_close(latents, module.rollout(batch, schedule), rtol=0, atol=0)
 
 
 def test_gradient_of_the_blended_loss_is_that_of_finite_differences(
@@ -167,9 +168,9 @@ def test_weight_of_a_step_is_the_error_that_its_cache_causes(module: RouterModul
     target = module.teacher_latents(batch)
     errors = []
     for step in (2, 3):
-        choices = torch.zeros_like(router.logits, dtype=torch.long)
-        choices[step] = router.logits[step] <= 0 if step == 2 else 1
-        errors.append(module.rollout_errors(batch, choices, target).mean())
+        compute = torch.ones_like(router.logits, dtype=torch.bool)
+        compute[step] = router.logits[step] > 0 if step == 2 else False
+        errors.append(module.rollout_errors(batch, router.hard(compute), target).mean())
     assert objective.weights[1:].mean() == pytest.approx(1.0)
     torch.testing.assert_close(objective.weights[3] / objective.weights[2], errors[1] / errors[0])
 
@@ -217,7 +218,7 @@ def test_drafts_keep_to_the_budget_and_run(
 ) -> None:
     knobs: dict[str, Any] = {"ckpt_path": checkpoints[policy]}
     if policy == "learned":
-        knobs |= {"refine_rounds": 1, "refine_batches": 1}
+        knobs |= {"refine_rounds": 1, "refine_samples": 2}
     drafts = [POLICIES[policy].write(setting, budget=budget, **knobs) for budget in BUDGETS]
     kept = [setting.kept(draft) for draft in drafts]
     assert all(0.5 * budget < k <= budget for budget, k in zip(BUDGETS, kept, strict=True))

@@ -71,6 +71,10 @@ def scale_shift(values: list[Tensor], k: int, spacing: int) -> Tensor:
     return values[0] * scale.view(shape) / 8 + shift.view(shape) / 100
 
 
+def fitted(values: list[Tensor], k: int, spacing: int) -> Tensor:
+    return (1 + k / 8) * values[0] + (k - 1) / 4 * k * slopes(values, spacing)[0]
+
+
 def zero(values: list[Tensor], k: int, spacing: int) -> Tensor:
     return torch.zeros_like(values[0])
 
@@ -86,6 +90,7 @@ FORMULAS: dict[str, Callable[[list[Tensor], int, int], Tensor]] = {
     "mean": mean,
     "per_channel": per_channel,
     "scale_shift": scale_shift,
+    "fitted": fitted,
 }
 """By name: fill-in from [F0, F1, F2], spaced evenly, k steps after F0. A new predictor is a row here."""
 
@@ -95,6 +100,10 @@ PARAMETERS: dict[str, Callable[[int], dict[str, Tensor]]] = {
         "scale": ((torch.arange(channels) + 1) / 8).expand(NUM_STEPS, -1).contiguous(),
         # At step 2 + k the shift of channel c is (c + k) / 100.
         "shift": (torch.arange(channels) + torch.arange(NUM_STEPS)[:, None] - 2) / 100,
+    },
+    "fitted": lambda channels: {
+        "scale": 1 + (torch.arange(NUM_STEPS) - 2) / 8,  # at step 2 + k
+        "reach": (torch.arange(NUM_STEPS) - 3) / 4,
     },
 }
 NAMES = list(PREDICTORS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ from hgc_learn.__main__ import guarded, main
 from hgc_learn.cli import train
 from hgc_learn.data import ControlDataModule, SceneDataModule
 from hgc_learn.export import export
+from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import HGCSchedule, apply_schedule
 from hgc_learn.objectives import DEFAULT_SITES, Rollout
-from hgc_learn.plan import Plan, compile_plan
+from hgc_learn.plan import compile_plan
 from hgc_learn.predictors import BY_CODE
-from hgc_learn.refine import exchange_predictors, refine
+from hgc_learn.quadratic import QuadraticModel
+from hgc_learn.refine import Polisher, log_error, with_usual_weights
 from hgc_learn.rollout import generate
-from hgc_learn.starts import best_start, rule_schedules
-from hgc_learn.training import RouterModule, predictor_codes
+from hgc_learn.starts import rule_schedules
+from hgc_learn.training import RouterModule
 
 CONFIGS = [
     path
@@ -62,23 +64,27 @@ def small_logits(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
 
 
-def random_choices(module: RouterModule, share: float, seed: int) -> Tensor:
-    """A hard schedule that computes a share of the gates and fills in the rest by any of the predictors."""
+def random_schedule(module: RouterModule, share: float, seed: int) -> HardSchedule:
+    """Computes a share of the gates and fills in the rest with any weights, those of `hold` and `linear` among them."""
     generator = torch.Generator().manual_seed(seed)
     shape = module.router.logits.shape
-    choices = torch.randint(1, len(module.router.codes), shape, generator=generator)
-    choices[torch.rand(shape, generator=generator) < share] = 0
+    compute = torch.rand(shape, generator=generator) < share
     if share < 1:
-        choices[2, module.router.sites.index("unet:guidance")] = 1  # a step of half a batch among the full ones
-    choices[0] = 0
-    return choices
+        compute[2, module.router.sites.index("unet:guidance")] = False  # a step of half a batch among the full ones
+    compute[0] = True
+    scale = 1 + 0.1 * torch.randn(shape, generator=generator)
+    reach = torch.rand(shape, generator=generator)
+    plain = torch.rand(shape, generator=generator) < 0.5
+    return HardSchedule(compute, torch.stack([scale.masked_fill(plain, 1), torch.where(plain, reach.round(), reach)]))
 
 
 @pytest.mark.parametrize("share", [1.0, 0.95, 0.7])
 def test_training_path_equals_inference_path(module: RouterModule, batch: dict[str, Any], share: float) -> None:
-    choices = random_choices(module, share, seed=int(100 * share))
-    inference = module.rollout(batch, choices)
-    module.forwards.set_rows(module.router.rows(choices))
+    schedule = random_schedule(module, share, seed=int(100 * share))
+    if share < 1:
+        assert {"C", "-", "1", "f"} <= set("".join(module.draft(schedule).sites.values()))
+    inference = module.rollout(batch, schedule)
+    module.forwards.set_schedule(schedule)
     module.forwards.install()
     training = generate(module.pipe, SAMPLING, batch, grad=True)
     module.forwards.uninstall()
@@ -86,79 +92,120 @@ def test_training_path_equals_inference_path(module: RouterModule, batch: dict[s
     torch.testing.assert_close(training.detach(), inference, rtol=0, atol=1e-5 * float(inference.abs().max()))
 
 
-def weights(plan: Plan, site: str, step: int) -> dict[int, float] | None:
+def used_values(module: RouterModule, schedule: HardSchedule) -> Callable[[str, int], dict[int, float] | None]:
     """What a site gives at a step, as weights of its fresh values by step: of the guided half; None if not live."""
-    if site in plan.steps[step].run:
-        return {step: 1.0}
-    for load in plan.steps[step].load:
-        if load.site == site:
-            fill = BY_CODE[load.code].fill([step - j for j in load.guided], step, {})
-            return {j: float(c) for j, c in zip(load.guided, fill.coefficients, strict=False)}
-    return None
+    draft = module.draft(schedule)
+    plan = module.setting.plan(draft)
+
+    def used(site: str, step: int) -> dict[int, float] | None:
+        if site in plan.steps[step].run:
+            return {step: 1.0}
+        for load in plan.steps[step].load:
+            if load.site == site:
+                names = [parameter.name for parameter in BY_CODE[load.code].parameters]
+                parameters = {name: draft.tensors[f"{site}/{name}"] for name in names}
+                fill = BY_CODE[load.code].fill([step - j for j in load.guided], step, parameters)
+                return {j: float(c) for j, c in zip(load.guided, fill.coefficients, strict=False)}
+        return None
+
+    return used
+
+
+def changed(schedule: HardSchedule, step: int, column: int, weight: int | None) -> HardSchedule:
+    """One gate flipped, or 1 added to one of its weights."""
+    compute, weights = schedule.compute.clone(), schedule.weights.clone()
+    if weight is None:
+        compute[step, column] ^= True
+    else:
+        weights[weight, step, column] += 1
+    return HardSchedule(compute, weights)
 
 
 def test_first_order_effects_are_those_of_a_small_change(
     module: RouterModule, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against autograd through used + epsilon * (what the plan of the other schedule says - used), written out."""
-    choices = random_choices(module, 0.9, seed=1)
-    choices[:, module.router.sites.index("unet:guidance")] = 0  # the halves are the same then
-    forwards, codes = module.forwards, module.router.codes
-    rows = module.router.rows(choices)
-    graph, num_steps = forwards.graph, len(choices)
-    plan = compile_plan(graph, rows, num_steps)
-    flips = []
-    for site in module.router.sites[::3]:
-        row = rows.get(site, "C" * num_steps)
-        for step, code in itertools.product(range(1, num_steps), codes):
-            if site != "unet:guidance" and code != row[step] and weights(plan, site, step):
-                flips.append((site, step, code, {**rows, site: row[:step] + code + row[step + 1 :]}))
-    flips = flips[:: max(1, len(flips) // 60)]
-    others = [compile_plan(graph, flipped, num_steps) for *_, flipped in flips]
-    epsilon = torch.zeros(len(flips), requires_grad=True)
+    schedule = random_schedule(module, 0.9, seed=1)
+    schedule.compute[:, module.router.sites.index("unet:guidance")] = True  # the halves are the same then
+    forwards, sites = module.forwards, module.router.sites
+    before = used_values(module, schedule)
+    changes = []
+    for column, step in itertools.product(range(0, len(sites), 3), range(1, len(schedule.compute))):
+        if sites[column] != "unet:guidance" and before(sites[column], step):
+            changes += [(step, column, weight) for weight in (None, 0, 1)]
+    changes = changes[:: max(1, len(changes) // 90)]
+    others = [used_values(module, changed(schedule, *change)) for change in changes]
+    epsilon = torch.zeros(len(changes), requires_grad=True)
     watch = forwards._watch
 
     def disturbed(used: Tensor, name: str, step: int) -> Tensor:
         value = watch(used, name, step)
-        for index, ((site, *_), other) in enumerate(zip(flips, others, strict=True)):
-            before, after = weights(plan, name, step), weights(other, name, step)
-            if site == name and before and after and before != after:
+        for index, ((_, column, _), other) in enumerate(zip(changes, others, strict=True)):
+            if sites[column] != name:
+                continue
+            mine, after = before(name, step), other(name, step)
+            if mine and after and mine != after:
                 fresh = forwards.fresh[name]
-                change = sum((after.get(j, 0) - before.get(j, 0)) * fresh[j] for j in {**before, **after})
+                change = sum((after.get(j, 0) - mine.get(j, 0)) * fresh[j] for j in {**mine, **after})
                 value = value + epsilon[index] * change
         return value
 
     monkeypatch.setattr(forwards, "_watch", disturbed)
-    forwards.set_rows(rows)
+    forwards.set_schedule(schedule)
     forwards.install()
     value = generate(module.pipe, SAMPLING, batch, grad=True).sin().sum()
     forwards.uninstall()
     (expected,) = torch.autograd.grad(value, epsilon, retain_graph=True)
     products = forwards._backward(value)
-    for (site, step, code, _), derivative in zip(flips, expected.tolist(), strict=True):
-        changes = forwards._changes(site, codes, forwards._by_half(products[site], 2))
-        assert changes[codes.index(code), step].sum() == pytest.approx(derivative, rel=2e-3, abs=1e-4)
+    for (step, column, weight), derivative in zip(changes, expected.tolist(), strict=True):
+        by_half = forwards._by_half(products[sites[column]][:, :, None], 2)
+        found = forwards._flips(sites[column], by_half) if weight is None else None
+        found = forwards._by_weight(sites[column], by_half)[weight] if found is None else found
+        assert found[step].sum() == pytest.approx(derivative, rel=2e-3, abs=1e-4)
     assert expected.abs().gt(1e-3).sum() > 20
-    forwards.set_rows({})
+    assert len({weight for (*_, weight), d in zip(changes, expected.tolist(), strict=True) if abs(d) > 1e-3}) == 3
+    forwards.forget()
 
 
-def test_effects_predict_what_other_choices_do(module: RouterModule, batch: dict[str, Any]) -> None:
-    choices = random_choices(module, 0.99, seed=2)
+def test_effects_predict_what_flips_do(module: RouterModule, batch: dict[str, Any]) -> None:
+    schedule = random_schedule(module, 0.99, seed=2)
     target = module.teacher_latents(batch)
     module.generator = torch.Generator().manual_seed(0)
-    predicted = torch.stack([module.effects(batch, choices)[1] for _ in range(12)]).mean(0)
-    error = module.rollout_errors(batch, choices, target)
-    order = predicted.abs().flatten().argsort(descending=True)
+    effects = module.effects(batch, schedule, num_directions=12)
+    error = module.rollout_errors(batch, schedule, target)
+    torch.testing.assert_close(effects.errors, error, rtol=1e-3, atol=0)
+    predicted = effects.of_each_flip()
     actual = []
-    for index in (chosen := order[:300:15]):
-        code, step, site = (int(i) for i in torch.unravel_index(index, predicted.shape))
-        other = choices.clone()
-        other[step, site] = code
-        actual.append((module.rollout_errors(batch, other, target) / error - 1).mean())
-    pair = (predicted.flatten()[chosen], torch.stack(actual))
+    for index in (chosen := predicted.abs().flatten().argsort(descending=True)[:200:10]):
+        step, column = (int(i) for i in torch.unravel_index(index, predicted.shape))
+        flipped = changed(schedule, step, column, None)
+        actual.append((module.rollout_errors(batch, flipped, target) / error).log().mean())
+    pair = torch.stack([predicted.flatten()[chosen].float(), torch.stack(actual)])
     assert (pair[0].sign() == pair[1].sign()).float().mean() > 0.8
-    logs = torch.stack([x.abs().clamp_min(1e-9).log() for x in pair])
-    assert torch.corrcoef(logs)[0, 1] > 0.8
+    assert torch.corrcoef(pair)[0, 1] > 0.8
+
+
+def test_quadratic_model_predicts_joint_changes(module: RouterModule, batch: dict[str, Any]) -> None:
+    """Several flips at once: better than the sum of what each does alone."""
+    schedule = random_schedule(module, 0.99, seed=2)
+    module.generator = torch.Generator().manual_seed(0)
+    effects = module.effects(batch, schedule, num_directions=24)
+    model = QuadraticModel(module.router, schedule, effects)
+    target = module.teacher_latents(batch)
+    error = module.rollout_errors(batch, schedule, target)
+    live = (effects.flips[0].abs().mean(0) > 0).flatten().nonzero().flatten()
+    joint, alone, actual = [], [], []
+    for seed in range(12):
+        order = torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))
+        flipped = torch.zeros_like(model.costs, dtype=torch.bool)
+        flipped[live[order[:4]]] = True
+        joint.append(model._expected(flipped)[0].log().mean())
+        alone.append(effects.of_each_flip().flatten()[flipped].sum())
+        after = HardSchedule(schedule.compute ^ flipped.view_as(schedule.compute), schedule.weights)
+        actual.append((module.rollout_errors(batch, after, target) / error).log().mean().double())
+    truth = torch.stack(actual)
+    assert (torch.stack(joint) - truth).abs().mean() < (torch.stack(alone) - truth).abs().mean()
+    assert torch.corrcoef(torch.stack([torch.stack(joint), truth]))[0, 1] > 0.9
 
 
 def test_price_meets_the_budget_and_threshold_keeps_to_it(module: RouterModule) -> None:
@@ -166,17 +213,18 @@ def test_price_meets_the_budget_and_threshold_keeps_to_it(module: RouterModule) 
     for budget in (0.3, 0.5, 0.8, 1.0):
         p = router.probabilities(router.price(budget)).detach()
         assert router.expected_macs(p).item() == pytest.approx(budget, abs=2e-3)
-        kept = router.kept(router.threshold(budget))
+        kept = router.kept(router.threshold(budget).compute)
         assert kept_before <= kept <= budget
         kept_before = kept
     assert kept_before > 0.9
 
 
 def test_kept_is_what_the_plan_says(module: RouterModule) -> None:
-    choices = random_choices(module, 0.9, seed=3)
-    plan = module.setting.plan(module.draft(choices))
-    full = compile_plan(module.graph, {}, len(choices))
-    assert module.router.kept(choices) == pytest.approx(plan.macs(module.costs) / full.macs(module.costs), rel=1e-6)
+    schedule = random_schedule(module, 0.9, seed=3)
+    plan = module.setting.plan(module.draft(schedule))
+    full = compile_plan(module.graph, {}, len(schedule.compute))
+    share = plan.macs(module.costs) / full.macs(module.costs)
+    assert module.router.kept(schedule.compute) == pytest.approx(share, rel=1e-6)
 
 
 @pytest.mark.parametrize("budget", [0.0, 0.1, 1.5])
@@ -188,28 +236,52 @@ def test_impossible_budget_is_refused(module: RouterModule, budget: float) -> No
 def test_gradient_does_not_move_the_expected_macs(module: RouterModule, batch: dict[str, Any]) -> None:
     module.generator = torch.Generator().manual_seed(0)
     assert isinstance(module.objective, Rollout)
-    (gradient, predictor_gradient), logs = module.objective.gradients(module, batch, BUDGET)
-    for values in (gradient, predictor_gradient):
+    (gradient, weight_gradient), logs = module.objective.gradients(module, batch, BUDGET)
+    for values in (gradient, weight_gradient):
         assert values.isfinite().all()
         assert values.abs().sum() > 0
     assert abs(float(gradient.sum())) < 1e-3 * float(gradient.abs().sum())
     assert float(logs["expected_macs"]) == pytest.approx(BUDGET, abs=2e-3)
 
 
-@pytest.mark.parametrize("predictors", [["hold"], ["hold", "linear"]])
-def test_refining_lowers_the_error_within_the_budget(
-    predictors: list[str], teacher: Path, batch: dict[str, Any]
-) -> None:
-    module = RouterModule(str(teacher), SAMPLING, budgets=[BUDGET], predictors=predictors)
+def test_polishing_lowers_the_error_within_the_budget(module: RouterModule, batch: dict[str, Any]) -> None:
     module.generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        module.router.logits.copy_(torch.randn(module.router.logits.shape, generator=module.generator))
-    choices = module.router.threshold(BUDGET)
-    target = module.teacher_latents(batch)
-    before = module.rollout_errors(batch, choices, target).mean()
-    refined = refine(module, [batch], choices, BUDGET, num_rounds=2, max_changes=16)
-    assert module.router.kept(refined) <= BUDGET
-    assert module.rollout_errors(batch, refined, target).mean() < before
+    schedule = module.router.threshold(BUDGET)
+    before = log_error(module, [batch], schedule)
+    polisher = Polisher(module, [batch], schedule, BUDGET, max_swaps=16)
+    flips = 0
+    for _ in range(2):
+        start = polisher.schedule
+        polisher.round()
+        flips += int((start.compute != polisher.schedule.compute).sum())
+        assert module.router.kept(polisher.schedule.compute) <= BUDGET
+    assert flips > 0
+    assert (polisher.schedule.weights != schedule.weights).any()
+    assert log_error(module, [batch], polisher.schedule) == pytest.approx(polisher.log_error)
+    assert polisher.log_error < before
+
+
+def test_weights_are_moved_where_they_lower_the_error(module: RouterModule, batch: dict[str, Any]) -> None:
+    schedule = random_schedule(module, 0.8, seed=5)
+    module.generator = torch.Generator().manual_seed(0)
+    effects = module.effects(batch, schedule, num_directions=8)
+    model = QuadraticModel(module.router, schedule, effects)
+    nothing = torch.zeros_like(model.costs, dtype=torch.bool)
+    better = model.changed(nothing, damping=1.0)
+    assert torch.equal(better.compute, schedule.compute)
+    moved = (better.weights != schedule.weights).any(0)
+    assert moved.any()
+    assert not (moved & schedule.compute).any()
+    assert log_error(module, [batch], better) < log_error(module, [batch], schedule)
+    step = [(model.changed(nothing, damping).weights - schedule.weights).abs().sum() for damping in (1.0, 10.0, 1e4)]
+    assert step[0] > step[1] > 50 * step[2]
+
+
+def test_gates_that_compute_get_the_usual_weights_of_their_site() -> None:
+    compute = torch.tensor([[True, True], [False, True], [True, True], [False, True]])
+    weights = torch.stack([torch.arange(8.0).view(4, 2), torch.zeros(4, 2)])
+    usual = with_usual_weights(HardSchedule(compute, weights)).weights
+    assert usual[0].tolist() == [[4, 1], [2, 3], [4, 5], [6, 7]]
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.6])
@@ -217,43 +289,12 @@ def test_polishing_can_start_from_what_rules_write(module: RouterModule, budget:
     router = module.router
     schedules = rule_schedules(router, module.setting, budget)
     assert len(schedules) > 4
-    for choices in schedules:
-        assert 0.5 * budget < router.kept(choices) <= budget
-        rows = list(router.rows(choices).values())
+    for schedule in schedules:
+        assert 0.5 * budget < router.kept(schedule.compute) <= budget
+        rows = list(module.draft(schedule).sites.values())
         assert len(set(rows)) == 1  # full steps are full for all that is reused together
-    eps = {router.rows(choices).get("unet:eps") for choices in schedules}
+    eps = {module.draft(schedule).sites.get("unet:eps") for schedule in schedules}
     assert {row[1:].replace("C", "") for row in eps if row} >= ({"--", "11"} if budget == 0.6 else {"----", "1111"})
-
-
-def test_the_best_start_wins_on_more_batches() -> None:
-    tried = []
-
-    def error(schedule: Tensor, num_batches: int) -> float:
-        tried.append((int(schedule), num_batches))
-        return float(schedule) if num_batches == 1 else -float(schedule)
-
-    assert best_start([torch.tensor(i) for i in (0, 1, 4, 3, 2)], error, num_finalists=3) == 2
-    assert tried[4:] == [(0, 4), (1, 4), (2, 4)]
-
-
-def test_predictors_are_exchanged_where_that_promises_most(module: RouterModule) -> None:
-    choices = random_choices(module, 0.5, seed=4)
-    effects = torch.randn(len(module.router.codes), *choices.shape, generator=torch.Generator().manual_seed(4))
-    effects.scatter_(0, choices[None], 0.0)
-    nothing = torch.zeros_like(choices, dtype=torch.bool)
-    changed = exchange_predictors(choices, effects, nothing, 5)
-    assert (changed != choices).sum() == 5
-    assert not ((exchange_predictors(choices, effects, changed != choices, 5) != choices) & (changed != choices)).any()
-    assert (choices[changed != choices] > 0).all()
-    promised = effects.gather(0, changed[None])[0][changed != choices]
-    rest = effects[1:].min(0).values[(choices > 0) & (changed == choices)]
-    assert promised.max() <= rest.min()
-
-
-@pytest.mark.parametrize("names", [["nothing"], ["per_channel"], ["taylor2"], []])
-def test_predictors_that_a_router_cannot_choose_are_refused(names: list[str], teacher: Path) -> None:
-    with pytest.raises(ValueError, match="cannot be chosen by a router; one or more of hold, linear"):
-        predictor_codes(names)
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -277,7 +318,7 @@ def test_interrupted_training_resumes_to_the_same_router(
 ) -> None:
     more = [f"--model.objective={objective[0]}", *objective[1:]]
     whole = torch.load(fit(teacher, tmp_path / "whole", 4, *more), weights_only=True)
-    names = {"router.logits", "router.predictor_logits", *(f"objective.{name}" for name in buffers)}
+    names = {"router.logits", "router.weights", *(f"objective.{name}" for name in buffers)}
     assert set(whole["state_dict"]) == names  # no frozen model
     assert list((tmp_path / "whole").rglob("events.out.tfevents*"))
 
@@ -305,7 +346,7 @@ def test_export_writes_a_schedule_that_runs(
     ckpt_path = fit(teacher, tmp_path, 1)
     for budget in (0.4, 0.7):
         output = tmp_path / str(budget)
-        path = export(ckpt_path, output, budget, refine_rounds=1, refine_batches=1)
+        path = export(ckpt_path, output, budget, refine_rounds=1, refine_samples=2)
         schedule = HGCSchedule.load(path)
         assert schedule.macs["cached"] <= budget * schedule.macs["full"]
         assert schedule.producer["settings"]["budget"] == budget

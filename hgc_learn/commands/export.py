@@ -22,8 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rounds of local search with real rollouts after rounding; 0 for none (default 4)",
     )
     parser.add_argument(
-        "--refine_batches", type=int, default=16, help="training batches that the search measures on (default 16)"
+        "--refine_samples", type=int, default=64, help="training samples that the search measures on (default 64)"
     )
+    parser.add_argument("--refine_batch_size", type=int, default=8, help="how many of them run at once (default 8)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
         args.output,
         args.budget,
         refine_rounds=args.refine_rounds,
-        refine_batches=args.refine_batches,
+        refine_samples=args.refine_samples,
+        refine_batch_size=args.refine_batch_size,
     )
     print(f"wrote {path}")

@@ -6,8 +6,9 @@ import inspect
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from hgc_learn.hard import HardSchedule
 from hgc_learn.router import Router
 
 if TYPE_CHECKING:
@@ -25,13 +26,11 @@ class Objective(nn.Module):
     Attributes:
         policy: name of the policy that a router trained like this is exported as.
         default_sites: glob patterns of the sites that it routes unless others are asked for.
-        default_predictors: names of the predictors that it chooses from unless others are asked for.
         is_refined: whether an exported schedule is polished by real rollouts.
     """
 
     policy: ClassVar[str]
     default_sites: ClassVar[tuple[str, ...]] = DEFAULT_SITES
-    default_predictors: ClassVar[tuple[str, ...]] = ("hold",)
     is_refined: ClassVar[bool] = False
 
     def settings(self) -> dict[str, Any]:
@@ -43,8 +42,8 @@ class Objective(nn.Module):
     def prepare(self, module: RouterModule) -> None:
         """Called once, when the module's pipeline and router are there."""
 
-    def hard_schedule(self, router: Router, budget: float) -> Tensor:
-        """The hard schedule [steps, sites] (see `Router`) for a budget, a fraction of the full MACs.
+    def hard_schedule(self, router: Router, budget: float) -> HardSchedule:
+        """The hard schedule for a budget, a fraction of the full MACs.
 
         Raises:
             ValueError: a budget that cannot be met.

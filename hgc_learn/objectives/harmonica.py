@@ -88,7 +88,7 @@ class HarmoniCa(Objective):
             prediction = self.forwards.full()
             with torch.enable_grad():
                 betas = torch.sigmoid(logits[step])
-                blended = self.forwards.blend(betas, compute=hard[step] == 0)
+                blended = self.forwards.blend(betas, compute=hard[step])
                 error = (blended - prediction).square().mean()
                 (self.weights[step] * error + self.penalty * betas.sum()).backward()
             errors.append(error.detach())
@@ -106,8 +106,8 @@ class HarmoniCa(Objective):
         }
 
     def hard(self, router: Router) -> Tensor:
-        """The schedule [steps, sites] by the fixed threshold: what is kept in training follows it."""
-        return router.choices(router.logits.detach().sigmoid() > self.threshold)
+        """What is computed [steps, sites] by the fixed threshold: what is kept in training follows it."""
+        return router.hard(router.logits.detach().sigmoid() > self.threshold).compute
 
     @torch.no_grad()
     def measure_weights(self, module: RouterModule, batches: Iterable[dict[str, Any]]) -> None:
@@ -118,8 +118,8 @@ class HarmoniCa(Objective):
             batch = module.transfer_batch_to_device(batch, module.device, 0)
             target = module.teacher_latents(batch)
             for step in range(1, len(hard)):
-                choices = torch.zeros_like(hard)
-                choices[step] = hard[step] if hard[step].any() else module.router.best_predictors[step]
-                self.weights[step] += module.rollout_errors(batch, choices, target).sum()
+                compute = torch.ones_like(hard)
+                compute[step] = hard[step] & ~hard[step].all()
+                self.weights[step] += module.rollout_errors(batch, module.router.hard(compute), target).sum()
         self.weights /= self.weights[1:].mean()
         self.weights_epoch.fill_(module.current_epoch)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from hgc_learn.hard import HardSchedule
 from hgc_learn.objectives.base import Objective
 from hgc_learn.objectives.blend import BlendedForwards
 from hgc_learn.router import Router
@@ -57,7 +58,7 @@ class L2C(Objective):
     def prepare(self, module: RouterModule) -> None:
         self.forwards = BlendedForwards(module.pipe, module.forwards.graph, module.router.sites, module.num_steps)
 
-    def hard_schedule(self, router: Router, budget: float, *, interval: int | None = None) -> Tensor:
+    def hard_schedule(self, router: Router, budget: float, *, interval: int | None = None) -> HardSchedule:
         """As the base class's; every `interval`-th step is full. By default it is the shortest that the budget allows.
 
         Raises:
@@ -65,7 +66,7 @@ class L2C(Objective):
         """
         if interval is not None and interval not in self.intervals:
             raise ValueError(f"interval is {interval}; this router was trained for {self.intervals}.")
-        least = {k: router.kept(router.choices(self._full_steps(router, k))) for k in self.intervals}
+        least = {k: router.kept(self._full_steps(router, k)) for k in self.intervals}
         interval = interval or next((k for k in self.intervals if least[k] <= budget), self.intervals[-1])
         if least[interval] > budget:
             raise ValueError(

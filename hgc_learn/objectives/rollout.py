@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from hgc_learn.hard import HardSchedule
 from hgc_learn.objectives.base import Objective
 from hgc_learn.router import Router
 
@@ -33,7 +34,6 @@ class Rollout(Objective):
     """
 
     policy: ClassVar[str] = "learned"
-    default_predictors: ClassVar[tuple[str, ...]] = ("hold", "linear")
     is_refined: ClassVar[bool] = True
     warm_started: Tensor
 
@@ -57,7 +57,7 @@ class Rollout(Objective):
         budgets = module.hparams["budgets"]
         module.seed(1 + module.global_step)
         gradients, logs = self.gradients(module, batch, budgets[module.global_step % len(budgets)])
-        router.logits.grad, router.predictor_logits.grad = gradients
+        router.logits.grad, router.weights.grad = gradients
         module.update_router()
         router.logits.data.clamp_(-8, 8)
         return logs
@@ -66,44 +66,40 @@ class Rollout(Objective):
         self, module: RouterModule, batch: dict[str, Any], budget: float
     ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
         """Gradients of the expected log error by the logits [steps, sites], along which the expected MACs stay put,
-        and by the predictors' logits [predictors, steps, sites]."""
+        and by the weights [2, steps, sites]."""
         router = module.router
         p_compute = router.probabilities(router.price(budget))
-        choices = router.sample(p_compute.detach(), module.generator)
-        errors, effects = module.effects(batch, choices)
-        change = (router.choice_probabilities(p_compute) * effects).sum()
-        loss_gradient, predictor_gradient = torch.autograd.grad(
-            change, [router.logits, router.predictor_logits], retain_graph=True
-        )
+        schedule = router.sample(p_compute.detach(), module.generator)
+        effects = module.effects(batch, schedule)
+        of_computing = torch.where(schedule.compute, -1, 1) * effects.of_each_flip().to(p_compute)
+        change = (p_compute * of_computing).sum()
+        (loss_gradient,) = torch.autograd.grad(change, router.logits, retain_graph=True)
         expected = router.expected_macs(p_compute)
         (macs_gradient,) = torch.autograd.grad(expected, router.logits)
         # The multiplier at which moving all logits together gains nothing: the price of compute at this budget.
         multiplier = -loss_gradient.sum() / macs_gradient.sum()
         logs = {
-            "loss": errors.mean(),
+            "loss": effects.errors.mean(),
             "expected_macs": expected.detach(),
-            "sampled_macs": router.kept(choices),
+            "sampled_macs": router.kept(schedule.compute),
             "multiplier": multiplier,
             "temperature": router.temperature,
         }
-        return (loss_gradient + multiplier * macs_gradient, predictor_gradient), logs
+        return (loss_gradient + multiplier * macs_gradient, effects.of_weights().to(p_compute)), logs
 
     def warm_start(self, module: RouterModule, batches: Iterable[dict[str, Any]]) -> None:
-        """Sets the logits to log(effect / saving) of reusing each gate alone on the uncached trajectory, by the
-        predictor that is best there, and has nearly all gates begin with the first one: over longer gaps than that
-        trajectory has, forecasts made by chance diverge."""
+        """Sets the logits to the mean log(effect / saving) of reusing each gate alone on the uncached trajectory."""
         router = module.router
         module.seed(0)
+        full = HardSchedule.full(*router.logits.shape)
         effects = []
         for batch in itertools.islice(batches, self.num_warm_start_batches):
             batch = module.transfer_batch_to_device(batch, module.device, 0)
-            effects.append(module.effects(batch, torch.zeros_like(router.logits, dtype=torch.long))[1][1:])
-        log_effects = torch.stack(effects).mean(0).clamp_min(1e-12).log()
+            effects.append(module.effects(batch, full).of_each_flip())
         savings = router.savings().to(module.device)
-        score = log_effects.min(0).values - savings.clamp_min(1e-9).log()
+        score = torch.stack(effects).mean(0).to(savings) - savings.clamp_min(1e-9).log()
         score[1:] = 2 * (score[1:] - score[1:].mean()) / score[1:].std()
         score[:, savings <= 0] = score.max()
         score[0] = 0
         router.logits.data.copy_(score)
-        router.predictor_logits.data[0] = 2.0
         self.warm_started.fill_(True)

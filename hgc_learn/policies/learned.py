@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
 
 
 @register("learned", paper="this project, docs/learning.md", grid={})
 def learned(
-    setting: Setting, *, ckpt_path: str = "", budget: float = 0.5, refine_rounds: int = 4, refine_batches: int = 16
+    setting: Setting,
+    *,
+    ckpt_path: str = "",
+    budget: float = 0.5,
+    refine_rounds: int = 4,
+    refine_samples: int = 64,
+    refine_batch_size: int = 8,
 ) -> Draft:
     """A trained router's best gates within the budget, polished by real rollouts.
 
@@ -18,11 +22,11 @@ def learned(
         ckpt_path: checkpoint of `train.py fit`.
         budget: fraction of the full MACs to keep.
         refine_rounds: rounds of local search on the training's own samples; 0 for none.
-        refine_batches: batches that they take in turns, four in a round.
+        refine_samples: samples that the rounds take in turns.
+        refine_batch_size: how many of them run at once.
     """
-    from hgc_learn.export import decide, load_trained
+    from hgc_learn.export import decide, load_trained, polishing_batches
 
     module, data = load_trained(setting, ckpt_path, "learned")
-    batches = list(itertools.islice(data.train_dataloader(), refine_batches)) if refine_rounds else []
-    batches = [module.transfer_batch_to_device(batch, module.device, 0) for batch in batches]
+    batches = polishing_batches(module, data, refine_samples, refine_batch_size) if refine_rounds else []
     return module.draft(decide(module, budget, batches, num_rounds=refine_rounds))
