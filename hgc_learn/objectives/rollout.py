@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from hgc_learn.training import RouterModule
 
 
+SCALE = 0  # index of the first of the fitted predictor's weights
+
+
 class Rollout(Objective):
     """Lowers the error of the final latents at the budgets, by the second-order effect of every gate.
 
@@ -66,7 +69,7 @@ class Rollout(Objective):
         self, module: RouterModule, batch: dict[str, Any], budget: float
     ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
         """Gradients of the expected log error by the logits [steps, sites], along which the expected MACs stay put,
-        and by the weights [2, steps, sites]."""
+        and by the weights [2, steps, sites]; of these the scales are left to polishing."""
         router = module.router
         p_compute = router.probabilities(router.price(budget))
         schedule = router.sample(p_compute.detach(), module.generator)
@@ -85,7 +88,10 @@ class Rollout(Objective):
             "multiplier": multiplier,
             "temperature": router.temperature,
         }
-        return (loss_gradient + multiplier * macs_gradient, effects.of_weights().to(p_compute)), logs
+        by_weight = effects.of_weights().to(p_compute)
+        # Adam steps as far for noise as for slopes, and a scale that is 5 % off ruins a trajectory.
+        by_weight[SCALE] = 0
+        return (loss_gradient + multiplier * macs_gradient, by_weight), logs
 
     def warm_start(self, module: RouterModule, batches: Iterable[dict[str, Any]]) -> None:
         """Sets the logits to the mean log(effect / saving) of reusing each gate alone on the uncached trajectory."""
