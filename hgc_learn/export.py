@@ -34,7 +34,7 @@ def export(
     ckpt_path: Path,
     output: Path,
     budget: float = 0.5,
-    refine_rounds: int = 4,
+    refine_rounds: int = 8,
     refine_samples: int = 64,
     refine_batch_size: int = 8,
 ) -> Path:

@@ -8,7 +8,7 @@ with weights of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hgc_learn.graph import Graph
 from hgc_learn.hard import HardSchedule, hold_weights
 from hgc_learn.macs import NodeCost
-from hgc_learn.plan import ExpectedMacs, live_step
+from hgc_learn.plan import ExpectedMacs, Liveness, live_step
 
 
 class Router(nn.Module):
@@ -98,19 +98,23 @@ class Router(nn.Module):
     def _kept_by(self, row: bytes) -> float:
         """Fraction of a full step's MACs that a step keeps; `row` has a byte per site, 1 for computing."""
         if row not in self._kept_by_row:
-            live = live_step(
-                self._graph, {name for name, computes in zip(self.sites, row, strict=True) if not computes}
-            )
+            live = self._live(row)
             macs = sum(self._macs[name] for name in live.run)
             self._kept_by_row[row] = macs / self._full / (2 if live.is_half else 1)
         return self._kept_by_row[row]
+
+    def _live(self, row: Iterable[int]) -> Liveness:
+        """Of a step whose gates compute as `row` says, one entry per site."""
+        return live_step(self._graph, {name for name, computes in zip(self.sites, row, strict=True) if not computes})
 
     def dead(self, compute: Tensor) -> Tensor:
         """Gates whose choice makes no difference, because nothing reads their site at that step: bool [steps, sites].
         That of the guidance difference never counts as dead."""
         result = torch.zeros_like(compute)
         for step, row in enumerate(compute.tolist()):
-            live = live_step(self._graph, {name for name, computes in zip(self.sites, row, strict=True) if not computes})
+            live = live_step(
+                self._graph, {name for name, computes in zip(self.sites, row, strict=True) if not computes}
+            )
             needed = {*live.run, *live.load, self._graph.guidance}
             result[step] = torch.tensor([name not in needed for name in self.sites])
         return result

@@ -18,11 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refine_rounds",
         type=int,
-        default=4,
-        help="rounds of local search with real rollouts after rounding; 0 for none (default 4)",
+        default=8,
+        help="rounds of polishing with real rollouts after rounding; 0 for none (default 8)",
     )
     parser.add_argument(
-        "--refine_samples", type=int, default=64, help="training samples that the search measures on (default 64)"
+        "--refine_samples", type=int, default=64, help="training samples that polishing measures on (default 64)"
     )
     parser.add_argument("--refine_batch_size", type=int, default=8, help="how many of them run at once (default 8)")
 

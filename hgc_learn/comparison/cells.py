@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.metrics import (
@@ -21,7 +20,7 @@ from hgc_learn.comparison.metrics import (
     closeness_figures,
     optional_metric,
 )
-from hgc_learn.comparison.samples import draw_batches, full_samples, render, save_tensors
+from hgc_learn.comparison.samples import draw_batches, full_samples, render
 from hgc_learn.comparison.trained import checkpoint
 from hgc_learn.comparison.tune import Candidate, Candidates, best, count_rollouts, list_candidates, plain, shortlist
 from hgc_learn.evaluation import picture_psnr
@@ -36,7 +35,7 @@ DIGITS = 6
 
 @dataclass(frozen=True)
 class CellFiles:
-    """Where a cell is kept: its figures, its schedule, its first pictures, its wall-clock time."""
+    """Where a cell is kept: its figures, its schedule, its wall-clock time."""
 
     folder: Path
     budget: float
@@ -51,10 +50,6 @@ class CellFiles:
     @property
     def schedule(self) -> Path:
         return self.folder / f"{self.budget:g}.schedule.json"
-
-    @property
-    def pictures(self) -> Path:
-        return self.folder / f"{self.budget:g}.pictures.safetensors"
 
     @property
     def timing(self) -> Path:
@@ -162,7 +157,7 @@ class PolicyBench:
         return self._candidates_at_any_budget
 
     def run(self, budget: float) -> dict[str, Any]:
-        """Tunes and judges one cell, writes its schedule and pictures; returns its figures, or the reason why there are
+        """Tunes and judges one cell, writes its schedule; returns its figures, or the reason why there are
         none."""
         bench, config = self.bench, self.bench.config
         files = cell_files(config, bench.sampler, self.policy.name, budget)
@@ -212,8 +207,6 @@ class PolicyBench:
         fidelity = {name: figures[name] for name in ("psnr_db", "ssim", "latent_rel_l2")}
         fidelity |= {"num_samples": len(samples), "split": "test"}
         replace(schedule, fidelity=fidelity).save(files.schedule)
-        shown: Tensor = samples.pictures[: bench.config.grid.num_pictures]
-        save_tensors(files.pictures, {"pictures": (255 * shown.clamp(0, 1)).round().byte()})
         attention = schedule.macs["cached_attention"] / schedule.macs["full_attention"]
         return {
             "kept_macs": round(chosen.kept, DIGITS),

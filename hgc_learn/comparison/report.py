@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hgc_learn.comparison.cells import cell_files
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.markdown import OURS, markdown, verdict
 from hgc_learn.comparison.ranking import Ranking, Row, collect, public_rows
-from hgc_learn.comparison.samples import draw_batches, save_json
+from hgc_learn.comparison.samples import draw_batches, render, save_json
 from hgc_learn.figures import picture_grid
+from hgc_learn.rollout import load_pipeline
+from hgc_learn.schedule import HGCSchedule
 
 
 def write_report(config: CompareConfig, *, command: str) -> list[Row]:
@@ -88,10 +88,13 @@ def grid_figure(config: CompareConfig, rankings: Sequence[Ranking]) -> Figure | 
     if not ranking.cells:
         return None
     (batch,) = draw_batches("test", grid.num_pictures, grid.num_pictures)
-    full = load_file(Path(config.output) / "references" / f"{grid.sampler}-test.safetensors")["pictures"]
-    rows: dict[str, Tensor] = {"control": batch["conditioning_image"], "full": full[: grid.num_pictures]}
+    sampling = config.sampling(grid.sampler)
+    pipe = load_pipeline(config.model, sampling)
+    rows: dict[str, Tensor] = {
+        "control": batch["conditioning_image"],
+        "full": render(pipe, sampling, [batch]).pictures,
+    }
     for cell in ranking.cells:
-        files = cell_files(config, grid.sampler, cell["policy"], grid.budget)
-        pictures = load_file(files.pictures)["pictures"]
-        rows[f"{cell['policy']}\n{cell['psnr_db']:.1f} dB"] = pictures.to(torch.float32) / 255
+        schedule = HGCSchedule.load(cell_files(config, grid.sampler, cell["policy"], grid.budget).schedule)
+        rows[f"{cell['policy']}\n{cell['psnr_db']:.1f} dB"] = render(pipe, sampling, [batch], schedule).pictures
     return picture_grid(rows, batch["text"])
