@@ -26,7 +26,7 @@ from hgc_learn.predictors import BY_CODE
 from hgc_learn.sites import KINDS
 
 FORMAT = "hgc_schedule"
-VERSION = 2
+VERSION = 3
 
 MAX_FILE_BYTES = 16 * 2**20
 MAX_TENSOR_BYTES = 64 * 2**20
