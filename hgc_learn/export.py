@@ -26,8 +26,10 @@ from hgc_learn.training import RouterModule
 Report = Callable[[int, float], None]
 """(round, squared error of the latents as a geometric mean)."""
 
-NUM_RACERS = 4
+NUM_RACERS = 3
 """Schedules that polishing begins with; after every round the worse half is out."""
+NUM_SCREENING_SAMPLES = 4
+"""On which rules are tried before the race."""
 
 
 def export(
@@ -96,8 +98,9 @@ def decide(
     if not num_rounds:
         return schedule
     module.generator = torch.Generator(module.device)  # whenever it is asked for, the same schedule
+    few = {name: values[:NUM_SCREENING_SAMPLES] for name, values in batches[0].items()}
     rules = rule_schedules(module.router, module.setting, budget)
-    rules.sort(key=lambda rule: log_error(module, batches[:1], rule))
+    rules.sort(key=lambda rule: log_error(module, [few], rule))
     racers = [Polisher(module, batches, start, budget) for start in (schedule, *rules[: NUM_RACERS - 1])]
     for index in range(num_rounds):
         for racer in racers:
