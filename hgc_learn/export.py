@@ -6,6 +6,7 @@ import itertools
 import math
 import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ def decide(
             racer.round()
         racers = sorted(racers, key=lambda racer: racer.log_error)[: (len(racers) + 1) // 2]
         report(index, math.exp(racers[0].log_error))
-    return racers[0].schedule
+    best = racers[0].schedule
+    return replace(best, compute=best.compute | module.router.dead(best.compute))  # not in the file's rows
 
 
 def load_trained(setting: Setting, ckpt_path: str, policy: str) -> tuple[RouterModule, Any]:

@@ -227,6 +227,16 @@ def test_kept_is_what_the_plan_says(module: RouterModule) -> None:
     assert module.router.kept(schedule.compute) == pytest.approx(share, rel=1e-6)
 
 
+def test_dead_gates_make_no_difference(module: RouterModule) -> None:
+    schedule = random_schedule(module, 0.7, seed=4)
+    dead = module.router.dead(schedule.compute)
+    assert 0.02 < dead.float().mean() < 0.9
+    other = HardSchedule(schedule.compute ^ dead, schedule.weights)
+    assert module.setting.plan(module.draft(other)) == module.setting.plan(module.draft(schedule))
+    alive = changed(schedule, *(int(i) for i in (~dead[1:]).nonzero()[-1] + torch.tensor([1, 0])), None)
+    assert module.setting.plan(module.draft(alive)) != module.setting.plan(module.draft(schedule))
+
+
 @pytest.mark.parametrize("budget", [0.0, 0.1, 1.5])
 def test_impossible_budget_is_refused(module: RouterModule, budget: float) -> None:
     with pytest.raises(ValueError, match="fraction of full MACs"):
