@@ -226,7 +226,7 @@ class ProbedForwards(RoutedForwards):
         """Of the values computed at the steps `sources`, the latest first."""
         key = site, step, sources
         if key not in self.coefficients:
-            scale, reach = self.fitted[site].double().cpu()
+            scale, reach = self.fitted[site].double()
             fill = FITTED.fill([step - j for j in sources], step, {"scale": scale, "reach": reach})
             self.coefficients[key] = tuple(float(c) for c in fill.coefficients)
         return self.coefficients[key]

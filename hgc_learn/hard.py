@@ -17,7 +17,7 @@ from hgc_learn.setting import Draft
 
 @dataclass(frozen=True)
 class HardSchedule:
-    """Gates [steps, sites].
+    """Gates [steps, sites]; its tensors are on the CPU.
 
     Attributes:
         compute: bool [steps, sites]; True at the first step.
@@ -38,7 +38,7 @@ class HardSchedule:
         rows: dict[str, str] = {}
         tensors: dict[str, Tensor] = {}
         for column, site in enumerate(sites):
-            weights = self.weights[:, :, column].detach().float().cpu()
+            weights = self.weights[:, :, column]
             row = "".join(map(_code, self.compute[:, column].tolist(), *weights.tolist()))
             if set(row) != {COMPUTE}:
                 rows[site] = row

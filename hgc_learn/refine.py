@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hgc_learn.effects import Effects
 from hgc_learn.hard import HardSchedule
@@ -84,9 +84,10 @@ class Polisher:
     def _with_ways_up(self, schedule: HardSchedule) -> HardSchedule:
         """Sets the gates that make no difference now, in turns: all that is behind a filled-in site computes with it if
         it is flipped, or it alone does, from the kept values of what it reads."""
+        dead = self.module.router.dead(schedule.compute)
         computes = torch.tensor(self.num_rounds % 2 == 1)
-        compute = torch.where(self.module.router.dead(schedule.compute), computes, schedule.compute)
-        return with_usual_weights(replace(schedule, compute=compute))
+        weights = usual_weights(schedule, ~schedule.compute & ~dead)
+        return HardSchedule(torch.where(dead, computes, schedule.compute), weights)
 
     def _batches(self, ahead: int) -> list[dict[str, Any]]:
         start = (self.num_rounds + ahead) * self.batches_per_round
@@ -108,10 +109,9 @@ def log_error(module: RouterModule, batches: Sequence[dict[str, Any]], schedule:
     return error if math.isfinite(error) else math.inf
 
 
-def with_usual_weights(schedule: HardSchedule) -> HardSchedule:
-    """Gates that compute get the mean weights of those of the same site that do not: what they would be filled in with.
-    Sites that always compute keep theirs."""
-    reused = (~schedule.compute).to(schedule.weights)
-    mean = (schedule.weights * reused).sum(1, keepdim=True) / reused.sum(0).clamp_min(1)
-    usual = torch.where(schedule.compute & ~schedule.compute.all(0), mean, schedule.weights)
-    return replace(schedule, weights=usual)
+def usual_weights(schedule: HardSchedule, filled_in: Tensor) -> Tensor:
+    """The weights; where gates are not `filled_in` [steps, sites], the mean of those of the same site that are: what
+    they would be filled in with. Sites that never are keep theirs."""
+    share = filled_in.to(schedule.weights)
+    mean = (schedule.weights * share).sum(1, keepdim=True) / share.sum(0).clamp_min(1)
+    return torch.where(filled_in | ~filled_in.any(0), schedule.weights, mean)

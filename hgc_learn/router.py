@@ -55,7 +55,8 @@ class Router(nn.Module):
 
     def hard(self, compute: Tensor) -> HardSchedule:
         """Computes where `compute` [steps, sites] says so, and at the first step."""
-        return HardSchedule(torch.cat([torch.ones_like(compute[:1]), compute[1:]]), self.weights.detach())
+        compute = torch.cat([torch.ones_like(compute[:1]), compute[1:]])
+        return HardSchedule(compute.cpu(), self.weights.detach().cpu().clone())
 
     def expected_macs(self, p_compute: Tensor) -> Tensor:
         """Expected fraction of the full run's MACs, differentiable; `p_compute` [steps, sites]."""

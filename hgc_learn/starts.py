@@ -23,14 +23,14 @@ def rule_schedules(router: Router, setting: Setting, budget: float) -> list[Hard
         columns = [router.sites.index(site) for site in sites]
         for spacing in SPACINGS:
             for num_full in range(num_steps, 0, -1):
-                compute = torch.ones_like(router.logits, dtype=torch.bool)
+                compute = torch.ones(router.logits.shape, dtype=torch.bool)
                 compute[:, columns] = False
                 compute[spacing(num_steps, num_full)] = True
                 if router.kept(compute) <= budget:
                     for reach in (0.0, 1.0):
                         weights = hold_weights(*compute.shape)
                         weights[1] = reach
-                        key = compute.numpy(force=True).tobytes(), reach
+                        key = compute.numpy().tobytes(), reach
                         found.setdefault(key, HardSchedule(compute, weights))
                     break
     return list(found.values())

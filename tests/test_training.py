@@ -23,7 +23,7 @@ from hgc_learn.objectives import DEFAULT_SITES, Rollout
 from hgc_learn.plan import compile_plan
 from hgc_learn.predictors import BY_CODE
 from hgc_learn.quadratic import QuadraticModel
-from hgc_learn.refine import Polisher, log_error, with_usual_weights
+from hgc_learn.refine import Polisher, log_error, usual_weights
 from hgc_learn.rollout import generate
 from hgc_learn.starts import rule_schedules
 from hgc_learn.training import RouterModule
@@ -287,10 +287,10 @@ def test_weights_are_moved_where_they_lower_the_error(module: RouterModule, batc
     assert step[0] > step[1] > 50 * step[2]
 
 
-def test_gates_that_compute_get_the_usual_weights_of_their_site() -> None:
-    compute = torch.tensor([[True, True], [False, True], [True, True], [False, True]])
+def test_gates_get_the_usual_weights_of_their_site() -> None:
+    filled_in = torch.tensor([[False, False], [True, False], [False, False], [True, False]])
     weights = torch.stack([torch.arange(8.0).view(4, 2), torch.zeros(4, 2)])
-    usual = with_usual_weights(HardSchedule(compute, weights)).weights
+    usual = usual_weights(HardSchedule(~filled_in, weights), filled_in)
     assert usual[0].tolist() == [[4, 1], [2, 3], [4, 5], [6, 7]]
 
 
