@@ -29,7 +29,7 @@ Report = Callable[[int, float], None]
 
 NUM_RACERS = 3
 """Schedules that polishing begins with; after every round the worse half is out."""
-NUM_SCREENING_SAMPLES = 4
+NUM_SCREENING_SAMPLES = 2
 """On which rules are tried before the race."""
 
 
@@ -37,7 +37,7 @@ def export(
     ckpt_path: Path,
     output: Path,
     budget: float = 0.5,
-    refine_rounds: int = 8,
+    refine_rounds: int = 4,
     refine_samples: int = 64,
     refine_batch_size: int = 8,
 ) -> Path:

@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refine_rounds",
         type=int,
-        default=8,
-        help="rounds of polishing with real rollouts after rounding; 0 for none (default 8)",
+        default=4,
+        help="rounds of polishing with real rollouts after rounding; 0 for none (default 4)",
     )
     parser.add_argument(
         "--refine_samples", type=int, default=64, help="training samples that polishing measures on (default 64)"

@@ -12,7 +12,7 @@ def learned(
     *,
     ckpt_path: str = "",
     budget: float = 0.5,
-    refine_rounds: int = 8,
+    refine_rounds: int = 4,
     refine_samples: int = 64,
     refine_batch_size: int = 8,
 ) -> Draft:
