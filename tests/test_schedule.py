@@ -17,7 +17,7 @@ from tiny_models import TinyPipeline, build_pipeline, random_rows, shared_pipeli
 
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.inference import apply_schedule
-from hgc_learn.schedule import MAX_FILE_BYTES, HGCSchedule, ScheduleError
+from hgc_learn.schedule import MAX_FILE_BYTES, VERSION, HGCSchedule, ScheduleError
 
 SCHEDULE = HGCSchedule(
     sites={"unet.mid_block.attentions.0:out": "C--C-", "unet:eps": "CC-CC"},
@@ -76,7 +76,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "not an object": ([1], "JSON object"),
     "another format": (changed(format="onnx"), "format: is 'onnx'"),
     "no format": ({}, "format: is None"),
-    "newer version": (changed(version=3), "version: the file has version 3, .* Upgrade hgc_learn"),
+    "newer version": (changed(version=VERSION + 1), f"version: the file has version {VERSION + 1}, .* Upgrade hgc_learn"),
     "version 0": (changed(version=0), "version: is 0"),
     "version true": (changed(version=True), "version: must be an integer"),
     "unknown key": (changed(colour="red"), "colour: unknown key"),
