@@ -65,10 +65,6 @@ class Effects:
             torch.cat([part.weights for part in parts], dim=1),
         )
 
-    @property
-    def log_error(self) -> float:
-        return float(self.errors.clamp_min(1e-30).log().mean())
-
     def of_each_flip(self) -> Tensor:
         """What each gate alone, if it chose the other way, would add to the mean log error, to second order, [steps,
         sites]."""
@@ -96,8 +92,7 @@ class ProbedForwards(RoutedForwards):
 
     def set_schedule(self, schedule: HardSchedule) -> None:
         """Sets what the next run does."""
-        self.schedule = schedule
-        self.fitted = dict(zip(self.sites, schedule.weights.unbind(2), strict=True))
+        self.weights = dict(zip(self.sites, schedule.weights.unbind(2), strict=True))
         self.rows = {
             site: "".join(COMPUTE if computes else FITTED.code for computes in column)
             for site, column in zip(self.sites, schedule.compute.t().tolist(), strict=True)
@@ -190,8 +185,7 @@ class ProbedForwards(RoutedForwards):
         return torch.cat([halves[0], halves[1][num_unguided:]])
 
     def _sources(self, site: str, step: int, *, in_full: bool) -> tuple[int, ...]:
-        steps = [j for j in reversed(self.computed[site]) if j < step and not (in_full and self.is_half[j])]
-        return tuple(steps[: FITTED.num_values])
+        return _latest([j for j in self.computed[site] if not (in_full and self.is_half[j])], step)
 
     def _combine(self, load: Load, step: int, sources: tuple[int, ...]) -> Tensor:
         terms = zip(self._coefficients(load.site, step, sources), sources, strict=True)
@@ -226,9 +220,7 @@ class ProbedForwards(RoutedForwards):
         """Of the values computed at the steps `sources`, the latest first."""
         key = site, step, sources
         if key not in self.coefficients:
-            scale, reach = self.fitted[site].double()
-            fill = FITTED.fill([step - j for j in sources], step, {"scale": scale, "reach": reach})
-            self.coefficients[key] = tuple(float(c) for c in fill.coefficients)
+            self.coefficients[key] = fitted_coefficients(self.weights[site][:, step], step, sources)
         return self.coefficients[key]
 
     # Effects
@@ -262,12 +254,12 @@ class ProbedForwards(RoutedForwards):
         finally:
             self.uninstall()
         shape = len(directions), len(error), self.num_steps, len(self.sites)
-        flips, weights = np.zeros(shape), np.zeros((*shape[:2], 2, *shape[2:]))
+        flips, weights = np.zeros(shape), np.zeros((*shape[:2], len(FITTED.parameters), *shape[2:]))
         for column, site in enumerate(self.sites):
             if site in seen[0]:
                 products = self._by_half(torch.stack([products[site] for products in seen], dim=2), len(error))
                 flips[..., column] = self._flips(site, products).reshape(-1, *shape[:2]).transpose(1, 2, 0)
-                by_weight = self._by_weight(site, products).reshape(2, -1, *shape[:2])
+                by_weight = self._by_weight(site, products).reshape(len(FITTED.parameters), -1, *shape[:2])
                 weights[..., column] = by_weight.transpose(2, 3, 0, 1)
         self.forget()
         return Effects(squared / error[0].numel(), torch.from_numpy(flips), torch.from_numpy(weights))
@@ -298,17 +290,17 @@ class ProbedForwards(RoutedForwards):
         return total
 
     def _by_weight(self, site: str, products: Products) -> NDArray[np.float64]:
-        """Derivatives by scale and reach, [2, steps, columns]."""
-        total = np.zeros((2, self.num_steps, products.shape[-1]))
+        """Derivatives by the weights, [2, steps, columns]: what is filled in is linear in them too."""
+        units = torch.eye(len(FITTED.parameters))
+        total = np.zeros((len(units), self.num_steps, products.shape[-1]))
         for half, computed, used in self._halves(site, products):
             for step in used:
                 if step in self.computed[site]:
                     continue
-                sources = [j for j in reversed(computed) if j < step][: FITTED.num_values]
-                total[0, step] += products[step, sources[0], half]
-                if len(sources) > 1:
-                    ratio = (step - sources[0]) / (sources[0] - sources[1])
-                    total[1, step] += ratio * (products[step, sources[0], half] - products[step, sources[1], half])
+                sources = _latest(computed, step)
+                for index, unit in enumerate(units):
+                    terms = zip(fitted_coefficients(unit, step, sources), sources, strict=True)
+                    total[index, step] += sum(c * products[step, j, half] for c, j in terms)
         return total
 
     def _halves(self, site: str, products: Products) -> Iterator[tuple[int, list[int], list[int]]]:
@@ -330,8 +322,22 @@ class ProbedForwards(RoutedForwards):
         """The product of the gradient with what is used at a step, [columns]."""
         if step in computed:
             return products[step, step]
-        sources = tuple([j for j in reversed(computed) if j < step][: FITTED.num_values])
+        sources = _latest(computed, step)
         return sum(c * products[step, j] for c, j in zip(self._coefficients(site, step, sources), sources, strict=True))
+
+
+def fitted_coefficients(weights: Tensor, step: int, sources: Sequence[int]) -> tuple[float, ...]:
+    """Of the values computed at the steps `sources`, the latest first, where `step` is filled in with `weights` [2]."""
+    parameters = {
+        parameter.name: weight.double().expand(step + 1)
+        for parameter, weight in zip(FITTED.parameters, weights, strict=True)
+    }
+    return tuple(float(c) for c in FITTED.fill([step - j for j in sources], step, parameters).coefficients)
+
+
+def _latest(computed: Sequence[int], step: int) -> tuple[int, ...]:
+    """The steps whose values fill in for `step`, the latest first."""
+    return tuple([j for j in reversed(computed) if j < step][: FITTED.num_values])
 
 
 class _Unguided(torch.autograd.Function):

@@ -79,7 +79,14 @@ def export(
 
 
 def polishing_batches(module: RouterModule, data: Any, num_samples: int, batch_size: int) -> list[dict[str, Any]]:
-    """The first samples of the training's own data, on the module's device."""
+    """The first samples of the training's own data, on the module's device.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+    for name, number in (("refine_samples", num_samples), ("refine_batch_size", batch_size)):
+        if number < 1:
+            raise ValueError(f"{name} is {number}; it must be at least 1. For no refining set refine_rounds to 0.")
     loader = DataLoader(data.train_dataloader().dataset, batch_size)
     batches = itertools.islice(loader, math.ceil(num_samples / batch_size))
     return [module.transfer_batch_to_device(batch, module.device, 0) for batch in batches]

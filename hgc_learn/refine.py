@@ -20,6 +20,8 @@ from hgc_learn.quadratic import QuadraticModel
 from hgc_learn.training import RouterModule
 
 MAX_DAMPING = 100.0
+MAX_SWAP_TRIALS = 4
+"""Of swapping gates in a round, each with half as many as the one before."""
 
 
 class Polisher:
@@ -52,9 +54,9 @@ class Polisher:
         self.num_rounds = 0
         self.log_error = math.inf
 
-    def round(self, num_swap_trials: int = 4) -> bool:
-        """One round: a measurement, moves of the weights, and so many trials of swapping gates besides. Each costs a
-        rollout. Returns whether the schedule has changed."""
+    def round(self) -> None:
+        """One round: a measurement, moves of the weights, and trials of swapping gates besides. Each trial costs a
+        rollout of the judging samples."""
         mine, judges = self._batches(0), self._batches(1)
         self.schedule = self._with_ways_up(self.schedule)
         self.num_rounds += 1
@@ -62,24 +64,20 @@ class Polisher:
         self.log_error = log_error(self.module, judges, self.schedule)
         model = QuadraticModel(self.module.router, self.schedule, effects)
         nothing = torch.zeros_like(self.schedule.compute).flatten()
-        changed = False
         while self.damping <= MAX_DAMPING:
             if self._accepts(model.changed(nothing, self.damping), judges):
                 self.damping /= 3
-                changed = True
                 break
             self.damping *= 3
         self.damping = min(self.damping, MAX_DAMPING)
-        for _ in range(num_swap_trials):
+        for _ in range(MAX_SWAP_TRIALS):
             flipped = model.swaps(self.budget, self.num_swaps)
             if not flipped.any():
                 break
             if self._accepts(model.changed(flipped, 3 * self.damping), judges):
                 self.num_swaps = min(self.max_swaps, 2 * self.num_swaps)
-                changed = True
                 break
             self.num_swaps = max(1, self.num_swaps // 2)
-        return changed
 
     def _with_ways_up(self, schedule: HardSchedule) -> HardSchedule:
         """Sets the gates that make no difference now, in turns: all that is behind a filled-in site computes with it if
