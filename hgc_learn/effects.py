@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hgc_learn import ops
 from hgc_learn.forwards import RoutedForwards
@@ -81,10 +82,17 @@ class ProbedForwards(RoutedForwards):
     fresh value of every site that is filled in.
 
     Steps that count for the guided half only run in full: to know the fresh guidance difference.
+
+    Args:
+        gradient_checkpointing: keep only the tensors between nodes for the backward passes, and run each node again in
+            them: they take twice as long, and a fraction of the memory.
     """
 
-    def __init__(self, pipe: Any, graph: Graph, sites: Sequence[str], num_steps: int):
+    def __init__(
+        self, pipe: Any, graph: Graph, sites: Sequence[str], num_steps: int, *, gradient_checkpointing: bool = False
+    ):
         super().__init__(pipe, graph, num_steps)
+        self.gradient_checkpointing = gradient_checkpointing
         self.sites = list(sites)
         self.routed = set(sites)
         self.order = {model: [n for n in graph.nodes.values() if n.model == model] for model in self.models}
@@ -136,7 +144,11 @@ class ProbedForwards(RoutedForwards):
         values, batch_size = given, len(call.sample)
 
         def run_node(node: Node) -> Tensor:
-            return node.run(call, *[self._read(values, name, batch_size) for name in node.inputs])
+            inputs = [self._read(values, name, batch_size) for name in node.inputs]
+            if not self.gradient_checkpointing or not torch.is_grad_enabled():
+                return node.run(call, *inputs)
+            again: Tensor = checkpoint(node.run, call, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return again
 
         for node in self.order[model]:
             name = node.name

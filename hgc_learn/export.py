@@ -1,4 +1,4 @@
-"""From a trained router to a static schedule file: rounding, polishing, measuring."""
+"""From a trained router to a static schedule file: rounding, refining, measuring."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import gate_heatmap
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.hard import HardSchedule
-from hgc_learn.refine import Polisher, log_error
+from hgc_learn.refine import Refiner, log_error
 from hgc_learn.setting import Setting
 from hgc_learn.starts import rule_schedules
 from hgc_learn.training import RouterModule
@@ -28,7 +28,7 @@ Report = Callable[[int, float], None]
 """(round, squared error of the latents as a geometric mean)."""
 
 NUM_RACERS = 3
-"""Schedules that polishing begins with; after every round the worse half is out."""
+"""Schedules that refining begins with; after every round the worse half is out."""
 NUM_SCREENING_SAMPLES = 2
 """On which rules are tried before the race."""
 
@@ -63,7 +63,7 @@ def export(
         def report(index: int, error: float) -> None:
             progress.update(task, advance=1, description=f"refining, latent error {error:.5f}")
 
-        batches = polishing_batches(module, data, refine_samples, refine_batch_size) if rounds else []
+        batches = refining_batches(module, data, refine_samples, refine_batch_size) if rounds else []
         hard = decide(module, budget, batches, num_rounds=rounds, report=report)
         progress.update(task, completed=rounds)
         task = progress.add_task("measuring on validation samples", total=None)
@@ -78,7 +78,7 @@ def export(
     return path
 
 
-def polishing_batches(module: RouterModule, data: Any, num_samples: int, batch_size: int) -> list[dict[str, Any]]:
+def refining_batches(module: RouterModule, data: Any, num_samples: int, batch_size: int) -> list[dict[str, Any]]:
     """The first samples of the training's own data, on the module's device.
 
     Raises:
@@ -100,7 +100,7 @@ def decide(
     num_rounds: int = 0,
     report: Report = lambda *_: None,
 ) -> HardSchedule:
-    """The hard schedule of a trained router at a budget; with rounds of polishing (see `refine`) on `batches`, which
+    """The hard schedule of a trained router at a budget; with rounds of refining (see `refine`) on `batches`, which
     begin with a race of that schedule against those of rules."""
     schedule = module.hard_schedule(budget)
     if not num_rounds:
@@ -109,7 +109,7 @@ def decide(
     few = {name: values[:NUM_SCREENING_SAMPLES] for name, values in batches[0].items()}
     rules = rule_schedules(module.router, module.setting, budget)
     rules.sort(key=lambda rule: log_error(module, [few], rule))
-    racers = [Polisher(module, batches, start, budget) for start in (schedule, *rules[: NUM_RACERS - 1])]
+    racers = [Refiner(module, batches, start, budget) for start in (schedule, *rules[: NUM_RACERS - 1])]
     for index in range(num_rounds):
         for racer in racers:
             racer.round()

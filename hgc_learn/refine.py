@@ -1,4 +1,4 @@
-"""Polishes a hard schedule: makes the changes that measured effects promise most of and keeps what rollouts confirm.
+"""Refines a hard schedule: makes the changes that measured effects promise most of and keeps what rollouts confirm.
 
 Rounding a router ignores how gates act on each other. Here the effects of all other choices and of all weights are
 measured at the schedule itself, on the student's own trajectory. A quadratic model of them (`quadratic`) says how to
@@ -24,11 +24,11 @@ MAX_SWAP_TRIALS = 4
 """Of swapping gates in a round, each with half as many as the one before."""
 
 
-class Polisher:
+class Refiner:
     """Improves a hard schedule at its budget, round by round.
 
     Args:
-        batches: training batches to measure on, which the rounds take in turns: a schedule polished on few samples
+        batches: training batches to measure on, which the rounds take in turns: a schedule refined on few samples
             fits their noise.
         budget: fraction of the full MACs that must not be exceeded.
         samples_per_round: that effects are measured on; changes are judged by as many others.

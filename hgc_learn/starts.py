@@ -1,4 +1,4 @@
-"""Where polishing starts from: the router's schedule, or what a rule would write in the router's own vocabulary."""
+"""Where refining starts from: the router's schedule, or what a rule would write in the router's own vocabulary."""
 
 from __future__ import annotations
 

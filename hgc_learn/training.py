@@ -33,6 +33,8 @@ class RouterModule(L.LightningModule):
         budgets: fractions of the full MACs to keep: those that validation looks at; an objective that trains at a
             budget takes turns.
         dtype: of the frozen models: `float32`, `float16` or `bfloat16`.
+        gradient_checkpointing: run the models' layers again in the backward passes instead of keeping what they need:
+            for models of real size.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class RouterModule(L.LightningModule):
         sites: list[str] | tuple[str, ...] | None = None,
         budgets: list[float] | tuple[float, ...] = (0.5,),
         dtype: str = "float32",
+        gradient_checkpointing: bool = False,
     ):
         super().__init__()
         self.objective = objective = objective or Rollout()
@@ -57,6 +60,7 @@ class RouterModule(L.LightningModule):
                 "sites": list(sites),
                 "budgets": list(budgets),
                 "dtype": dtype,
+                "gradient_checkpointing": gradient_checkpointing,
             }
         )
         self.automatic_optimization = False
@@ -79,7 +83,13 @@ class RouterModule(L.LightningModule):
         self.pipe = pipe  # no nn.Module: not saved
         inside = {enclosing_module(name) for name in self.router.sites if is_inside(name)}
         graph = build_graph(pipe.unet, getattr(pipe, "controlnet", None), inside)
-        self.forwards = ProbedForwards(pipe, graph, self.router.sites, self.num_steps)
+        self.forwards = ProbedForwards(
+            pipe,
+            graph,
+            self.router.sites,
+            self.num_steps,
+            gradient_checkpointing=self.hparams["gradient_checkpointing"],
+        )
 
     @property
     def num_steps(self) -> int:

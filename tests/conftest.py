@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from tiny_models import SHAPES, TinyPipeline, build_pipeline, shared_pipeline
+from training_fixtures import BUDGET, SAMPLING, save_tiny_teacher
 
 from hgc_learn.inference import remove_schedule
+
+if TYPE_CHECKING:
+    from hgc_learn.training import RouterModule
 
 torch.set_num_threads(1)  # models this small only lose by more
 
@@ -38,3 +44,36 @@ def tiny(request: pytest.FixtureRequest) -> Iterator[TinyPipeline]:
 def own() -> TinyPipeline:
     """An SD1.5-shaped pipeline that a test may change."""
     return build_pipeline("sd15")
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    save_tiny_teacher(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_module(teacher: Path) -> RouterModule:
+    from hgc_learn.objectives import DEFAULT_SITES
+    from hgc_learn.training import RouterModule
+
+    return RouterModule(str(teacher), SAMPLING, budgets=[BUDGET], sites=[*DEFAULT_SITES, "unet:guidance"])
+
+
+@pytest.fixture
+def module(shared_module: RouterModule) -> RouterModule:
+    """A router over the tiny pipeline, its logits the same before every test."""
+    router = shared_module.router
+    with torch.no_grad():
+        router.logits.copy_(torch.randn(router.logits.shape, generator=torch.Generator().manual_seed(0)))
+    router.temperature = 1.0
+    return shared_module
+
+
+@pytest.fixture(scope="session")
+def batch() -> dict[str, Any]:
+    """Two scenes."""
+    from hgc_learn.data import SceneDataModule
+
+    return next(iter(SceneDataModule(num_train=2, num_val=2, batch_size=2).train_dataloader()))

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from training_fixtures import SAMPLING, fit, save_tiny_teacher
+from training_fixtures import BUDGET, SAMPLING, changed, fit, random_schedule
 
 from hgc_learn.__main__ import guarded, main
 from hgc_learn.cli import train
-from hgc_learn.data import ControlDataModule, SceneDataModule
+from hgc_learn.data import ControlDataModule
 from hgc_learn.export import export
 from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import HGCSchedule, apply_schedule
-from hgc_learn.objectives import DEFAULT_SITES, Rollout
+from hgc_learn.objectives import Rollout
 from hgc_learn.plan import compile_plan
-from hgc_learn.predictors import BY_CODE
-from hgc_learn.quadratic import QuadraticModel
-from hgc_learn.refine import Polisher, log_error, usual_weights
 from hgc_learn.rollout import generate
-from hgc_learn.starts import rule_schedules
 from hgc_learn.training import RouterModule
 
 CONFIGS = [
@@ -33,179 +26,6 @@ CONFIGS = [
     for folder in ("configs", "configs/compare/train")
     for path in sorted((Path(__file__).parent.parent / folder).glob("*.yaml"))
 ]
-BUDGET = 0.5
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    save_tiny_teacher(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def module(teacher: Path) -> RouterModule:
-    return RouterModule(str(teacher), SAMPLING, budgets=[BUDGET], sites=[*DEFAULT_SITES, "unet:guidance"])
-
-
-@pytest.fixture(scope="session")
-def batch() -> dict[str, Any]:
-    return next(iter(SceneDataModule(num_train=2, num_val=2, batch_size=2).train_dataloader()))
-
-
-@pytest.fixture(autouse=True)
-def small_logits(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The shared module's logits are the same before every test."""
-    if "module" in request.fixturenames:
-        router = request.getfixturevalue("module").router
-        with torch.no_grad():
-            router.logits.copy_(torch.randn(router.logits.shape, generator=torch.Generator().manual_seed(0)))
-        router.temperature = 1.0
-    yield
-
-
-def random_schedule(module: RouterModule, share: float, seed: int) -> HardSchedule:
-    """Computes a share of the gates and fills in the rest with any weights, those of `hold` and `linear` among them."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = module.router.logits.shape
-    compute = torch.rand(shape, generator=generator) < share
-    if share < 1:
-        compute[2, module.router.sites.index("unet:guidance")] = False  # a step of half a batch among the full ones
-    compute[0] = True
-    scale = 1 + 0.1 * torch.randn(shape, generator=generator)
-    reach = torch.rand(shape, generator=generator)
-    plain = torch.rand(shape, generator=generator) < 0.5
-    return HardSchedule(compute, torch.stack([scale.masked_fill(plain, 1), torch.where(plain, reach.round(), reach)]))
-
-
-@pytest.mark.parametrize("share", [1.0, 0.95, 0.7])
-def test_training_path_equals_inference_path(module: RouterModule, batch: dict[str, Any], share: float) -> None:
-    schedule = random_schedule(module, share, seed=int(100 * share))
-    if share < 1:
-        assert {"C", "-", "1", "f"} <= set("".join(module.draft(schedule).sites.values()))
-    inference = module.rollout(batch, schedule)
-    module.forwards.set_schedule(schedule)
-    module.forwards.install()
-    training = generate(module.pipe, SAMPLING, batch, grad=True)
-    module.forwards.uninstall()
-    assert training.requires_grad
-    torch.testing.assert_close(training.detach(), inference, rtol=0, atol=1e-5 * float(inference.abs().max()))
-
-
-def used_values(module: RouterModule, schedule: HardSchedule) -> Callable[[str, int], dict[int, float] | None]:
-    """What a site gives at a step, as weights of its fresh values by step: of the guided half; None if not live."""
-    draft = module.draft(schedule)
-    plan = module.setting.plan(draft)
-
-    def used(site: str, step: int) -> dict[int, float] | None:
-        if site in plan.steps[step].run:
-            return {step: 1.0}
-        for load in plan.steps[step].load:
-            if load.site == site:
-                names = [parameter.name for parameter in BY_CODE[load.code].parameters]
-                parameters = {name: draft.tensors[f"{site}/{name}"] for name in names}
-                fill = BY_CODE[load.code].fill([step - j for j in load.guided], step, parameters)
-                return {j: float(c) for j, c in zip(load.guided, fill.coefficients, strict=False)}
-        return None
-
-    return used
-
-
-def changed(schedule: HardSchedule, step: int, column: int, weight: int | None) -> HardSchedule:
-    """One gate flipped, or 1 added to one of its weights."""
-    compute, weights = schedule.compute.clone(), schedule.weights.clone()
-    if weight is None:
-        compute[step, column] ^= True
-    else:
-        weights[weight, step, column] += 1
-    return HardSchedule(compute, weights)
-
-
-def test_first_order_effects_are_those_of_a_small_change(
-    module: RouterModule, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against autograd through used + epsilon * (what the plan of the other schedule says - used), written out."""
-    schedule = random_schedule(module, 0.9, seed=1)
-    schedule.compute[:, module.router.sites.index("unet:guidance")] = True  # the halves are the same then
-    forwards, sites = module.forwards, module.router.sites
-    before = used_values(module, schedule)
-    changes = []
-    for column, step in itertools.product(range(0, len(sites), 3), range(1, len(schedule.compute))):
-        if sites[column] != "unet:guidance" and before(sites[column], step):
-            changes += [(step, column, weight) for weight in (None, 0, 1)]
-    changes = changes[:: max(1, len(changes) // 90)]
-    others = [used_values(module, changed(schedule, *change)) for change in changes]
-    epsilon = torch.zeros(len(changes), requires_grad=True)
-    watch = forwards._watch
-
-    def disturbed(used: Tensor, name: str, step: int) -> Tensor:
-        value = watch(used, name, step)
-        for index, ((_, column, _), other) in enumerate(zip(changes, others, strict=True)):
-            if sites[column] != name:
-                continue
-            mine, after = before(name, step), other(name, step)
-            if mine and after and mine != after:
-                fresh = forwards.fresh[name]
-                change = sum((after.get(j, 0) - mine.get(j, 0)) * fresh[j] for j in {**mine, **after})
-                value = value + epsilon[index] * change
-        return value
-
-    monkeypatch.setattr(forwards, "_watch", disturbed)
-    forwards.set_schedule(schedule)
-    forwards.install()
-    value = generate(module.pipe, SAMPLING, batch, grad=True).sin().sum()
-    forwards.uninstall()
-    (expected,) = torch.autograd.grad(value, epsilon, retain_graph=True)
-    products = forwards._backward(value)
-    for (step, column, weight), derivative in zip(changes, expected.tolist(), strict=True):
-        by_half = forwards._by_half(products[sites[column]][:, :, None], 2)
-        found = forwards._flips(sites[column], by_half) if weight is None else None
-        found = forwards._by_weight(sites[column], by_half)[weight] if found is None else found
-        assert found[step].sum() == pytest.approx(derivative, rel=2e-3, abs=1e-4)
-    assert expected.abs().gt(1e-3).sum() > 20
-    assert len({weight for (*_, weight), d in zip(changes, expected.tolist(), strict=True) if abs(d) > 1e-3}) == 3
-    forwards.forget()
-
-
-def test_effects_predict_what_flips_do(module: RouterModule, batch: dict[str, Any]) -> None:
-    schedule = random_schedule(module, 0.99, seed=2)
-    target = module.teacher_latents(batch)
-    module.generator = torch.Generator().manual_seed(0)
-    effects = module.effects(batch, schedule, num_directions=12)
-    error = module.rollout_errors(batch, schedule, target)
-    torch.testing.assert_close(effects.errors, error, rtol=1e-3, atol=0)
-    predicted = effects.of_each_flip()
-    actual = []
-    for index in (chosen := predicted.abs().flatten().argsort(descending=True)[:200:10]):
-        step, column = (int(i) for i in torch.unravel_index(index, predicted.shape))
-        flipped = changed(schedule, step, column, None)
-        actual.append((module.rollout_errors(batch, flipped, target) / error).log().mean())
-    pair = torch.stack([predicted.flatten()[chosen].float(), torch.stack(actual)])
-    assert (pair[0].sign() == pair[1].sign()).float().mean() > 0.8
-    assert torch.corrcoef(pair)[0, 1] > 0.8
-
-
-def test_quadratic_model_predicts_joint_changes(module: RouterModule, batch: dict[str, Any]) -> None:
-    """Several flips at once: better than the sum of what each does alone."""
-    schedule = random_schedule(module, 0.99, seed=2)
-    module.generator = torch.Generator().manual_seed(0)
-    effects = module.effects(batch, schedule, num_directions=24)
-    model = QuadraticModel(module.router, schedule, effects)
-    target = module.teacher_latents(batch)
-    error = module.rollout_errors(batch, schedule, target)
-    live = (effects.flips[0].abs().mean(0) > 0).flatten().nonzero().flatten()
-    joint, alone, actual = [], [], []
-    for seed in range(12):
-        order = torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))
-        flipped = torch.zeros_like(model.costs, dtype=torch.bool)
-        flipped[live[order[:4]]] = True
-        joint.append(model._expected(flipped)[0].log().mean())
-        alone.append(effects.of_each_flip().flatten()[flipped].sum())
-        after = HardSchedule(schedule.compute ^ flipped.view_as(schedule.compute), schedule.weights)
-        actual.append((module.rollout_errors(batch, after, target) / error).log().mean().double())
-    truth = torch.stack(actual)
-    assert (torch.stack(joint) - truth).abs().mean() < (torch.stack(alone) - truth).abs().mean()
-    assert torch.corrcoef(torch.stack([torch.stack(joint), truth]))[0, 1] > 0.9
 
 
 def test_price_meets_the_budget_and_threshold_keeps_to_it(module: RouterModule) -> None:
@@ -252,59 +72,6 @@ def test_gradient_does_not_move_the_expected_macs(module: RouterModule, batch: d
         assert values.abs().sum() > 0
     assert abs(float(gradient.sum())) < 1e-3 * float(gradient.abs().sum())
     assert float(logs["expected_macs"]) == pytest.approx(BUDGET, abs=2e-3)
-
-
-def test_polishing_lowers_the_error_within_the_budget(module: RouterModule, batch: dict[str, Any]) -> None:
-    module.generator = torch.Generator().manual_seed(1)
-    schedule = module.router.threshold(BUDGET)
-    before = log_error(module, [batch], schedule)
-    polisher = Polisher(module, [batch], schedule, BUDGET, max_swaps=16)
-    flips = 0
-    for _ in range(2):
-        start = polisher.schedule
-        polisher.round()
-        flips += int((start.compute != polisher.schedule.compute).sum())
-        assert module.router.kept(polisher.schedule.compute) <= BUDGET
-    assert flips > 0
-    assert (polisher.schedule.weights != schedule.weights).any()
-    assert log_error(module, [batch], polisher.schedule) == pytest.approx(polisher.log_error)
-    assert polisher.log_error < before
-
-
-def test_weights_are_moved_where_they_lower_the_error(module: RouterModule, batch: dict[str, Any]) -> None:
-    schedule = random_schedule(module, 0.8, seed=5)
-    module.generator = torch.Generator().manual_seed(0)
-    effects = module.effects(batch, schedule, num_directions=8)
-    model = QuadraticModel(module.router, schedule, effects)
-    nothing = torch.zeros_like(model.costs, dtype=torch.bool)
-    better = model.changed(nothing, damping=1.0)
-    assert torch.equal(better.compute, schedule.compute)
-    moved = (better.weights != schedule.weights).any(0)
-    assert moved.any()
-    assert not (moved & schedule.compute).any()
-    assert log_error(module, [batch], better) < log_error(module, [batch], schedule)
-    step = [(model.changed(nothing, damping).weights - schedule.weights).abs().sum() for damping in (1.0, 10.0, 1e4)]
-    assert step[0] > step[1] > 50 * step[2]
-
-
-def test_gates_get_the_usual_weights_of_their_site() -> None:
-    filled_in = torch.tensor([[False, False], [True, False], [False, False], [True, False]])
-    weights = torch.stack([torch.arange(8.0).view(4, 2), torch.zeros(4, 2)])
-    usual = usual_weights(HardSchedule(~filled_in, weights), filled_in)
-    assert usual[0].tolist() == [[4, 1], [2, 3], [4, 5], [6, 7]]
-
-
-@pytest.mark.parametrize("budget", [0.3, 0.6])
-def test_polishing_can_start_from_what_rules_write(module: RouterModule, budget: float) -> None:
-    router = module.router
-    schedules = rule_schedules(router, module.setting, budget)
-    assert len(schedules) > 4
-    for schedule in schedules:
-        assert 0.5 * budget < router.kept(schedule.compute) <= budget
-        rows = list(module.draft(schedule).sites.values())
-        assert len(set(rows)) == 1  # full steps are full for all that is reused together
-    eps = {module.draft(schedule).sites.get("unet:eps") for schedule in schedules}
-    assert {row[1:].replace("C", "") for row in eps if row} >= ({"--", "11"} if budget == 0.6 else {"----", "1111"})
 
 
 pytestmark = pytest.mark.filterwarnings(

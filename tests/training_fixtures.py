@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import (
@@ -14,8 +15,13 @@ from diffusers import (
 from tiny_models import UNET_CONFIGS, build_models
 
 from hgc_learn.demo.teacher import HIDDEN_SIZE, build_text_encoder, build_tokenizer
+from hgc_learn.hard import HardSchedule
 from hgc_learn.rollout import SamplingConfig
 
+if TYPE_CHECKING:
+    from hgc_learn.training import RouterModule
+
+BUDGET = 0.5
 SAMPLING = SamplingConfig(num_inference_steps=5, guidance_scale=3.0, height=64, width=64)
 
 
@@ -45,6 +51,30 @@ def save_tiny_teacher(folder: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+
+
+def random_schedule(module: RouterModule, share: float, seed: int) -> HardSchedule:
+    """Computes a share of the gates and fills in the rest with any weights, those of `hold` and `linear` among them."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = module.router.logits.shape
+    compute = torch.rand(shape, generator=generator) < share
+    if share < 1:
+        compute[2, module.router.sites.index("unet:guidance")] = False  # a step of half a batch among the full ones
+    compute[0] = True
+    scale = 1 + 0.1 * torch.randn(shape, generator=generator)
+    reach = torch.rand(shape, generator=generator)
+    plain = torch.rand(shape, generator=generator) < 0.5
+    return HardSchedule(compute, torch.stack([scale.masked_fill(plain, 1), torch.where(plain, reach.round(), reach)]))
+
+
+def changed(schedule: HardSchedule, step: int, column: int, weight: int | None) -> HardSchedule:
+    """One gate flipped, or 1 added to one of its weights."""
+    compute, weights = schedule.compute.clone(), schedule.weights.clone()
+    if weight is None:
+        compute[step, column] ^= True
+    else:
+        weights[weight, step, column] += 1
+    return HardSchedule(compute, weights)
 
 
 def fit(teacher: Path, folder: Path, max_steps: int, *more: str) -> Path:

@@ -19,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--refine_rounds",
         type=int,
         default=4,
-        help="rounds of polishing with real rollouts after rounding; 0 for none (default 4)",
+        help="rounds of refining with real rollouts after rounding; 0 for none (default 4)",
     )
     parser.add_argument(
-        "--refine_samples", type=int, default=64, help="training samples that polishing measures on (default 64)"
+        "--refine_samples", type=int, default=64, help="training samples that refining measures on (default 64)"
     )
     parser.add_argument("--refine_batch_size", type=int, default=8, help="how many of them run at once (default 8)")
 

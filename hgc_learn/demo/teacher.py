@@ -27,6 +27,7 @@ HIDDEN_SIZE = 64  # of the text encoder
 LATENT_CHANNELS = 4
 LATENT_SIZE = IMAGE_SIZE // 4
 BLOCK_CHANNELS = (32, 64, 128, 128)
+LAYERS_PER_BLOCK = 2
 NUM_HEADS = (2, 4, 8, 8)  # 16 channels per head; the UNet calls this attention_head_dim, as SD1.5 does
 SCHEDULER_CONFIG = {
     "num_train_timesteps": 1000,
@@ -94,30 +95,35 @@ def build_vae(block_out_channels: tuple[int, ...] = (16, 32, 64)) -> Autoencoder
     )
 
 
-def build_unet() -> UNet2DConditionModel:
-    """The denoiser: SD1.5's four levels with two layers each, at a tenth of its width."""
+def build_unet(
+    block_out_channels: tuple[int, ...] = BLOCK_CHANNELS, layers_per_block: int = LAYERS_PER_BLOCK
+) -> UNet2DConditionModel:
+    """The denoiser: SD1.5's four levels, with two layers each and at a tenth of its width unless others are asked
+    for."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=BLOCK_CHANNELS,
-        layers_per_block=2,
+        block_out_channels=block_out_channels,
+        layers_per_block=layers_per_block,
         cross_attention_dim=HIDDEN_SIZE,
         attention_head_dim=NUM_HEADS,
         norm_num_groups=8,
     )
 
 
-def build_controlnet() -> ControlNetModel:
-    """The ControlNet, to be trained together with the UNet and not as a frozen UNet's copy.
+def build_controlnet(
+    block_out_channels: tuple[int, ...] = BLOCK_CHANNELS, layers_per_block: int = LAYERS_PER_BLOCK
+) -> ControlNetModel:
+    """The ControlNet of such a UNet, to be trained together with the UNet and not as a frozen UNet's copy.
 
     Its zero convolutions and the last layer of the condition embedding start small instead of at zero. Zero is for
     leaving a trained UNet unharmed; beside an untrained one it only keeps the control from being learned.
     """
     controlnet = ControlNetModel(
         in_channels=LATENT_CHANNELS,
-        block_out_channels=BLOCK_CHANNELS,
-        layers_per_block=2,
+        block_out_channels=block_out_channels,
+        layers_per_block=layers_per_block,
         cross_attention_dim=HIDDEN_SIZE,
         attention_head_dim=NUM_HEADS,
         norm_num_groups=8,

@@ -10,6 +10,7 @@ import argparse
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -24,6 +25,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from hgc_learn.demo.scenes import COLORS, KINDS, SceneDataset
 from hgc_learn.demo.teacher import (
+    BLOCK_CHANNELS,
+    LAYERS_PER_BLOCK,
     build_controlnet,
     build_text_encoder,
     build_tokenizer,
@@ -46,9 +49,17 @@ class TeacherArguments:
     """Sizes of the training run; the defaults are those of the committed teacher.
 
     Steps are optimizer steps, batch sizes are totals over all processes.
+
+    Attributes:
+        parts: pipeline folder to take tokenizer, text encoder and VAE from, instead of training them.
+        block_out_channels: width of the UNet's and the ControlNet's four levels.
+        layers_per_block: their depth.
     """
 
     output: Path
+    parts: Path | None = None
+    block_out_channels: tuple[int, ...] = BLOCK_CHANNELS
+    layers_per_block: int = LAYERS_PER_BLOCK
     num_scenes: int = 40_000
     num_processes: int = 2
     text_encoder_steps: int = 1500
@@ -69,11 +80,11 @@ class TeacherArguments:
 
 def save_folder(save: Callable[[Path], object], folder: Path) -> None:
     """Call `save` with a temporary folder and move it to `folder` when complete, replacing what was there."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save(partial)
+    unfinished = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save(unfinished)
     shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
+    unfinished.replace(folder)
 
 
 def fit(
@@ -127,6 +138,19 @@ def fit(
     )
     if trainer.interrupted:
         raise KeyboardInterrupt
+
+
+def take_parts(source: Path, output: Path) -> None:
+    """Copy tokenizer, text encoder and VAE of a pipeline folder, unless they are there.
+
+    Raises:
+        ValueError: `source` has no such part.
+    """
+    for name in ("tokenizer", "text_encoder", "vae"):
+        if not (source / name).is_dir():
+            raise ValueError(f"parts: {source} has no folder {name}; give the folder of a whole pipeline.")
+        if not (output / name).exists():
+            save_folder(partial(shutil.copytree, source / name), output / name)
 
 
 def train_text_encoder(args: TeacherArguments) -> None:
@@ -196,8 +220,8 @@ def train_denoiser(args: TeacherArguments) -> None:
     vae = AutoencoderKL.from_pretrained(args.output / "vae")
     encode_training_scenes(args.scenes, vae)
     stage = DenoiserModule(
-        build_unet(),
-        build_controlnet(),
+        build_unet(args.block_out_channels, args.layers_per_block),
+        build_controlnet(args.block_out_channels, args.layers_per_block),
         tokenizer=tokenizer,
         text_encoder=CLIPTextModel.from_pretrained(args.output / "text_encoder"),
         vae=vae,
@@ -221,6 +245,8 @@ def train_teacher(args: TeacherArguments) -> None:
     """Run all stages that are not done yet."""
     L.seed_everything(args.seed)
     draw_training_scenes(args.scenes, args.num_scenes)
+    if args.parts:
+        take_parts(args.parts, args.output)
     train_text_encoder(args)
     train_vae(args)
     train_denoiser(args)
@@ -230,10 +256,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--parts", type=Path, help="pipeline folder to take tokenizer, text encoder and VAE from")
+    parser.add_argument("--block_out_channels", type=int, nargs=4, default=BLOCK_CHANNELS)
     for name, field in TeacherArguments.__dataclass_fields__.items():
-        if name != "output":
+        if field.type == "int":
             parser.add_argument(f"--{name}", type=int, default=field.default)
-    train_teacher(TeacherArguments(**vars(parser.parse_args(argv))))
+    arguments = vars(parser.parse_args(argv))
+    train_teacher(TeacherArguments(**arguments | {"block_out_channels": tuple(arguments["block_out_channels"])}))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Objective(nn.Module):
     Attributes:
         policy: name of the policy that a router trained like this is exported as.
         default_sites: glob patterns of the sites that it routes unless others are asked for.
-        is_refined: whether an exported schedule is polished by real rollouts.
+        is_refined: whether an exported schedule is refined by real rollouts.
     """
 
     policy: ClassVar[str]

@@ -69,7 +69,7 @@ class Rollout(Objective):
         self, module: RouterModule, batch: dict[str, Any], budget: float
     ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
         """Gradients of the expected log error by the logits [steps, sites], along which the expected MACs stay put,
-        and by the weights [2, steps, sites]; of these the scales are left to polishing."""
+        and by the weights [2, steps, sites]; of these the scales are left to refining."""
         router = module.router
         p_compute = router.probabilities(router.price(budget))
         schedule = router.sample(p_compute.detach(), module.generator)

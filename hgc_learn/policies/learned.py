@@ -16,7 +16,7 @@ def learned(
     refine_samples: int = 64,
     refine_batch_size: int = 8,
 ) -> Draft:
-    """A trained router's best gates within the budget, polished by real rollouts.
+    """A trained router's best gates within the budget, refined by real rollouts.
 
     Args:
         ckpt_path: checkpoint of `train.py fit`.
@@ -25,8 +25,8 @@ def learned(
         refine_samples: samples that the rounds take in turns.
         refine_batch_size: how many of them run at once.
     """
-    from hgc_learn.export import decide, load_trained, polishing_batches
+    from hgc_learn.export import decide, load_trained, refining_batches
 
     module, data = load_trained(setting, ckpt_path, "learned")
-    batches = polishing_batches(module, data, refine_samples, refine_batch_size) if refine_rounds else []
+    batches = refining_batches(module, data, refine_samples, refine_batch_size) if refine_rounds else []
     return module.draft(decide(module, budget, batches, num_rounds=refine_rounds))

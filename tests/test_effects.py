@@ -1,0 +1,135 @@
+"""What effects say of other choices, against what these choices really do."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from training_fixtures import SAMPLING, changed, random_schedule
+
+from hgc_learn.hard import HardSchedule
+from hgc_learn.predictors import BY_CODE
+from hgc_learn.rollout import generate
+from hgc_learn.training import RouterModule
+
+
+def used_values(module: RouterModule, schedule: HardSchedule) -> Callable[[str, int], dict[int, float] | None]:
+    """What a site gives at a step, as weights of its fresh values by step: of the guided half; None if not live."""
+    draft = module.draft(schedule)
+    plan = module.setting.plan(draft)
+
+    def used(site: str, step: int) -> dict[int, float] | None:
+        if site in plan.steps[step].run:
+            return {step: 1.0}
+        for load in plan.steps[step].load:
+            if load.site == site:
+                names = [parameter.name for parameter in BY_CODE[load.code].parameters]
+                parameters = {name: draft.tensors[f"{site}/{name}"] for name in names}
+                fill = BY_CODE[load.code].fill([step - j for j in load.guided], step, parameters)
+                return {j: float(c) for j, c in zip(load.guided, fill.coefficients, strict=False)}
+        return None
+
+    return used
+
+
+@pytest.mark.parametrize("share", [1.0, 0.95, 0.7])
+def test_training_path_equals_inference_path(module: RouterModule, batch: dict[str, Any], share: float) -> None:
+    schedule = random_schedule(module, share, seed=int(100 * share))
+    if share < 1:
+        assert {"C", "-", "1", "f"} <= set("".join(module.draft(schedule).sites.values()))
+    inference = module.rollout(batch, schedule)
+    module.forwards.set_schedule(schedule)
+    module.forwards.install()
+    training = generate(module.pipe, SAMPLING, batch, grad=True)
+    module.forwards.uninstall()
+    assert training.requires_grad
+    torch.testing.assert_close(training.detach(), inference, rtol=0, atol=1e-5 * float(inference.abs().max()))
+
+
+def test_first_order_effects_are_those_of_a_small_change(
+    module: RouterModule, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against autograd through used + epsilon * (what the plan of the other schedule says - used), written out."""
+    schedule = random_schedule(module, 0.9, seed=1)
+    schedule.compute[:, module.router.sites.index("unet:guidance")] = True  # the halves are the same then
+    forwards, sites = module.forwards, module.router.sites
+    before = used_values(module, schedule)
+    changes = []
+    for column, step in itertools.product(range(0, len(sites), 3), range(1, len(schedule.compute))):
+        if sites[column] != "unet:guidance" and before(sites[column], step):
+            changes += [(step, column, weight) for weight in (None, 0, 1)]
+    changes = changes[:: max(1, len(changes) // 90)]
+    others = [used_values(module, changed(schedule, *change)) for change in changes]
+    epsilon = torch.zeros(len(changes), requires_grad=True)
+    watch = forwards._watch
+
+    def disturbed(used: Tensor, name: str, step: int) -> Tensor:
+        value = watch(used, name, step)
+        for index, ((_, column, _), other) in enumerate(zip(changes, others, strict=True)):
+            if sites[column] != name:
+                continue
+            mine, after = before(name, step), other(name, step)
+            if mine and after and mine != after:
+                fresh = forwards.fresh[name]
+                change = sum((after.get(j, 0) - mine.get(j, 0)) * fresh[j] for j in {**mine, **after})
+                value = value + epsilon[index] * change
+        return value
+
+    monkeypatch.setattr(forwards, "_watch", disturbed)
+    forwards.set_schedule(schedule)
+    forwards.install()
+    value = generate(module.pipe, SAMPLING, batch, grad=True).sin().sum()
+    forwards.uninstall()
+    (expected,) = torch.autograd.grad(value, epsilon, retain_graph=True)
+    products = forwards._backward(value)
+    for (step, column, weight), derivative in zip(changes, expected.tolist(), strict=True):
+        by_half = forwards._by_half(products[sites[column]][:, :, None], 2)
+        found = forwards._flips(sites[column], by_half) if weight is None else None
+        found = forwards._by_weight(sites[column], by_half)[weight] if found is None else found
+        assert found[step].sum() == pytest.approx(derivative, rel=2e-3, abs=1e-4)
+    assert expected.abs().gt(1e-3).sum() > 20
+    assert len({weight for (*_, weight), d in zip(changes, expected.tolist(), strict=True) if abs(d) > 1e-3}) == 3
+    forwards.forget()
+
+
+def test_effects_predict_what_flips_do(module: RouterModule, batch: dict[str, Any]) -> None:
+    schedule = random_schedule(module, 0.99, seed=2)
+    target = module.teacher_latents(batch)
+    module.generator = torch.Generator().manual_seed(0)
+    effects = module.effects(batch, schedule, num_directions=12)
+    error = module.rollout_errors(batch, schedule, target)
+    torch.testing.assert_close(effects.errors, error, rtol=1e-3, atol=0)
+    predicted = effects.of_each_flip()
+    actual = []
+    for index in (chosen := predicted.abs().flatten().argsort(descending=True)[:200:10]):
+        step, column = (int(i) for i in torch.unravel_index(index, predicted.shape))
+        flipped = changed(schedule, step, column, None)
+        actual.append((module.rollout_errors(batch, flipped, target) / error).log().mean())
+    pair = torch.stack([predicted.flatten()[chosen].float(), torch.stack(actual)])
+    assert (pair[0].sign() == pair[1].sign()).float().mean() > 0.8
+    assert torch.corrcoef(pair)[0, 1] > 0.8
+
+
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(module: RouterModule, batch: dict[str, Any]) -> None:
+    schedule = random_schedule(module, 0.8, seed=6)
+    module.teacher_latents(batch)
+    results, kept = [], []
+    for module.forwards.gradient_checkpointing in (True, False):
+        module.generator = torch.Generator().manual_seed(0)
+        storages: dict[int, int] = {}
+
+        def keep(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            results.append(module.effects(batch, schedule, num_directions=1))
+        kept.append(sum(storages.values()))
+    assert torch.equal(results[0].flips, results[1].flips)
+    assert torch.equal(results[0].weights, results[1].weights)
+    assert results[0].flips.any()
+    assert kept[0] < 0.6 * kept[1]
