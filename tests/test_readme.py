@@ -125,3 +125,12 @@ def test_figures_are_the_measured_ones() -> None:
         f"{figures['wall_clock_speedup']:.2f}x",
     ):
         assert text in README, text
+
+
+def test_comparison_is_the_committed_one() -> None:
+    report = (ROOT / "benchmarks/compare/demo.md").read_text()
+    summary = report.split("## In short")[1].split("## ")[0]
+    rows = [line.split(" | ") for line in summary.splitlines() if re.match(r"\| \S+ \| \d+% ", line)]
+    assert len(rows) == 8
+    for sampler, kept, _, *rest in rows:
+        assert " | ".join([sampler, kept, *rest]) in README
