@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import pickle
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,7 +159,16 @@ def load_run(ckpt_path: Path) -> tuple[RouterModule, Any]:
         config = None
     if not isinstance(config, str):
         raise ValueError(f"{ckpt_path}: not a checkpoint written by `python train.py fit`.")
-    cli = rebuild(config)
+    told = io.StringIO()
+    try:
+        with redirect_stderr(told):  # jsonargparse explains itself there, with a usage message
+            cli = rebuild(config)
+    except SystemExit:
+        reason = " ".join(told.getvalue().split("error:")[-1].split())
+        raise ValueError(
+            f"{ckpt_path}: its configuration is not one of this version of hgc_learn ({reason}). Export it with the "
+            "version that it was trained with, or train anew."
+        ) from None
     try:
         cli.model.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:

@@ -74,6 +74,7 @@ class Refiner:
             flipped = model.swaps(self.budget, self.num_swaps)
             if not flipped.any():
                 break
+            # Weights move less than when they move alone: what they answer is a prediction too.
             if self._accepts(model.changed(flipped, 3 * self.damping), judges):
                 self.num_swaps = min(self.max_swaps, 2 * self.num_swaps)
                 break

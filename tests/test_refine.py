@@ -8,6 +8,8 @@ import pytest
 import torch
 from training_fixtures import BUDGET, random_schedule
 
+from hgc_learn.data import SceneDataModule
+from hgc_learn.export import refining_batches
 from hgc_learn.hard import HardSchedule
 from hgc_learn.quadratic import QuadraticModel
 from hgc_learn.refine import Refiner, log_error, usual_weights
@@ -89,3 +91,13 @@ def test_refining_can_start_from_what_rules_write(module: RouterModule, budget: 
         assert len(set(rows)) == 1  # full steps are full for all that is reused together
     eps = {module.draft(schedule).sites.get("unet:eps") for schedule in schedules}
     assert {row[1:].replace("C", "") for row in eps if row} >= ({"--", "11"} if budget == 0.6 else {"----", "1111"})
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "batch_size", "message"), [(0, 2, "refine_samples is 0"), (4, -1, "refine_batch_size is -1")]
+)
+def test_no_samples_to_refine_on_is_refused(
+    shared_module: RouterModule, num_samples: int, batch_size: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{message}; it must be at least 1"):
+        refining_batches(shared_module, SceneDataModule(num_train=4, num_val=2), num_samples, batch_size)

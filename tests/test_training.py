@@ -149,6 +149,16 @@ def test_export_refuses_clearly(arguments: list[str], message: str, capsys: pyte
     assert "Traceback" not in error
 
 
+def test_checkpoint_of_another_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "old.ckpt"
+    torch.save({"config": "model:\n  model: anything\n  predictors: [hold]\n", "state_dict": {}}, path)
+    assert main(["export", "--ckpt_path", str(path), "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "old.ckpt: its configuration is not one of this version" in error
+    assert "predictors" in error
+    assert len(error.strip().splitlines()) < 6
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

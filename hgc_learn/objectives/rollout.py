@@ -18,13 +18,14 @@ from torch import Tensor
 
 from hgc_learn.hard import HardSchedule
 from hgc_learn.objectives.base import Objective
+from hgc_learn.predictors.fitted import FITTED
 from hgc_learn.router import Router
 
 if TYPE_CHECKING:
     from hgc_learn.training import RouterModule
 
 
-SCALE = 0  # index of the first of the fitted predictor's weights
+SCALE = [parameter.name for parameter in FITTED.parameters].index("scale")
 
 
 class Rollout(Objective):
