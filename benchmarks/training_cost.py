@@ -1,7 +1,7 @@
 """What training costs, in forward passes of the uncached teacher: `python benchmarks/training_cost.py`.
 
-Everything that a run computes, backward passes and rollouts of refining included, is counted by torch's own FLOP counter
-and divided by what the uncached pipeline needs for one step of one sample (both halves of guidance). Two rows:
+Everything that a run computes, backward passes and rollouts of refining included, is counted by torch's own FLOP
+counter and divided by what the uncached pipeline needs for one step of one sample (both halves of guidance). Two rows:
 
 - `learned`: the whole training of a configuration, then refining at every budget. All of it is run.
 - `l2c`: Learning-to-Cache's own recipe, 50,000 updates of 64 samples (the settings of its published code), each of a
@@ -16,6 +16,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def learned_row(config: Path, folder: Path, seed: int, rounds: int) -> dict[str,
     batches = refining_batches(module, cli.datamodule, 64, 8)
     refining = {}
     for budget in module.hparams["budgets"]:
-        _, total, taken = flops(lambda budget=budget: decide(module, budget, batches, num_rounds=rounds))
+        _, total, taken = flops(partial(decide, module, budget, batches, num_rounds=rounds))
         refining[f"{budget:g}"] = {"teacher_forwards": round(total / unit), "seconds": round(taken)}
     row = {
         "policy": "learned",
@@ -81,7 +82,7 @@ def l2c_row(config: Path, folder: Path) -> dict[str, Any]:
     more = [f"--trainer.max_steps={NUM_L2C_UPDATES}", "--trainer.limit_val_batches=0", "--data.batch_size=1"]
     more += [f"--model.objective.intervals=[{L2C_INTERVAL}]", "--model.budgets=[0.9]"]
     # Clean samples come from the data in the paper, from the teacher here: these are not counted.
-    first, before, _ = flops(lambda: fit(config, folder / "1", *more, "--trainer.max_steps=1"))
+    _, before, _ = flops(lambda: fit(config, folder / "1", *more, "--trainer.max_steps=1"))
     cli, after, seconds = flops(lambda: fit(config, folder / "n", *more))
     unit = teacher_forward(cli)
     clean = unit * cli.model.num_steps
