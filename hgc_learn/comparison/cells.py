@@ -67,6 +67,7 @@ def protocol(config: CompareConfig, sampler: str) -> dict[str, Any]:
             "model": config.model,
             "sampling": asdict(config.sampling(sampler)),
             "num_test": config.samplers[sampler].num_test,
+            "test_offset": config.test_offset,
             "tuning": asdict(config.tuning),
             "optional_metrics": config.optional_metrics,
         }
@@ -82,7 +83,7 @@ class Bench:
         self.pipe = load_pipeline(config.model, self.sampling)
         calibration = draw_batches("train", config.tuning.num_calibration, config.batch_size)
         self.setting = Setting.of_pipeline(self.pipe, self.sampling, calibration)
-        self.test = draw_batches("test", config.samplers[sampler].num_test, config.batch_size)
+        self.test = draw_batches("test", config.samplers[sampler].num_test, config.batch_size, config.test_offset)
         self.tuning = draw_batches("validation", config.tuning.num_scenes, config.tuning.num_scenes)
         self.optional = {name: optional_metric(name) for name in config.optional_metrics}
 

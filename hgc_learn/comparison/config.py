@@ -74,6 +74,7 @@ class CompareConfig:
         grid: what the picture grid shows.
         policies: names of the policies; all if not given.
         guidance_scale: classifier-free guidance scale.
+        test_offset: test scenes left out, those before the first that is judged on.
         batch_size: samples generated at once.
         tuning: how the knobs are set.
         fixed: knobs that are not tuned, by policy: how much a search may try, for example.
@@ -91,6 +92,7 @@ class CompareConfig:
     grid: GridConfig
     policies: list[str] | None = None
     guidance_scale: float = 7.5
+    test_offset: int = 0
     batch_size: int = 16
     tuning: TuningConfig = field(default_factory=TuningConfig)
     fixed: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -120,6 +122,8 @@ class CompareConfig:
         for budget in self.budgets:
             if not 0 < budget < 1:
                 raise ValueError(f"budgets: {budget} is not between 0 and 1; it is the fraction of full MACs to keep.")
+        if self.test_offset < 0:
+            raise ValueError(f"test_offset is {self.test_offset}; it is a number of scenes.")
         if self.tuning.num_screening_scenes > self.tuning.num_scenes:
             raise ValueError("tuning: num_screening_scenes is larger than num_scenes.")
         if self.grid.sampler not in self.samplers or self.grid.budget not in self.budgets:

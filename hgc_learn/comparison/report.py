@@ -87,7 +87,7 @@ def grid_figure(config: CompareConfig, rankings: Sequence[Ranking]) -> Figure | 
     (ranking,) = [r for r in rankings if (r.sampler, r.budget) == (grid.sampler, grid.budget)]
     if not ranking.cells:
         return None
-    (batch,) = draw_batches("test", grid.num_pictures, grid.num_pictures)
+    (batch,) = draw_batches("test", grid.num_pictures, grid.num_pictures, config.test_offset)
     sampling = config.sampling(grid.sampler)
     pipe = load_pipeline(config.model, sampling)
     rows: dict[str, Tensor] = {

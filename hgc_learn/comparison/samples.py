@@ -25,9 +25,9 @@ from hgc_learn.rollout import SamplingConfig, generate
 from hgc_learn.schedule import HGCSchedule
 
 
-def draw_batches(split: str, num_scenes: int, batch_size: int) -> list[Batch]:
-    """The first scenes of a split of `hgc_learn.demo.scenes`."""
-    return list(DataLoader(SceneDataset(split, num_scenes), batch_size))
+def draw_batches(split: str, num_scenes: int, batch_size: int, offset: int = 0) -> list[Batch]:
+    """The first scenes of a split of `hgc_learn.demo.scenes`, those after `offset`."""
+    return list(DataLoader(SceneDataset(split, num_scenes, offset), batch_size))
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ def checkpoint(config: CompareConfig, sampler: str, policy: str) -> Path:
         raise ValueError(f"{policy} reads a checkpoint, and {training}, its training for {sampler}, does not exist.")
     from hgc_learn.cli import train
 
-    arguments = ["fit", f"--config={training}", f"--checkpoint.dirpath={folder}"]
+    arguments = ["fit", f"--config={training}", f"--model.model={config.model}", f"--checkpoint.dirpath={folder}"]
     arguments.append(f"--trainer.default_root_dir={folder}")
     resumed = ckpt_path.is_file()
     if resumed:
