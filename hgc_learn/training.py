@@ -154,8 +154,9 @@ class RouterModule(L.LightningModule):
         self.log("loss_db", -10 * logs["loss"].log10(), prog_bar=True, logger=False)
 
     def seed(self, number: int) -> None:
-        """All chance comes from the step's number, so that a resumed run draws what an unbroken one draws."""
-        self.generator = torch.Generator(self.device).manual_seed(number)
+        """All chance comes from the step's number and the run's seed (Lightning's `seed_everything`), so that a resumed
+        run draws what an unbroken one draws."""
+        self.generator = torch.Generator(self.device).manual_seed(torch.initial_seed() % 2**31 * 1_000_003 + number)
 
     def update_router(self) -> None:
         """Moves the logits along their gradient; Lightning counts it as a step of the training."""

@@ -152,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         pipeline, split=args.split, num_scenes=args.num_scenes, guidance_scale=args.guidance_scale
     )
     command = f"python -m hgc_learn.demo.evaluate_teacher --split {args.split} --num_scenes {args.num_scenes}"
+    if args.pipeline != TEACHER_DIR:
+        command += f" --pipeline {args.pipeline}"
     figures = {"command": f"{command} --guidance_scale {args.guidance_scale:g}", **figures}
     text = json.dumps(figures, indent=2)
     print(text)
