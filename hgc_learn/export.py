@@ -21,18 +21,12 @@ from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import gate_heatmap
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.hard import HardSchedule
-from hgc_learn.refine import Refiner, log_error
+from hgc_learn.refine import Refiner
 from hgc_learn.setting import Setting
-from hgc_learn.starts import rule_schedules
 from hgc_learn.training import RouterModule
 
 Report = Callable[[int, float], None]
 """(round, squared error of the latents as a geometric mean)."""
-
-NUM_RACERS = 3
-"""Schedules that refining begins with; after every round the worse half is out."""
-NUM_SCREENING_SAMPLES = 2
-"""On which rules are tried before the race."""
 
 
 def export(
@@ -49,8 +43,8 @@ def export(
         ckpt_path: checkpoint of `train.py fit`.
         output: folder to write to.
         budget: fraction of the full MACs to keep.
-        refine_rounds: rounds of local search with real rollouts on training batches; 0 for none, and for no rule's
-            schedule to begin with. It is part of `Rollout` only, other objectives are exported as they are.
+        refine_rounds: rounds of local search with real rollouts on training batches; 0 for none. It is part of
+            `Rollout` only, other objectives are exported as they are.
         refine_samples: training samples that the rounds take in turns.
         refine_batch_size: how many of them run at once.
 
@@ -102,22 +96,16 @@ def decide(
     num_rounds: int = 0,
     report: Report = lambda *_: None,
 ) -> HardSchedule:
-    """The hard schedule of a trained router at a budget; with rounds of refining (see `refine`) on `batches`, which
-    begin with a race of that schedule against those of rules."""
+    """The hard schedule of a trained router at a budget; with rounds of refining (see `refine`) on `batches`."""
     schedule = module.hard_schedule(budget)
     if not num_rounds:
         return schedule
     module.generator = torch.Generator(module.device)  # whenever it is asked for, the same schedule
-    few = {name: values[:NUM_SCREENING_SAMPLES] for name, values in batches[0].items()}
-    rules = rule_schedules(module.router, module.setting, budget)
-    rules.sort(key=lambda rule: log_error(module, [few], rule))
-    racers = [Refiner(module, batches, start, budget) for start in (schedule, *rules[: NUM_RACERS - 1])]
+    refiner = Refiner(module, batches, schedule, budget)
     for index in range(num_rounds):
-        for racer in racers:
-            racer.round()
-        racers = sorted(racers, key=lambda racer: racer.log_error)[: (len(racers) + 1) // 2]
-        report(index, math.exp(racers[0].log_error))
-    best = racers[0].schedule
+        refiner.round()
+        report(index, math.exp(refiner.log_error))
+    best = refiner.schedule
     return replace(best, compute=best.compute | module.router.dead(best.compute))  # not in the file's rows
 
 

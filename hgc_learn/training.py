@@ -158,10 +158,14 @@ class RouterModule(L.LightningModule):
         run draws what an unbroken one draws."""
         self.generator = torch.Generator(self.device).manual_seed(torch.initial_seed() % 2**31 * 1_000_003 + number)
 
-    def update_router(self) -> None:
-        """Moves the logits along their gradient; Lightning counts it as a step of the training."""
+    def update_router(self, learning_rate: float | None = None) -> None:
+        """Moves the router along its gradient, at another learning rate if one is given; Lightning counts it as a step
+        of the training."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
+        if learning_rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
         optimizer.step()
 
     def progress(self) -> float:

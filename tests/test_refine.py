@@ -13,7 +13,6 @@ from hgc_learn.export import refining_batches
 from hgc_learn.hard import HardSchedule
 from hgc_learn.quadratic import QuadraticModel
 from hgc_learn.refine import Refiner, log_error, usual_weights
-from hgc_learn.starts import rule_schedules
 from hgc_learn.training import RouterModule
 
 
@@ -78,19 +77,6 @@ def test_gates_get_the_usual_weights_of_their_site() -> None:
     weights = torch.stack([torch.arange(8.0).view(4, 2), torch.zeros(4, 2)])
     usual = usual_weights(HardSchedule(~filled_in, weights), filled_in)
     assert usual[0].tolist() == [[4, 1], [2, 3], [4, 5], [6, 7]]
-
-
-@pytest.mark.parametrize("budget", [0.3, 0.6])
-def test_refining_can_start_from_what_rules_write(module: RouterModule, budget: float) -> None:
-    router = module.router
-    schedules = rule_schedules(router, module.setting, budget)
-    assert len(schedules) > 4
-    for schedule in schedules:
-        assert 0.5 * budget < router.kept(schedule.compute) <= budget
-        rows = list(module.draft(schedule).sites.values())
-        assert len(set(rows)) == 1  # full steps are full for all that is reused together
-    eps = {module.draft(schedule).sites.get("unet:eps") for schedule in schedules}
-    assert {row[1:].replace("C", "") for row in eps if row} >= ({"--", "11"} if budget == 0.6 else {"----", "1111"})
 
 
 @pytest.mark.parametrize(

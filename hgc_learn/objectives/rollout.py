@@ -32,20 +32,29 @@ class Rollout(Objective):
     """Lowers the error of the final latents at the budgets, by the second-order effect of every gate.
 
     Args:
-        learning_rate: of Adam on the logits.
+        learning_rate: of Adam on logits and weights, at the start; it falls to 0 linearly.
         final_temperature: of the gates' sampling at the end of training; it falls from 1 geometrically.
-        num_warm_start_batches: batches that measure each gate's effect on the uncached trajectory, to start from.
+        num_warm_start_batches: batches that measure each gate's effect on the uncached trajectory, to start from; 0 to
+            start with equal gates.
+        num_directions: random ones in which second-order effects are measured; 0 leaves these out.
     """
 
     policy: ClassVar[str] = "learned"
     is_refined: ClassVar[bool] = True
     warm_started: Tensor
 
-    def __init__(self, learning_rate: float = 0.1, final_temperature: float = 0.2, num_warm_start_batches: int = 4):
+    def __init__(
+        self,
+        learning_rate: float = 0.1,
+        final_temperature: float = 0.2,
+        num_warm_start_batches: int = 4,
+        num_directions: int = 1,
+    ):
         super().__init__()
         self.learning_rate = learning_rate
         self.final_temperature = final_temperature
         self.num_warm_start_batches = num_warm_start_batches
+        self.num_directions = num_directions
         self.register_buffer("warm_started", torch.tensor(False))
 
     def optimizer(self, router: Router) -> torch.optim.Optimizer:
@@ -53,7 +62,7 @@ class Rollout(Objective):
 
     def step(self, module: RouterModule, batch: dict[str, Any]) -> dict[str, Any]:
         router = module.router
-        if not self.warm_started:
+        if not self.warm_started and self.num_warm_start_batches:
             loader = module.trainer.train_dataloader
             assert loader is not None
             self.warm_start(module, loader)
@@ -62,7 +71,7 @@ class Rollout(Objective):
         module.seed(1 + module.global_step)
         gradients, logs = self.gradients(module, batch, budgets[module.global_step % len(budgets)])
         router.logits.grad, router.weights.grad = gradients
-        module.update_router()
+        module.update_router(self.learning_rate * (1 - module.progress()))
         router.logits.data.clamp_(-8, 8)
         return logs
 
@@ -74,7 +83,7 @@ class Rollout(Objective):
         router = module.router
         p_compute = router.probabilities(router.price(budget))
         schedule = router.sample(p_compute.detach(), module.generator)
-        effects = module.effects(batch, schedule)
+        effects = module.effects(batch, schedule, self.num_directions)
         of_computing = torch.where(schedule.compute, -1, 1) * effects.of_each_flip().to(p_compute)
         change = (p_compute * of_computing).sum()
         (loss_gradient,) = torch.autograd.grad(change, router.logits, retain_graph=True)
