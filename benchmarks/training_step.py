@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionControlNetP
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from hgc_learn.architectures import load_architecture
+from hgc_learn.architectures import build_architecture
 from hgc_learn.demo.teacher import build_tokenizer
 from hgc_learn.objectives import Rollout
 from hgc_learn.rollout import SamplingConfig
@@ -31,7 +31,7 @@ from hgc_learn.training import RouterModule
 
 def save_random_pipeline(folder: Path, arch: str, dtype: torch.dtype) -> None:
     """A pipeline folder of an architecture with a ControlNet, with random weights."""
-    architecture = load_architecture(arch)
+    architecture = build_architecture(arch)
     tokenizer = build_tokenizer()
     text_encoder = CLIPTextModel(
         CLIPTextConfig(

@@ -1,0 +1,39 @@
+"""How old the values are that schedules reuse: `python benchmarks/cache_ages.py FILE ...`.
+
+The age of a value is the number of steps since it was computed, by liveness: what is not live at a step is not computed
+there, whatever its row says. Only schedules of the demonstration teacher, whose graph it is read with.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from hgc_learn.architectures import load_architecture
+from hgc_learn.demo.teacher import TEACHER_DIR
+from hgc_learn.graph import build_graph
+from hgc_learn.plan import compile_plan
+from hgc_learn.schedule import HGCSchedule
+from hgc_learn.sites import enclosing_module, is_inside
+
+
+def ages(path: Path) -> dict[str, list[int]]:
+    """By kind of site, the ages of all values that are loaded."""
+    schedule = HGCSchedule.load(path)
+    architecture = load_architecture(str(TEACHER_DIR))
+    inside = {enclosing_module(name) for name in schedule.sites if is_inside(name)}
+    graph = build_graph(architecture.unet, architecture.controlnet, inside)
+    found = defaultdict(list)
+    for index, step in enumerate(compile_plan(graph, schedule.sites, schedule.num_inference_steps).steps):
+        for load in step.load:
+            found[load.site.rpartition(":")[2]].append(index - max(load.guided))
+    return dict(found)
+
+
+if __name__ == "__main__":
+    print("| schedule | kind | loads | mean age | oldest |\n|---|---|---|---|---|")
+    for file in map(Path, sys.argv[1:]):
+        for kind, values in sorted(ages(file).items()):
+            name = "/".join(file.parts[-3:]).removesuffix(".schedule.json")
+            print(f"| {name} | {kind} | {len(values)} | {sum(values) / len(values):.1f} | {max(values)} |")

@@ -1,0 +1,109 @@
+"""How much the training seed matters, and how long a run takes: `python benchmarks/seeds.py --seeds 0 1 2`.
+
+Trains with each seed, refines at every budget, and judges on test scenes of the comparison. Seeds that are in the
+output already are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hgc_learn.cli import train
+from hgc_learn.comparison.samples import draw_batches, render, save_json
+from hgc_learn.comparison.statistics import mean_interval
+from hgc_learn.evaluation import picture_psnr
+from hgc_learn.export import decide, load_run, refining_batches
+from hgc_learn.hard import HardSchedule
+from hgc_learn.objectives import Rollout
+from hgc_learn.training import RouterModule
+
+NUM_ROUNDS, REFINE_SAMPLES, REFINE_BATCH_SIZE = 4, 64, 8  # the defaults of export.py
+
+
+def soft_and_hard(module: RouterModule, budget: float, num_scenes: int = 16, num_draws: int = 4) -> dict[str, float]:
+    """Latent error before refining, in dB below the latents' power, on validation scenes: of schedules drawn at the
+    temperature that training ended with, and of the one that is rounded."""
+    (batch,) = draw_batches("validation", num_scenes, num_scenes)
+    target = module.teacher_latents(batch)
+
+    def level(schedule: HardSchedule) -> float:
+        error = module.rollout_errors(batch, schedule, target) / target.square().flatten(1).mean(1)
+        return float(-10 * error.log10().mean())
+
+    objective, router = module.objective, module.router
+    assert isinstance(objective, Rollout)
+    router.temperature = objective.final_temperature
+    p_compute = router.probabilities(router.price(budget)).detach()
+    generator = torch.Generator().manual_seed(0)
+    soft = [level(router.sample(p_compute, generator)) for _ in range(num_draws)]
+    return {
+        "soft_latent_db": round(sum(soft) / num_draws, 2),
+        "hard_latent_db": round(level(module.hard_schedule(budget)), 2),
+    }
+
+
+def run(sampler: str, seed: int, num_scenes: int) -> list[dict[str, Any]]:
+    """A row per budget."""
+    folder = Path("runs/seeds") / sampler / str(seed)
+    minutes = folder / "minutes.json"
+    if not minutes.is_file():
+        start = time.monotonic()
+        arguments = [f"--config=configs/compare/train/learned-{sampler}.yaml", f"--seed_everything={seed}"]
+        arguments += [f"--trainer.default_root_dir={folder}", f"--checkpoint.dirpath={folder}"]
+        if train(["fit", *arguments]).trainer.interrupted:
+            raise KeyboardInterrupt
+        save_json(minutes, {"training": round((time.monotonic() - start) / 60, 2)})
+    module, data = load_run(folder / "last.ckpt")
+    scenes = draw_batches("test", num_scenes, 16)
+    full = render(module.pipe, module.sampling, scenes).pictures
+    rows = []
+    for budget in module.hparams["budgets"]:
+        start = time.monotonic()
+        batches = refining_batches(module, data, REFINE_SAMPLES, REFINE_BATCH_SIZE)
+        hard = decide(module, budget, batches, num_rounds=NUM_ROUNDS)
+        refining = (time.monotonic() - start) / 60
+        schedule = module.setting.schedule(module.draft(hard), policy="learned", settings={})
+        psnr = picture_psnr(render(module.pipe, module.sampling, scenes, schedule).pictures, full)
+        rows.append(
+            {
+                "sampler": sampler,
+                "seed": seed,
+                "budget": budget,
+                **soft_and_hard(module, budget),
+                "threads": torch.get_num_threads(),
+                "training_minutes": json.loads(minutes.read_text())["training"],
+                "refining_minutes": round(refining, 2),
+                "kept_macs": round(module.router.kept(hard.compute), 4),
+                "num_samples": len(psnr),
+                "psnr_db": round(float(psnr.mean()), 3),
+                "psnr_ci": [round(end, 3) for end in mean_interval(psnr.double().numpy())],
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sampler", default="UniPC-20")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--num_scenes", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/seeds.json"))
+    args = parser.parse_args(argv)
+    rows = json.loads(args.output.read_text()) if args.output.is_file() else []
+    for seed in args.seeds:
+        if not any((row["sampler"], row["seed"]) == (args.sampler, seed) for row in rows):
+            rows += run(args.sampler, seed, args.num_scenes)
+            save_json(args.output, rows)
+
+
+if __name__ == "__main__":
+    torch.set_flush_denormal(True)
+    main()
