@@ -9,6 +9,7 @@ coefficients are such products themselves.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,8 +162,9 @@ class ProbedForwards(RoutedForwards):
             elif name in probe:
                 with torch.no_grad():
                     values[name] = run_node(node)
-                if name in load:
+                if name in self.routed:
                     self.fresh[name][step] = values[name]
+                if name in load:
                     values[name] = self._watch(self._fill_in(load[name], step), name, step)
         for name in self.residuals.get(model, ()):  # a fresh value in the UNet may read one that is not live
             if name not in values and name in self.routed:
@@ -266,14 +268,19 @@ class ProbedForwards(RoutedForwards):
         finally:
             self.uninstall()
         shape = len(directions), len(error), self.num_steps, len(self.sites)
-        flips, weights = np.zeros(shape), np.zeros((*shape[:2], len(FITTED.parameters), *shape[2:]))
+        flips = np.zeros((*shape[2:], shape[0] * shape[1]))
+        refreshes = np.zeros((2, *flips.shape))
+        weights = np.zeros((*shape[:2], len(FITTED.parameters), *shape[2:]))
         for column, site in enumerate(self.sites):
             if site in seen[0]:
                 products = self._by_half(torch.stack([products[site] for products in seen], dim=2), len(error))
-                flips[..., column] = self._flips(site, products).reshape(-1, *shape[:2]).transpose(1, 2, 0)
+                flips[:, column] = self._flips(site, products)
+                refreshes[:, :, column] = self._refreshes(site, products)
                 by_weight = self._by_weight(site, products).reshape(len(FITTED.parameters), -1, *shape[:2])
                 weights[..., column] = by_weight.transpose(2, 3, 0, 1)
+        self._add_refreshes(flips, refreshes)
         self.forget()
+        flips = flips.transpose(2, 0, 1).reshape(shape)
         return Effects(squared / error[0].numel(), torch.from_numpy(flips), torch.from_numpy(weights))
 
     def _backward(self, value: Tensor, keep: bool = False) -> dict[str, Tensor]:
@@ -300,6 +307,44 @@ class ProbedForwards(RoutedForwards):
                 for later in self._affected(step, used, computed):
                     total[step] += self._used(site, later, other, mine) - before[later]
         return total
+
+    def _refreshes(self, site: str, products: Products) -> NDArray[np.float64]:
+        """First-order change, at later steps alone, by the site being computed at a step where it is not, or not where
+        it is, [whole batch or unguided half, steps, columns]."""
+        total = np.zeros((2, self.num_steps, products.shape[-1]))
+        for half, computed, used in self._halves(site, products):
+            is_unguided = half < products.shape[2] - 1
+            mine = products[:, :, half]
+            before = {i: self._used(site, i, computed, mine) for i in used}
+            for step in range(1, self.num_steps):
+                if step not in self.fresh[site]:
+                    continue
+                other = [j for j in computed if j != step] if step in computed else sorted({*computed, step})
+                change = sum(
+                    self._used(site, later, other, mine) - before[later]
+                    for later in self._affected(step, used, computed)
+                    if later > step
+                )
+                if not (is_unguided and self.is_half[step]):
+                    total[0, step] += change
+                if is_unguided:
+                    total[1, step] += change
+        return total
+
+    def _add_refreshes(self, flips: NDArray[np.float64], refreshes: NDArray[np.float64]) -> None:
+        """Adds to the effects of flips [steps, sites, columns] what follows from the sites behind them being computed
+        at that step, or no longer: later steps find other values of theirs in the cache."""
+        columns = {site: column for column, site in enumerate(self.sites)}
+        for step in range(1, self.num_steps):
+            liveness = _Changes(self.graph, self.run[step], self.rows, step)
+            for column, site in enumerate(self.sites):
+                if site == self.graph.guidance:
+                    behind = [columns[name] for name in self.routed & self.run[step]]
+                    flips[step, column] += refreshes[1, step, behind].sum(0)
+                elif site in self.run[step] or site in self.load[step]:
+                    behind = [columns[name] for name in liveness.of_flip(site) if name in columns]
+                    if behind:
+                        flips[step, column] += refreshes[0, step, behind].sum(0)
 
     def _by_weight(self, site: str, products: Products) -> NDArray[np.float64]:
         """Derivatives by the weights, [2, steps, columns]: what is filled in is linear in them too."""
@@ -350,6 +395,39 @@ def fitted_coefficients(weights: Tensor, step: int, sources: Sequence[int]) -> t
 def _latest(computed: Sequence[int], step: int) -> tuple[int, ...]:
     """The steps whose values fill in for `step`, the latest first."""
     return tuple([j for j in reversed(computed) if j < step][: FITTED.num_values])
+
+
+class _Changes:
+    """Which other nodes of a step begin or cease to run if one gate chooses the other way."""
+
+    def __init__(self, graph: Graph, run: set[str], rows: dict[str, str], step: int):
+        self.nodes, self.run = graph.nodes, run
+        self.reuses = {site for site, row in rows.items() if row[step] != COMPUTE}
+        self.num_readers = Counter(name for reader in run for name in graph.nodes[reader].inputs)
+        self.num_readers[graph.output] += 1
+
+    def of_flip(self, site: str) -> list[str]:
+        """Names of them, but for the site itself."""
+        return self._ceasing(site) if site in self.run else self._beginning(site)
+
+    def _ceasing(self, site: str) -> list[str]:
+        lost, found, ahead = Counter[str](), [], [site]
+        while ahead:
+            for name in self.nodes[ahead.pop()].inputs:
+                lost[name] += 1
+                if lost[name] == self.num_readers[name] and name in self.run:
+                    found.append(name)
+                    ahead.append(name)
+        return found
+
+    def _beginning(self, site: str) -> list[str]:
+        found, ahead = dict[str, None](), [site]
+        while ahead:
+            for name in self.nodes[ahead.pop()].inputs:
+                if name not in self.run and name not in self.reuses and name not in found:
+                    found[name] = None
+                    ahead.append(name)
+        return [*found]
 
 
 class _Unguided(torch.autograd.Function):
