@@ -40,30 +40,40 @@ class QuadraticModel:
         """Gates to flip [gates], bool: in turns, has the gate compute that promises most per MAC, then those no longer
         that cost least per MAC until the budget is met, all in view of what has been flipped before; as long as that
         promises to pay, at most `max_swaps` times."""
-        flipped = torch.zeros_like(self.costs, dtype=torch.bool)
+        flipped, blocked = (torch.zeros_like(self.costs, dtype=torch.bool) for _ in range(2))
         for _ in range(max_swaps):
-            gates = self._swap(flipped, budget)
-            if gates is None:
+            swapped = self._swap(flipped, blocked, budget)
+            if swapped is None:
                 break
-            flipped[gates] = True
+            flipped, blocked = swapped
         return flipped
 
-    def _swap(self, flipped: Tensor, budget: float) -> list[int] | None:
-        """The next gates to flip together; None if nothing promises to pay."""
-        flipped, gates = flipped.clone(), list[int]()
-        before = float(self._expected(flipped)[0].log().mean())
+    def _swap(self, flipped: Tensor, blocked: Tensor, budget: float) -> tuple[Tensor, Tensor] | None:
+        """What is flipped and what may not be after the next swap; None if nothing promises to pay."""
+        before, is_first = self._expected(flipped)[0], True
+        flipped, blocked = flipped.clone(), blocked.clone()
         while True:
             compute = self.schedule.compute.flatten() ^ flipped
-            if gates and self.router.kept(compute.view_as(self.schedule.compute)) <= budget:
+            if not is_first and self.router.kept(compute.view_as(self.schedule.compute)) <= budget:
                 break
-            free = ~flipped & (~compute & (self.costs > 0) if not gates else compute & (self.costs < 0))
+            free = ~blocked & (~compute & (self.costs > 0) if is_first else compute & (self.costs < 0))
             score = torch.where(free, self._changes(flipped) / self.costs.abs(), torch.inf)
-            best = int(score.argmin())
-            if not score[best] < (torch.inf if gates else 0):
+            gate = int(score.argmin())
+            if not score[gate] < (0 if is_first else torch.inf):
                 return None
-            gates.append(best)
-            flipped[best] = True
-        return gates if float(self._expected(flipped)[0].log().mean()) < before else None
+            flipped[gate], is_first = True, False
+            blocked[self._neighbours(gate)] = True
+        return (flipped, blocked) if _cautious((self._expected(flipped)[0] / before).log()) < 0 else None
+
+    def _neighbours(self, gate: int) -> Tensor:
+        """A gate and those of its site from the last step before that computes to the next one that does. Their effects
+        do not add up: they answer for the same values."""
+        column = self.schedule.compute[:, gate % self.schedule.compute.shape[1]]
+        step = gate // self.schedule.compute.shape[1]
+        computed = column.nonzero().flatten()
+        first, last = computed[computed < step].max(), computed[computed > step]
+        steps = torch.arange(int(first), int(last.min()) + 1 if len(last) else len(column))
+        return steps * self.schedule.compute.shape[1] + gate % self.schedule.compute.shape[1]
 
     def _expected(self, flipped: Tensor) -> tuple[Tensor, Tensor]:
         """The samples' relative squared errors after flips [gates], and their moves [directions, samples]."""
@@ -71,10 +81,10 @@ class QuadraticModel:
         return (1 + self.slopes[:, flipped].sum(-1) + moves.square().sum(0)).clamp_min(LEAST), moves
 
     def _changes(self, flipped: Tensor) -> Tensor:
-        """By how much one more flip changes the mean log error, after flips [gates]: [gates]."""
+        """By how much one more flip changes the mean log error, after flips [gates]: [gates], cautiously."""
         errors, moves = self._expected(flipped)
         change = self.slopes + 2 * (moves[..., None] * self.flips).sum(0) + self.lengths
-        return ((errors[:, None] + change).clamp_min(LEAST) / errors[:, None]).log().mean(0)
+        return _cautious(((errors[:, None] + change).clamp_min(LEAST) / errors[:, None]).log())
 
     def changed(self, flipped: Tensor, damping: float) -> HardSchedule:
         """The schedule after flips [gates], its weights moved to where they lower the error most in view of them.
@@ -96,3 +106,10 @@ class QuadraticModel:
             step = slope / diagonal - scaled.t() @ torch.linalg.solve(core, scaled @ slope)
             weights[self.fitted] -= step.to(weights)
         return HardSchedule(compute, weights.view_as(self.schedule.weights))
+
+
+def _cautious(changes: Tensor) -> Tensor:
+    """The mean over samples [samples, ...] and a standard error: the best of thousands of gates is one whose few
+    samples flatter it."""
+    spread = changes.std(0) / len(changes) ** 0.5 if len(changes) > 1 else 0.0
+    return changes.mean(0) + spread

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,17 +75,18 @@ class Refiner:
             flipped = model.swaps(self.budget, self.num_swaps)
             if not flipped.any():
                 break
-            # Weights move less than when they move alone: what they answer is a prediction too.
-            if self._accepts(model.changed(flipped, 3 * self.damping), judges):
+            # With the weights that were just found: where gates change, the model knows little of how weights act.
+            compute = self.schedule.compute ^ flipped.view_as(self.schedule.compute)
+            if self._accepts(replace(self.schedule, compute=compute), judges):
                 self.num_swaps = min(self.max_swaps, 2 * self.num_swaps)
                 break
-            self.num_swaps = max(1, self.num_swaps // 2)
+            self.num_swaps = max(1, min(self.num_swaps, int((flipped & ~self.schedule.compute.flatten()).sum())) // 2)
 
     def _with_ways_up(self, schedule: HardSchedule) -> HardSchedule:
         """Sets the gates that make no difference now, in turns: all that is behind a filled-in site computes with it if
         it is flipped, or it alone does, from the kept values of what it reads."""
         dead = self.module.router.dead(schedule.compute)
-        computes = torch.tensor(self.num_rounds % 2 == 1)
+        computes = torch.tensor(self.num_rounds % 2 == 0)
         weights = usual_weights(schedule, ~schedule.compute & ~dead)
         return HardSchedule(torch.where(dead, computes, schedule.compute), weights)
 
