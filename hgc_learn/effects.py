@@ -9,7 +9,6 @@ coefficients are such products themselves.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from hgc_learn import ops
 from hgc_learn.forwards import RoutedForwards
 from hgc_learn.graph import Graph, Node
 from hgc_learn.hard import HardSchedule
-from hgc_learn.plan import COMPUTE, Load, compile_plan
+from hgc_learn.plan import COMPUTE, Flips, Load, compile_plan
 from hgc_learn.predictors.fitted import FITTED
 
 REACH = FITTED.num_values + 1
@@ -267,21 +266,29 @@ class ProbedForwards(RoutedForwards):
                 seen.append(self._backward((direction * latents).sum(), keep=index < num_directions))
         finally:
             self.uninstall()
-        shape = len(directions), len(error), self.num_steps, len(self.sites)
-        flips = np.zeros((*shape[2:], shape[0] * shape[1]))
+        flips, weights = self._by_choice(seen, len(error))
+        self.forget()
+        shape = len(directions), len(error)
+        flips = flips.transpose(2, 0, 1).reshape(*shape, *flips.shape[:2])
+        weights = weights.transpose(3, 0, 1, 2).reshape(*shape, *weights.shape[:3])
+        return Effects(squared / error[0].numel(), torch.from_numpy(flips), torch.from_numpy(weights))
+
+    def _by_choice(
+        self, seen: Sequence[dict[str, Tensor]], batch_size: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """First-order changes, from the products of several backward passes, by every flip [steps, sites, columns] and
+        weight [2, steps, sites, columns]; columns are directions * batch."""
+        flips = np.zeros((self.num_steps, len(self.sites), len(seen) * batch_size))
         refreshes = np.zeros((2, *flips.shape))
-        weights = np.zeros((*shape[:2], len(FITTED.parameters), *shape[2:]))
+        weights = np.zeros((len(FITTED.parameters), *flips.shape))
         for column, site in enumerate(self.sites):
             if site in seen[0]:
-                products = self._by_half(torch.stack([products[site] for products in seen], dim=2), len(error))
+                products = self._by_half(torch.stack([products[site] for products in seen], dim=2), batch_size)
                 flips[:, column] = self._flips(site, products)
                 refreshes[:, :, column] = self._refreshes(site, products)
-                by_weight = self._by_weight(site, products).reshape(len(FITTED.parameters), -1, *shape[:2])
-                weights[..., column] = by_weight.transpose(2, 3, 0, 1)
+                weights[:, :, column] = self._by_weight(site, products)
         self._add_refreshes(flips, refreshes)
-        self.forget()
-        flips = flips.transpose(2, 0, 1).reshape(shape)
-        return Effects(squared / error[0].numel(), torch.from_numpy(flips), torch.from_numpy(weights))
+        return flips, weights
 
     def _backward(self, value: Tensor, keep: bool = False) -> dict[str, Tensor]:
         self.products = {}
@@ -336,13 +343,13 @@ class ProbedForwards(RoutedForwards):
         at that step, or no longer: later steps find other values of theirs in the cache."""
         columns = {site: column for column, site in enumerate(self.sites)}
         for step in range(1, self.num_steps):
-            liveness = _Changes(self.graph, self.run[step], self.rows, step)
+            flip = Flips(self.graph, self.run[step], {site for site, row in self.rows.items() if row[step] != COMPUTE})
             for column, site in enumerate(self.sites):
                 if site == self.graph.guidance:
                     behind = [columns[name] for name in self.routed & self.run[step]]
                     flips[step, column] += refreshes[1, step, behind].sum(0)
                 elif site in self.run[step] or site in self.load[step]:
-                    behind = [columns[name] for name in liveness.of_flip(site) if name in columns]
+                    behind = [columns[name] for name in flip.changes(site) if name in columns]
                     if behind:
                         flips[step, column] += refreshes[0, step, behind].sum(0)
 
@@ -395,39 +402,6 @@ def fitted_coefficients(weights: Tensor, step: int, sources: Sequence[int]) -> t
 def _latest(computed: Sequence[int], step: int) -> tuple[int, ...]:
     """The steps whose values fill in for `step`, the latest first."""
     return tuple([j for j in reversed(computed) if j < step][: FITTED.num_values])
-
-
-class _Changes:
-    """Which other nodes of a step begin or cease to run if one gate chooses the other way."""
-
-    def __init__(self, graph: Graph, run: set[str], rows: dict[str, str], step: int):
-        self.nodes, self.run = graph.nodes, run
-        self.reuses = {site for site, row in rows.items() if row[step] != COMPUTE}
-        self.num_readers = Counter(name for reader in run for name in graph.nodes[reader].inputs)
-        self.num_readers[graph.output] += 1
-
-    def of_flip(self, site: str) -> list[str]:
-        """Names of them, but for the site itself."""
-        return self._ceasing(site) if site in self.run else self._beginning(site)
-
-    def _ceasing(self, site: str) -> list[str]:
-        lost, found, ahead = Counter[str](), [], [site]
-        while ahead:
-            for name in self.nodes[ahead.pop()].inputs:
-                lost[name] += 1
-                if lost[name] == self.num_readers[name] and name in self.run:
-                    found.append(name)
-                    ahead.append(name)
-        return found
-
-    def _beginning(self, site: str) -> list[str]:
-        found, ahead = dict[str, None](), [site]
-        while ahead:
-            for name in self.nodes[ahead.pop()].inputs:
-                if name not in self.run and name not in self.reuses and name not in found:
-                    found[name] = None
-                    ahead.append(name)
-        return [*found]
 
 
 class _Unguided(torch.autograd.Function):

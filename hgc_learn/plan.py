@@ -10,6 +10,7 @@ unguided half is then as old as the last step that ran in full.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -126,6 +127,43 @@ def live_step(graph: Graph, reused: Collection[str]) -> Liveness:
             run.append(name)
             live.update(graph.nodes[name].inputs)
     return Liveness(tuple(reversed(run)), tuple(reversed(load)), is_half)
+
+
+class Flips:
+    """Which other nodes of a step begin or cease to run if one of the sites chooses the other way.
+
+    Args:
+        run: names of the nodes that run.
+        reused: sites that are not computed, needed or not.
+    """
+
+    def __init__(self, graph: Graph, run: Collection[str], reused: Collection[str]):
+        self.nodes, self.run, self.reused = graph.nodes, run, reused
+        self.num_readers = Counter(name for reader in run for name in graph.nodes[reader].inputs)
+        self.num_readers[graph.output] += 1
+
+    def changes(self, site: str) -> list[str]:
+        """Their names, without that of the site itself, which must be one that runs or is loaded."""
+        return self._ceasing(site) if site in self.run else self._beginning(site)
+
+    def _ceasing(self, site: str) -> list[str]:
+        lost, found, ahead = Counter[str](), [], [site]
+        while ahead:
+            for name in self.nodes[ahead.pop()].inputs:
+                lost[name] += 1
+                if lost[name] == self.num_readers[name] and name in self.run:
+                    found.append(name)
+                    ahead.append(name)
+        return found
+
+    def _beginning(self, site: str) -> list[str]:
+        found, ahead = dict[str, None](), [site]
+        while ahead:
+            for name in self.nodes[ahead.pop()].inputs:
+                if name not in self.run and name not in self.reused and name not in found:
+                    found[name] = None
+                    ahead.append(name)
+        return [*found]
 
 
 def compile_plan(graph: Graph, rows: Mapping[str, str], num_steps: int) -> Plan:

@@ -69,9 +69,7 @@ def test_first_order_effects_are_those_of_a_small_change(
 
     def disturbed(used: Tensor, name: str, step: int) -> Tensor:
         value = watch(used, name, step)
-        for index, ((_, column, _), other) in enumerate(zip(changes, others, strict=True)):
-            if sites[column] != name:
-                continue
+        for index, other in enumerate(others):
             mine, after = before(name, step), other(name, step)
             if mine and after and mine != after:
                 fresh = forwards.fresh[name]
@@ -86,11 +84,10 @@ def test_first_order_effects_are_those_of_a_small_change(
     forwards.uninstall()
     (expected,) = torch.autograd.grad(value, epsilon, retain_graph=True)
     products = forwards._backward(value)
+    flips, weights = forwards._by_choice([products], len(batch["text"]))
     for (step, column, weight), derivative in zip(changes, expected.tolist(), strict=True):
-        by_half = forwards._by_half(products[sites[column]][:, :, None], 2)
-        found = forwards._flips(sites[column], by_half) if weight is None else None
-        found = forwards._by_weight(sites[column], by_half)[weight] if found is None else found
-        assert found[step].sum() == pytest.approx(derivative, rel=2e-3, abs=1e-4)
+        found = flips[step, column] if weight is None else weights[weight, step, column]
+        assert found.sum() == pytest.approx(derivative, rel=2e-3, abs=1e-4)
     assert expected.abs().gt(1e-3).sum() > 20
     assert len({weight for (*_, weight), d in zip(changes, expected.tolist(), strict=True) if abs(d) > 1e-3}) == 3
     forwards.forget()

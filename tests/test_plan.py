@@ -12,7 +12,7 @@ from tiny_models import NUM_TOKENS, SHAPES, UNET_CONFIGS, build_models
 
 from hgc_learn.graph import Graph
 from hgc_learn.macs import NodeCost, measure_costs
-from hgc_learn.plan import ExpectedMacs, Plan, compile_plan, live_step
+from hgc_learn.plan import ExpectedMacs, Flips, Plan, compile_plan, live_step
 from hgc_learn.sites import list_sites, select_sites
 
 NUM_STEPS = 7
@@ -147,6 +147,19 @@ def test_a_value_that_was_never_computed_is_refused(case: Case) -> None:
             compile_plan(graph, table, NUM_STEPS)
     else:
         assert isinstance(compile_plan(graph, table, NUM_STEPS), Plan)
+
+
+@settings(max_examples=30)
+@given(tables())
+def test_what_a_flip_changes_is_what_liveness_says(case: Case) -> None:
+    shape, table = case
+    graph, _ = costs_of(shape)
+    reused = {site for site, row in table.items() if row[1] != "C"}
+    before = live_step(graph, reused)
+    flips = Flips(graph, set(before.run), reused)
+    for site in sorted({*list_sites(graph), *table} & {*before.run, *before.load} - {graph.guidance}):
+        after = live_step(graph, reused ^ {site})
+        assert sorted(flips.changes(site)) == sorted(({*before.run} ^ {*after.run}) - {site})
 
 
 @settings(max_examples=40)
