@@ -20,14 +20,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hgc_learn import refine
 from hgc_learn.cli import train
 from hgc_learn.comparison.samples import save_json
 from hgc_learn.comparison.statistics import mean_interval
 from hgc_learn.demo.scenes import SceneDataset
+from hgc_learn.effects import Effects, ProbedForwards
 from hgc_learn.export import load_run, refining_batches
 from hgc_learn.hard import HardSchedule
 from hgc_learn.quadratic import QuadraticModel
@@ -36,7 +35,6 @@ from hgc_learn.training import RouterModule
 
 NUM_ROUNDS = 4
 OFFSET = 2000  # of the judging scenes in the validation split
-RULE = "--model.objective"
 
 
 @dataclass(frozen=True)
@@ -48,17 +46,20 @@ class Training:
 
 
 def holding() -> AbstractContextManager[Any]:
-    from hgc_learn.effects import Effects
-
     return patch.object(Effects, "of_weights", lambda self: torch.zeros(self.weights.shape[-3:], dtype=torch.float64))
+
+
+def no_refreshes() -> AbstractContextManager[Any]:
+    return patch.object(ProbedForwards, "_add_refreshes", lambda self, flips, refreshes: None)
 
 
 TRAININGS = {
     "recipe": Training(),
-    "warm start only": Training(("--trainer.max_steps=1", f"{RULE}.learning_rate=0")),
-    "no warm start": Training((f"{RULE}.num_warm_start_batches=0",)),
-    "first order only": Training((f"{RULE}.num_directions=0",)),
+    "warm start only": Training(("--trainer.max_steps=1", "--model.objective.learning_rate=0")),
+    "no warm start": Training(("--model.objective.num_warm_start_batches=0",)),
+    "first order only": Training(("--model.objective.num_directions=0",)),
     "holding": Training(change=holding),
+    "no refreshes": Training(change=no_refreshes),
 }
 
 
@@ -73,12 +74,8 @@ class SwapsOnly(Refiner):
     """Never moves weights."""
 
     def round(self) -> None:
-        with patch.object(QuadraticModel, "changed", flipped_only):
+        with patch.object(QuadraticModel, "moved", lambda self, damping: self.schedule):
             super().round()
-
-
-def flipped_only(self: QuadraticModel, flipped: Tensor, damping: float) -> HardSchedule:
-    return HardSchedule(self.schedule.compute ^ flipped.view_as(self.schedule.compute), self.schedule.weights)
 
 
 class NoWaysUp(Refiner):
@@ -95,6 +92,14 @@ class NoOtherJudges(Refiner):
         return super()._batches(0)
 
 
+class NoRefreshes(Refiner):
+    """Does not see what flips of gates do to the sites behind them."""
+
+    def round(self) -> None:
+        with no_refreshes():
+            super().round()
+
+
 class FirstOrder(Refiner):
     """Knows effects along the error only."""
 
@@ -109,9 +114,11 @@ ROWS: dict[str, tuple[str, type[Refiner] | None]] = {
     "training: no warm start": ("no warm start", Refiner),
     "training: first-order effects only": ("first order only", Refiner),
     "held values, no weights anywhere": ("holding", SwapsOnly),
+    "effects: not of sites behind a gate": ("no refreshes", Refiner),
     "refining: weights only": ("recipe", WeightsOnly),
     "refining: swaps only": ("recipe", SwapsOnly),
     "refining: first-order effects only": ("recipe", FirstOrder),
+    "refining: effects not of sites behind a gate": ("recipe", NoRefreshes),
     "refining: no ways up": ("recipe", NoWaysUp),
     "refining: judged where it was measured": ("recipe", NoOtherJudges),
     "training: for this budget alone": ("budget", Refiner),
@@ -153,14 +160,13 @@ def run(name: str, sampler: str, budget: float, scenes: list[dict[str, Any]]) ->
     module, data = trained(training, sampler, budget)
     change = TRAININGS[training].change if training in TRAININGS else nullcontext
     start = time.monotonic()
-    with change():
-        schedule = module.hard_schedule(budget)
-    rounds = []
+    schedule, rounds = module.hard_schedule(budget), []
     if refiner_class:
         module.generator = torch.Generator()
         refiner = refiner_class(module, refining_batches(module, data, 64, 8), schedule, budget)
         for _ in range(NUM_ROUNDS):
-            refiner.round()
+            with change():
+                refiner.round()
             rounds.append(round(-10 / np.log(10) * refiner.log_error, 2))
         schedule = refiner.schedule
     seconds = time.monotonic() - start
@@ -220,6 +226,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    assert refine.Refiner is Refiner
     torch.set_flush_denormal(True)
     main()

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionControlNetPipeline, UniPCMultistepScheduler
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UniPCMultistepScheduler
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from hgc_learn.architectures import build_architecture
-from hgc_learn.demo.teacher import build_tokenizer
+from hgc_learn.demo.teacher import build_tokenizer, build_vae
 from hgc_learn.objectives import Rollout
 from hgc_learn.rollout import SamplingConfig
 from hgc_learn.training import RouterModule
@@ -44,19 +44,12 @@ def save_random_pipeline(folder: Path, arch: str, dtype: torch.dtype) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4),
-        norm_num_groups=2,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    )
     assert isinstance(architecture.controlnet, ControlNetModel)
     unet, controlnet = (
         randomized(model.to_empty(device="cpu").to(dtype)) for model in (architecture.unet, architecture.controlnet)
     )
     StableDiffusionControlNetPipeline(
-        vae=vae.to(dtype),
+        vae=build_vae((8, 8, 8, 8)).to(dtype),
         text_encoder=text_encoder.to(dtype),
         tokenizer=tokenizer,
         unet=unet,

@@ -48,7 +48,11 @@ def train(args: Sequence[str] | None = None) -> RouterCLI:
 
 
 def rebuild(config: str) -> RouterCLI:
-    """The objects that the configuration of a run (YAML) describes; nothing is run."""
+    """The objects that the configuration of a run (YAML) describes; nothing is run.
+
+    Raises:
+        ArgumentError: of jsonargparse; not a configuration of this version.
+    """
     settings = yaml.safe_load(config)
     for key in ("ckpt_path", "weights_only"):  # arguments of `fit`, not of an object
         settings.pop(key, None)
@@ -66,6 +70,7 @@ def _cli(args: list[str] | dict[str, Any] | None, *, run: bool) -> RouterCLI:
             run=run,
             args=args,
             seed_everything_default=0,
+            parser_kwargs={"exit_on_error": run},
             save_config_callback=KeepConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={

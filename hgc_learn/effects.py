@@ -284,8 +284,7 @@ class ProbedForwards(RoutedForwards):
         for column, site in enumerate(self.sites):
             if site in seen[0]:
                 products = self._by_half(torch.stack([products[site] for products in seen], dim=2), batch_size)
-                flips[:, column] = self._flips(site, products)
-                refreshes[:, :, column] = self._refreshes(site, products)
+                flips[:, column], refreshes[:, :, column] = self._flips(site, products)
                 weights[:, :, column] = self._by_weight(site, products)
         self._add_refreshes(flips, refreshes)
         return flips, weights
@@ -301,42 +300,27 @@ class ProbedForwards(RoutedForwards):
         by_half: Products = halves.cpu().double().numpy()
         return by_half
 
-    def _flips(self, site: str, products: Products) -> NDArray[np.float64]:
-        """First-order change by every gate choosing the other way, [steps, columns]."""
+    def _flips(self, site: str, products: Products) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """First-order change by every gate choosing the other way, [steps, columns]; and the part of it at later steps,
+        wherever the fresh value is known, [whole batch or unguided half, steps, columns]."""
         total = np.zeros((self.num_steps, products.shape[-1]))
-        for half, computed, used in self._halves(site, products):
-            mine = products[:, :, half]
-            before = {i: self._used(site, i, computed, mine) for i in used}
-            for step in used:
-                if half < products.shape[2] - 1 and self.is_half[step]:
-                    continue
-                other = [j for j in computed if j != step] if step in computed else sorted({*computed, step})
-                for later in self._affected(step, used, computed):
-                    total[step] += self._used(site, later, other, mine) - before[later]
-        return total
-
-    def _refreshes(self, site: str, products: Products) -> NDArray[np.float64]:
-        """First-order change, at later steps alone, by the site being computed at a step where it is not, or not where
-        it is, [whole batch or unguided half, steps, columns]."""
-        total = np.zeros((2, self.num_steps, products.shape[-1]))
+        refreshes = np.zeros((2, *total.shape))
         for half, computed, used in self._halves(site, products):
             is_unguided = half < products.shape[2] - 1
             mine = products[:, :, half]
             before = {i: self._used(site, i, computed, mine) for i in used}
-            for step in range(1, self.num_steps):
-                if step not in self.fresh[site]:
-                    continue
+            for step in sorted(self.fresh[site].keys() - {0}):
                 other = [j for j in computed if j != step] if step in computed else sorted({*computed, step})
-                change = sum(
-                    self._used(site, later, other, mine) - before[later]
-                    for later in self._affected(step, used, computed)
-                    if later > step
-                )
+                changes = {
+                    i: self._used(site, i, other, mine) - before[i] for i in self._affected(step, used, computed)
+                }
+                here, later = changes.pop(step, 0.0), sum(changes.values())
                 if not (is_unguided and self.is_half[step]):
-                    total[0, step] += change
+                    total[step] += here + later if step in before else 0.0
+                    refreshes[0, step] += later
                 if is_unguided:
-                    total[1, step] += change
-        return total
+                    refreshes[1, step] += later
+        return total, refreshes
 
     def _add_refreshes(self, flips: NDArray[np.float64], refreshes: NDArray[np.float64]) -> None:
         """Adds to the effects of flips [steps, sites, columns] what follows from the sites behind them being computed

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import pickle
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentError
 from rich.progress import Progress
 from torch.utils.data import DataLoader
 
@@ -147,12 +146,10 @@ def load_run(ckpt_path: Path) -> tuple[RouterModule, Any]:
         config = None
     if not isinstance(config, str):
         raise ValueError(f"{ckpt_path}: not a checkpoint written by `python train.py fit`.")
-    told = io.StringIO()
     try:
-        with redirect_stderr(told):  # jsonargparse explains itself there, with a usage message
-            cli = rebuild(config)
-    except SystemExit:
-        reason = " ".join(told.getvalue().split("error:")[-1].split())
+        cli = rebuild(config)
+    except ArgumentError as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
             f"{ckpt_path}: its configuration is not one of this version of hgc_learn ({reason}). Export it with the "
             "version that it was trained with, or train anew."

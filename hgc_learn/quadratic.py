@@ -68,12 +68,12 @@ class QuadraticModel:
     def _neighbours(self, gate: int) -> Tensor:
         """A gate and those of its site from the last step before that computes to the next one that does. Their effects
         do not add up: they answer for the same values."""
-        column = self.schedule.compute[:, gate % self.schedule.compute.shape[1]]
-        step = gate // self.schedule.compute.shape[1]
-        computed = column.nonzero().flatten()
-        first, last = computed[computed < step].max(), computed[computed > step]
-        steps = torch.arange(int(first), int(last.min()) + 1 if len(last) else len(column))
-        return steps * self.schedule.compute.shape[1] + gate % self.schedule.compute.shape[1]
+        num_steps, num_sites = self.schedule.compute.shape
+        step, site = divmod(gate, num_sites)
+        computed = self.schedule.compute[:, site].nonzero().flatten().tolist()
+        first = max(i for i in computed if i < step)
+        last = min((i for i in computed if i > step), default=num_steps - 1)
+        return torch.arange(first, last + 1) * num_sites + site
 
     def _expected(self, flipped: Tensor) -> tuple[Tensor, Tensor]:
         """The samples' relative squared errors after flips [gates], and their moves [directions, samples]."""
@@ -86,26 +86,23 @@ class QuadraticModel:
         change = self.slopes + 2 * (moves[..., None] * self.flips).sum(0) + self.lengths
         return _cautious(((errors[:, None] + change).clamp_min(LEAST) / errors[:, None]).log())
 
-    def changed(self, flipped: Tensor, damping: float) -> HardSchedule:
-        """The schedule after flips [gates], its weights moved to where they lower the error most in view of them.
+    def moved(self, damping: float) -> HardSchedule:
+        """The schedule with its weights moved to where they lower the error most.
 
         Args:
             damping: how much moving a weight costs, relative to its curvature (Levenberg-Marquardt).
         """
-        compute = self.schedule.compute ^ flipped.view_as(self.schedule.compute)
         weights = self.schedule.weights.flatten().clone()
         if len(self.fitted):
-            errors, moves = self._expected(flipped)
-            share = errors.clamp_min(1).rsqrt() / len(errors) ** 0.5  # of samples that flips harm: less
-            weights_moves = (self.weights * share[:, None]).flatten(0, 1)
-            slope = (self.weight_slope * share.square()[:, None]).sum(0) + weights_moves.t() @ (moves * share).flatten()
-            curvature = weights_moves.square().sum(0)
-            diagonal = damping * (curvature + RIDGE)
-            scaled = weights_moves / diagonal
-            core = torch.eye(len(scaled), dtype=scaled.dtype) + scaled @ weights_moves.t()
+            share = len(self.weight_slope) ** -0.5  # of a sample
+            moves = (self.weights * share).flatten(0, 1)
+            slope = self.weight_slope.mean(0)
+            diagonal = damping * (moves.square().sum(0) + RIDGE)
+            scaled = moves / diagonal
+            core = torch.eye(len(scaled), dtype=scaled.dtype) + scaled @ moves.t()
             step = slope / diagonal - scaled.t() @ torch.linalg.solve(core, scaled @ slope)
             weights[self.fitted] -= step.to(weights)
-        return HardSchedule(compute, weights.view_as(self.schedule.weights))
+        return HardSchedule(self.schedule.compute, weights.view_as(self.schedule.weights))
 
 
 def _cautious(changes: Tensor) -> Tensor:

@@ -64,9 +64,8 @@ class Refiner:
         effects = Effects.join([self.module.effects(b, self.schedule, self.num_directions) for b in mine])
         self.log_error = log_error(self.module, judges, self.schedule)
         model = QuadraticModel(self.module.router, self.schedule, effects)
-        nothing = torch.zeros_like(self.schedule.compute).flatten()
         while self.damping <= MAX_DAMPING:
-            if self._accepts(model.changed(nothing, self.damping), judges):
+            if self._accepts(model.moved(self.damping), judges):
                 self.damping /= 3
                 break
             self.damping *= 3

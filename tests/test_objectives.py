@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
-from training_fixtures import SAMPLING, fit, save_tiny_teacher
+from training_fixtures import SAMPLING, fit
 
 from hgc_learn.data import SceneDataModule
 from hgc_learn.hard import HardSchedule
@@ -35,18 +35,6 @@ ARGUMENTS = {  # by policy: of a training of a few steps
     "l2c": ["--model.objective=L2C", "--model.objective.intervals=[2,3]", "--model.budgets=[0.7]"],
     "harmonica": ["--model.objective=HarmoniCa"],
 }
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    save_tiny_teacher(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def batch() -> dict[str, Any]:
-    return next(iter(SceneDataModule(num_train=2, num_val=2, batch_size=2).train_dataloader()))
 
 
 @pytest.fixture(scope="module")

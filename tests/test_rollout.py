@@ -6,16 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from training_fixtures import SAMPLING, save_tiny_teacher
+from training_fixtures import SAMPLING
 
 from hgc_learn.rollout import load_pipeline
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    save_tiny_teacher(folder)
-    return folder
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])

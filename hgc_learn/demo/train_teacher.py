@@ -244,9 +244,10 @@ def train_denoiser(args: TeacherArguments) -> None:
 def train_teacher(args: TeacherArguments) -> None:
     """Run all stages that are not done yet."""
     L.seed_everything(args.seed)
-    draw_training_scenes(args.scenes, args.num_scenes)
+    build_unet(args.block_out_channels, args.layers_per_block)  # a width that cannot be is refused before the work
     if args.parts:
         take_parts(args.parts, args.output)
+    draw_training_scenes(args.scenes, args.num_scenes)
     train_text_encoder(args)
     train_vae(args)
     train_denoiser(args)
@@ -262,7 +263,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if field.type == "int":
             parser.add_argument(f"--{name}", type=int, default=field.default)
     arguments = vars(parser.parse_args(argv))
-    train_teacher(TeacherArguments(**arguments | {"block_out_channels": tuple(arguments["block_out_channels"])}))
+    arguments["block_out_channels"] = tuple(arguments["block_out_channels"])
+    try:
+        train_teacher(TeacherArguments(**arguments))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import yaml
-from training_fixtures import save_tiny_teacher
 
 from hgc_learn.__main__ import main
 from hgc_learn.comparison.cells import cell_files
@@ -28,13 +27,6 @@ from hgc_learn.setting import Draft, Setting
 
 ROOT = Path(__file__).parent.parent.parent
 SAMPLER = "UniPC-5"
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    save_tiny_teacher(folder)
-    return folder
 
 
 @pytest.fixture

@@ -76,6 +76,32 @@ def test_training_runs_through_all_stages_and_resumes(tmp_path: Path) -> None:
     assert checkpoint["global_step"] == 3
     assert checkpoint["state_dict"]["averaged.n_averaged"] == 3
 
+    # Another width and depth, on the parts of the first.
+    options = [f"--{name}={value}" for name, value in sizes.items()]
+    options += ["--parts", str(tmp_path / "shorter"), "--block_out_channels", "8", "16", "16", "16"]
+    train_teacher.main(["--output", str(tmp_path / "narrow"), *options, "--layers_per_block=1"])
+    narrow = StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "narrow" / "pipeline")
+    assert narrow.controlnet.config.block_out_channels == narrow.unet.config.block_out_channels == [8, 16, 16, 16]
+    assert narrow.unet.config.layers_per_block == 1
+    for mine, other in zip(narrow.vae.parameters(), pipeline.vae.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--parts", "absent"], "absent has no folder tokenizer"),
+        (["--block_out_channels", "10", "16", "16", "16"], "divisible"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_work(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train_teacher.main(["--output", str(tmp_path), *options])
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
 
 def test_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     args = train_teacher.TeacherArguments(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
-from training_fixtures import SAMPLING, fit, save_tiny_teacher
+from training_fixtures import SAMPLING, fit
 
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.inference import HGCSchedule, apply_schedule
@@ -68,13 +68,6 @@ TRAININGS = {  # of the policies that read a checkpoint: arguments
     "l2c": ["--model.objective=L2C", "--model.budgets=[0.8]"],
     "harmonica": ["--model.objective=HarmoniCa"],
 }
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    save_tiny_teacher(folder)
-    return folder
 
 
 @pytest.fixture

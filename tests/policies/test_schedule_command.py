@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from training_fixtures import save_tiny_teacher
 
 from hgc_learn.__main__ import main
 from hgc_learn.commands.schedule import policy_parser
@@ -16,10 +15,8 @@ from hgc_learn.policies import POLICIES
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("teacher")
-    save_tiny_teacher(folder)
-    return str(folder)
+def teacher(teacher: Path) -> str:
+    return str(teacher)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
