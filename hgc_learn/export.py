@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader
 from hgc_learn.cli import rebuild
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import gate_heatmap
+from hgc_learn.fills import BATCH_SIZE, tune_fills
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.hard import HardSchedule
 from hgc_learn.refine import Refiner
-from hgc_learn.setting import Setting
+from hgc_learn.setting import Draft, Setting
 from hgc_learn.training import RouterModule
 
 Report = Callable[[int, float], None]
@@ -35,6 +36,7 @@ def export(
     refine_rounds: int = 4,
     refine_samples: int = 64,
     refine_batch_size: int = 8,
+    tune_updates: int = 128,
 ) -> Path:
     """Writes `hgc_schedule.json` and a picture of it.
 
@@ -46,12 +48,14 @@ def export(
             `Rollout` only, other objectives are exported as they are.
         refine_samples: training samples that the rounds take in turns.
         refine_batch_size: how many of them run at once.
+        tune_updates: steps of learning, on the same samples, how the schedule fills in what it skips; 0 for none. It is
+            part of `Rollout` only too.
 
     Raises:
         ValueError: the checkpoint cannot be found or read, or the budget cannot be met.
     """
     module, data = load_run(ckpt_path)
-    rounds = refine_rounds if module.objective.is_refined else 0
+    rounds, updates = (refine_rounds, tune_updates) if module.objective.is_refined else (0, 0)
     with Progress() as progress:
         task = progress.add_task("refining", total=rounds, visible=rounds > 0)
 
@@ -61,10 +65,22 @@ def export(
         batches = refining_batches(module, data, refine_samples, refine_batch_size) if rounds else []
         hard = decide(module, budget, batches, num_rounds=rounds, report=report)
         progress.update(task, completed=rounds)
+        task = progress.add_task("learning to fill in", total=updates, visible=updates > 0)
+
+        def report_update(index: int, log_error: float) -> None:
+            progress.update(task, advance=1, description=f"learning to fill in, latent error {math.exp(log_error):.5f}")
+
+        batches = refining_batches(module, data, refine_samples, BATCH_SIZE) if updates else []
+        draft = tune_fills(module, module.draft(hard), batches, updates, report=report_update)
         task = progress.add_task("measuring on validation samples", total=None)
-        fidelity = measure_fidelity(module, data, hard)
-    settings = {"ckpt_path": ckpt_path.name, "budget": budget, "refine_rounds": rounds, **module.hparams}
-    draft = module.draft(hard)
+        fidelity = measure_fidelity(module, data, draft)
+    settings = {
+        "ckpt_path": ckpt_path.name,
+        "budget": budget,
+        "refine_rounds": rounds,
+        "tune_updates": updates,
+        **module.hparams,
+    }
     schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
     path = output / "hgc_schedule.json"
     schedule.save(path)
@@ -164,13 +180,13 @@ def load_run(ckpt_path: Path) -> tuple[RouterModule, Any]:
 
 
 @torch.no_grad()
-def measure_fidelity(module: RouterModule, data: Any, schedule: HardSchedule) -> dict[str, Any]:
+def measure_fidelity(module: RouterModule, data: Any, draft: Draft) -> dict[str, Any]:
     """Paired comparison with the uncached pipeline on the validation samples."""
     psnr = []
     for batch in data.val_dataloader():
         batch = module.transfer_batch_to_device(batch, module.device, 0)
         full = module.rollout(batch, None, "pt")
-        cached = module.rollout(batch, schedule, "pt")
+        cached = module.rollout(batch, draft, "pt")
         psnr.append(picture_psnr(cached, full))
     values = torch.cat(psnr)
     return {"psnr_db": round(float(values.mean()), 3), "num_samples": len(values), "split": "validation"}

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hgc_learn import ops
 from hgc_learn.architectures import Architecture
@@ -95,6 +97,15 @@ class ScheduleHandle:
         """
         return self._runtime.stats()
 
+    def use_tensors(self, tensors: Mapping[str, Tensor], *, gradient_checkpointing: bool = False) -> None:
+        """Fills in with these numbers from now on instead of the schedule's own: for those who learn them.
+
+        Args:
+            tensors: as `schedule.tensors`; gradients reach them in runs that keep the autograd graph.
+            gradient_checkpointing: keep only what nodes give for the backward pass, and run each again in it.
+        """
+        self._runtime.use_tensors(tensors, gradient_checkpointing=gradient_checkpointing)
+
     def remove(self) -> None:
         self._runtime.uninstall()
 
@@ -151,18 +162,26 @@ class _Runtime(RoutedForwards):
         refresh = StepPlan(everything, (), store=tuple(name for name in everything if name in loaded))
         self.programs = {m: [_compile(graph, step, m) for step in plan.steps] for m in self.models}
         self.refresh = {m: _compile(graph, refresh, m) for m in self.models}
+        self.use_tensors(schedule.tensors)
+
+    def use_tensors(self, tensors: Mapping[str, Tensor], *, gradient_checkpointing: bool = False) -> None:
+        self.gradient_checkpointing = gradient_checkpointing
         self.fills = {
-            (load.site, i, sources): self._coefficients(load, i, sources)
-            for i, step in enumerate(plan.steps)
+            (load.site, i, sources): self._coefficients(load, i, sources, tensors)
+            for i, step in enumerate(self.plan.steps)
             for load in step.load
             for sources in (load.guided, load.unguided)
             if sources
         }
 
-    def _coefficients(self, load: Load, step: int, sources: tuple[int, ...]) -> Fill:
-        names = (parameter.name for parameter in BY_CODE[load.code].parameters)
-        parameters = {name: self.schedule.tensors[f"{load.site}/{name}"] for name in names}
-        return BY_CODE[load.code].fill([step - source for source in sources], step, parameters)
+    def _coefficients(self, load: Load, step: int, sources: tuple[int, ...], tensors: Mapping[str, Tensor]) -> Fill:
+        predictor = BY_CODE[load.code]
+        parameters = {parameter.name: tensors[f"{load.site}/{parameter.name}"] for parameter in predictor.parameters}
+        if any("fills" in parameter.axes for parameter in predictor.parameters):
+            index = self.schedule.sites[load.site][:step].count(load.code)
+        else:
+            index = step
+        return predictor.fill([step - source for source in sources], index, parameters)
 
     def runs_half(self, step: int) -> bool:
         return self.plan.steps[step].is_half and step not in self.refreshed
@@ -212,7 +231,11 @@ class _Runtime(RoutedForwards):
         for op in program.ops:
             if op.name == guidance and not has_halves:  # guidance was switched off: there is no difference
                 continue
-            values[op.name] = op.run(call, *[values[name] for name in op.inputs])
+            inputs = [values[name] for name in op.inputs]
+            if self.gradient_checkpointing:
+                values[op.name] = checkpoint(op.run, call, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                values[op.name] = op.run(call, *inputs)
             for name in op.drop:
                 del values[name]
         if is_refresh:

@@ -25,11 +25,12 @@ _ATTENTION_OPS = ("bmm", "baddbmm", "_scaled_dot_product", "_efficient_attention
 
 @dataclass(frozen=True)
 class NodeCost:
-    """MACs and output elements of one node for one sample (half of a guided pair)."""
+    """MACs, output elements and channels of one node for one sample (half of a guided pair)."""
 
     macs: int
     attention_macs: int
     numel: int
+    channels: int
 
     def total(self, attention: bool) -> int:
         return self.macs + self.attention_macs if attention else self.macs
@@ -45,6 +46,11 @@ def split_macs(counter: FlopCounterMode) -> tuple[int, int]:
         else:
             macs += flops // 2
     return macs, attention
+
+
+def channels(value: Tensor) -> int:
+    """The second axis of images, the last of tokens."""
+    return value.shape[1] if value.ndim == 4 else value.shape[-1]
 
 
 _measured: dict[Any, tuple[Graph, dict[str, NodeCost]]] = {}  # it takes longer than a small pipeline's run
@@ -96,9 +102,9 @@ def _measure(
             with FlopCounterMode(display=False) as counter:
                 value = node.run(calls[node.model], *(values[name] for name in node.inputs))
             values[node.name] = value
-            costs[node.name] = NodeCost(*split_macs(counter), value.numel())
+            costs[node.name] = NodeCost(*split_macs(counter), value.numel(), channels(value))
     # One difference per guided pair, and the tensors above are those of one sample.
-    costs[graph.guidance] = NodeCost(0, 0, values[graph.output].numel() // 2)
+    costs[graph.guidance] = NodeCost(0, 0, values[graph.output].numel() // 2, channels(values[graph.output]))
     return graph, costs
 
 

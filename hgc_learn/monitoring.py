@@ -37,7 +37,7 @@ class ScheduleMonitor(L.Callback):
             hard = pl_module.hard_schedule(budget)
             board.add_figure(f"gates/{budget:g}/soft", gate_heatmap(p.cpu(), router.sites, "P(compute)"), step)
             board.add_figure(f"gates/{budget:g}/hard", gate_heatmap(hard.compute.cpu(), router.sites, "exported"), step)
-            cached = pl_module.rollout(batch, hard, "pt")
+            cached = pl_module.rollout(batch, pl_module.draft(hard), "pt")
             rows = {
                 "control": batch["conditioning_image"],
                 "full": full,

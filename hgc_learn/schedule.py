@@ -26,7 +26,7 @@ from hgc_learn.predictors import BY_CODE
 from hgc_learn.sites import KINDS
 
 FORMAT = "hgc_schedule"
-VERSION = 3
+VERSION = 4
 
 MAX_FILE_BYTES = 16 * 2**20
 MAX_TENSOR_BYTES = 64 * 2**20
@@ -259,19 +259,19 @@ def _read_tensors(path: Path, data: Any) -> dict[str, Tensor]:
 def _check_tensors(tensors: Mapping[str, Tensor], sites: Mapping[str, str], num_steps: int) -> None:
     """Every predictor has what it reads, of the right shape, and nothing else is there."""
     needed = {
-        f"{site}/{parameter.name}": parameter
+        f"{site}/{parameter.name}": (parameter, {"steps": num_steps, "fills": row.count(code)})
         for site, row in sites.items()
         for code in set(row) - {COMPUTE}
         for parameter in BY_CODE[code].parameters
     }
     for name in sorted(needed.keys() ^ tensors.keys()):
         raise ScheduleError(f"tensors: {name!r} is {'missing' if name in needed else 'not used by any site'}.")
-    for name, parameter in needed.items():
-        tensor = tensors[name]
-        steps = "steps" in parameter.axes
+    for name, (parameter, lengths) in needed.items():
+        tensor, first = tensors[name], parameter.axes[0]
         wrong = tensor.dtype != parameter.dtype or tensor.ndim != len(parameter.axes) or not tensor.numel()
-        if wrong or (steps and len(tensor) != num_steps):
-            expected = f"{parameter.dtype} [{', '.join(parameter.axes)}]" + (f" of {num_steps} steps" if steps else "")
+        if wrong or len(tensor) != lengths.get(first, len(tensor)):
+            length = f" of {lengths[first]} {first}" if first in lengths else ""
+            expected = f"{parameter.dtype} [{', '.join(parameter.axes)}]{length}"
             raise ScheduleError(f"tensors: {name!r} must be {expected}, not {tensor.dtype} {list(tensor.shape)}.")
         if not tensor.isfinite().all():
             raise ScheduleError(f"tensors: {name!r} holds numbers that are not finite.")

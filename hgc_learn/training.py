@@ -196,14 +196,14 @@ class RouterModule(L.LightningModule):
     @torch.no_grad()
     def rollout_errors(self, batch: dict[str, Any], schedule: HardSchedule, target: Tensor) -> Tensor:
         """Squared error of the final latents per sample [batch] under a hard schedule."""
-        latents = self.rollout(batch, schedule)
+        latents = self.rollout(batch, self.draft(schedule))
         return (latents - target).square().flatten(1).mean(1)
 
     @torch.no_grad()
-    def rollout(self, batch: dict[str, Any], schedule: HardSchedule | None, output_type: str = "latent") -> Tensor:
-        """What the pipeline makes under a hard schedule, as at inference; without one, uncached."""
-        if schedule is None:
+    def rollout(self, batch: dict[str, Any], draft: Draft | None, output_type: str = "latent") -> Tensor:
+        """What the pipeline makes under a draft of a schedule, as at inference; without one, uncached."""
+        if draft is None:
             return generate(self.pipe, self.sampling, batch, output_type=output_type)
-        file = self.setting.schedule(self.draft(schedule), policy=self.objective.policy, settings={})
+        file = self.setting.schedule(draft, policy=self.objective.policy, settings={})
         with apply_schedule(self.pipe, file):
             return generate(self.pipe, self.sampling, batch, output_type=output_type)

@@ -41,7 +41,7 @@ def test_training_path_equals_inference_path(module: RouterModule, batch: dict[s
     schedule = random_schedule(module, share, seed=int(100 * share))
     if share < 1:
         assert {"C", "-", "1", "f"} <= set("".join(module.draft(schedule).sites.values()))
-    inference = module.rollout(batch, schedule)
+    inference = module.rollout(batch, module.draft(schedule))
     module.forwards.set_schedule(schedule)
     module.forwards.install()
     training = generate(module.pipe, SAMPLING, batch, grad=True)

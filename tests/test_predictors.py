@@ -75,6 +75,13 @@ def fitted(values: list[Tensor], k: int, spacing: int) -> Tensor:
     return (1 + k / 8) * values[0] + (k - 1) / 4 * k * slopes(values, spacing)[0]
 
 
+def tuned(values: list[Tensor], k: int, spacing: int) -> Tensor:
+    channels = torch.arange(values[0].shape[1 if values[0].ndim == 4 else 2])
+    shape = (-1, 1, 1) if values[0].ndim == 4 else (-1,)
+    scale, reach = (1 + (channels + k) / 8).view(shape), ((channels - k) / 4).view(shape)
+    return scale * values[0] + reach * k * slopes(values, spacing)[0]
+
+
 def zero(values: list[Tensor], k: int, spacing: int) -> Tensor:
     return torch.zeros_like(values[0])
 
@@ -91,6 +98,7 @@ FORMULAS: dict[str, Callable[[list[Tensor], int, int], Tensor]] = {
     "per_channel": per_channel,
     "scale_shift": scale_shift,
     "fitted": fitted,
+    "tuned": tuned,
 }
 """By name: fill-in from [F0, F1, F2], spaced evenly, k steps after F0. A new predictor is a row here."""
 
@@ -104,6 +112,10 @@ PARAMETERS: dict[str, Callable[[int], dict[str, Tensor]]] = {
     "fitted": lambda channels: {
         "scale": 1 + (torch.arange(NUM_STEPS) - 2) / 8,  # at step 2 + k
         "reach": (torch.arange(NUM_STEPS) - 3) / 4,
+    },
+    "tuned": lambda channels: {  # two steps of the row are filled in: k is 1 and 2
+        "scale": 1 + (torch.arange(channels) + torch.tensor([[1], [2]])) / 8,
+        "reach": (torch.arange(channels) - torch.tensor([[1], [2]])) / 4,
     },
 }
 NAMES = list(PREDICTORS)
@@ -217,6 +229,14 @@ def test_scales_must_be_finite_and_of_every_step(own: TinyPipeline) -> None:
     for scale, message in ((good[:-1], "of 6 steps"), (good / 0, "not finite")):
         with pytest.raises(ScheduleError, match=message):
             own.schedule({EPS: "CCCssC"}, tensors={f"{EPS}/scale": scale, f"{EPS}/shift": good})
+
+
+def test_tuned_has_numbers_for_every_fill(own: TinyPipeline) -> None:
+    good = torch.ones(2, 4)
+    own.schedule({EPS: "CtCCtC"}, tensors={f"{EPS}/scale": good, f"{EPS}/reach": good})
+    for row in ("CttCtC", "CtCCCC"):
+        with pytest.raises(ScheduleError, match=r"must be torch.float32 \[fills, channels\] of \d fills, not"):
+            own.schedule({EPS: row}, tensors={f"{EPS}/scale": good, f"{EPS}/reach": good})
 
 
 def test_tensors_for_other_channels_or_choices_are_refused(own: TinyPipeline) -> None:

@@ -25,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--refine_samples", type=int, default=64, help="training samples that refining measures on (default 64)"
     )
     parser.add_argument("--refine_batch_size", type=int, default=8, help="how many of them run at once (default 8)")
+    parser.add_argument(
+        "--tune_updates",
+        type=int,
+        default=128,
+        help="steps of learning, on the same samples, how to fill in what is skipped; 0 for none (default 128)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -37,5 +43,6 @@ def run(args: argparse.Namespace) -> None:
         refine_rounds=args.refine_rounds,
         refine_samples=args.refine_samples,
         refine_batch_size=args.refine_batch_size,
+        tune_updates=args.tune_updates,
     )
     print(f"wrote {path}")

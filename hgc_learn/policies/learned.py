@@ -15,8 +15,9 @@ def learned(
     refine_rounds: int = 4,
     refine_samples: int = 64,
     refine_batch_size: int = 8,
+    tune_updates: int = 128,
 ) -> Draft:
-    """A trained router's best gates within the budget, refined by real rollouts.
+    """A trained router's best gates within the budget, refined by real rollouts, with learned fill-ins.
 
     Args:
         ckpt_path: checkpoint of `train.py fit`.
@@ -24,9 +25,13 @@ def learned(
         refine_rounds: rounds of local search on the training's own samples; 0 for none.
         refine_samples: samples that the rounds take in turns.
         refine_batch_size: how many of them run at once.
+        tune_updates: steps of learning how the schedule fills in what it skips, on the same samples; 0 for none.
     """
     from hgc_learn.export import decide, load_trained, refining_batches
+    from hgc_learn.fills import BATCH_SIZE, tune_fills
 
     module, data = load_trained(setting, ckpt_path, "learned")
     batches = refining_batches(module, data, refine_samples, refine_batch_size) if refine_rounds else []
-    return module.draft(decide(module, budget, batches, num_rounds=refine_rounds))
+    draft = module.draft(decide(module, budget, batches, num_rounds=refine_rounds))
+    batches = refining_batches(module, data, refine_samples, BATCH_SIZE) if tune_updates else []
+    return tune_fills(module, draft, batches, tune_updates)

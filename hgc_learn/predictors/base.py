@@ -39,8 +39,8 @@ class Fill:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor that a predictor reads, stored as `<site>/<name>` beside the schedule; `axes` are `steps` and
-    `channels`."""
+    """A tensor that a predictor reads, stored as `<site>/<name>` beside the schedule; `axes` are `steps`,
+    `fills` (only the steps of the site's row with this predictor, in order) and `channels`."""
 
     name: str
     dtype: torch.dtype
@@ -56,7 +56,8 @@ class Predictor:
         code: its one character in a schedule's rows.
         num_values: how many computed values it looks at; with fewer at hand it uses those.
         fill: `fill(ages, step, parameters)`: `ages[j]` is how many steps ago F_j was computed (increasing, at most
-            `num_values` of them), `step` the index of the step that is filled in, `parameters` its tensors.
+            `num_values` of them), `step` the index of the step that is filled in (along `fills`, if that is
+            an axis of its tensors), `parameters` its tensors.
         summary: one line, with the source.
         parameters: tensors that it reads.
         mean_of_halves: F_j are averaged over the guided and the unguided half first.

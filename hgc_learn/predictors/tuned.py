@@ -1,0 +1,30 @@
+"""A line through the last two computed values whose height and slope are learned per channel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hgc_learn.predictors.base import Fill, Parameter, Predictor
+
+
+def fill(ages: Sequence[int], index: int, parameters: Mapping[str, Tensor]) -> Fill:
+    """scale[index] F0 + reach[index] k d0, as `fitted`; both are float32 [fills, channels], where only the steps that
+    are filled in this way count."""
+    scale, reach = parameters["scale"][index], parameters["reach"][index]
+    if len(ages) < 2:
+        return Fill((scale,))
+    a = reach * (ages[0] / (ages[1] - ages[0]))
+    return Fill((scale + a, -a))
+
+
+TUNED = Predictor(
+    "tuned",
+    "t",
+    2,
+    fill,
+    "fitted, per channel (this project)",
+    parameters=tuple(Parameter(name, torch.float32, ("fills", "channels")) for name in ("scale", "reach")),
+)
