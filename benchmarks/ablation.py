@@ -1,6 +1,6 @@
 """What each part of the learned recipe contributes: `python benchmarks/ablation.py`.
 
-Every row leaves one part out, of the training or of the refining after it, all else equal, and is judged by the final
+Every row leaves one part out, of the training or of what follows it, all else equal, and is judged by the final
 latents' error on scenes that nothing else uses: -10 log10 of the relative squared error, in dB, the mean over scenes;
 differences to the whole recipe are paired. Trainings are shared by rows and kept under `runs/ablation`; rows that are
 in the output already are not run again.
@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,12 +28,14 @@ from hgc_learn.comparison.statistics import mean_interval
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.effects import Effects, ProbedForwards
 from hgc_learn.export import load_run, refining_batches
+from hgc_learn.fills import BATCH_SIZE, tune_fills
 from hgc_learn.hard import HardSchedule
 from hgc_learn.quadratic import QuadraticModel
 from hgc_learn.refine import Refiner
+from hgc_learn.setting import Draft
 from hgc_learn.training import RouterModule
 
-NUM_ROUNDS = 4
+NUM_ROUNDS, NUM_UPDATES = 4, 128  # the defaults of export.py
 OFFSET = 2000  # of the judging scenes in the validation split
 
 
@@ -110,6 +112,8 @@ class FirstOrder(Refiner):
 ROWS: dict[str, tuple[str, type[Refiner] | None]] = {
     "the whole recipe": ("recipe", Refiner),
     "no refining": ("recipe", None),
+    "no learned fill-ins": ("recipe", Refiner),
+    "neither": ("recipe", None),
     "training: none, only its warm start": ("warm start only", Refiner),
     "training: no warm start": ("no warm start", Refiner),
     "training: first-order effects only": ("first order only", Refiner),
@@ -123,6 +127,7 @@ ROWS: dict[str, tuple[str, type[Refiner] | None]] = {
     "refining: judged where it was measured": ("recipe", NoOtherJudges),
     "training: for this budget alone": ("budget", Refiner),
 }
+UNTUNED = ("no learned fill-ins", "neither", "held values, no weights anywhere")
 
 
 def trained(name: str, sampler: str, budget: float) -> tuple[RouterModule, Any]:
@@ -144,12 +149,12 @@ def trained(name: str, sampler: str, budget: float) -> tuple[RouterModule, Any]:
         return load_run(ckpt_path)
 
 
-def relative_errors(module: RouterModule, schedule: HardSchedule, scenes: list[dict[str, Any]]) -> list[float]:
+def relative_errors(module: RouterModule, draft: Draft, scenes: list[dict[str, Any]]) -> list[float]:
     """In dB, per scene."""
     values = []
     for batch in scenes:
         target = module.teacher_latents(batch)
-        error = module.rollout_errors(batch, schedule, target) / target.square().flatten(1).mean(1)
+        error = (module.rollout(batch, draft) - target).square().flatten(1).mean(1) / target.square().flatten(1).mean(1)
         values += (-10 * error.clamp_min(1e-30).log10()).tolist()
     return values
 
@@ -169,8 +174,11 @@ def run(name: str, sampler: str, budget: float, scenes: list[dict[str, Any]]) ->
                 refiner.round()
             rounds.append(round(-10 / np.log(10) * refiner.log_error, 2))
         schedule = refiner.schedule
+    draft = module.draft(replace(schedule, compute=schedule.compute | module.router.dead(schedule.compute)))
+    if name not in UNTUNED:
+        draft = tune_fills(module, draft, refining_batches(module, data, 64, BATCH_SIZE), NUM_UPDATES)
     seconds = time.monotonic() - start
-    values = relative_errors(module, schedule, scenes)
+    values = relative_errors(module, draft, scenes)
     kept = module.router.kept(schedule.compute)
     return {
         "row": name,

@@ -123,7 +123,7 @@ def test_export_writes_a_schedule_that_runs(
     ckpt_path = fit(teacher, tmp_path, 1)
     for budget in (0.4, 0.7):
         output = tmp_path / str(budget)
-        path = export(ckpt_path, output, budget, refine_rounds=1, refine_samples=2)
+        path = export(ckpt_path, output, budget, refine_rounds=1, refine_samples=2, tune_updates=2)
         schedule = HGCSchedule.load(path)
         assert schedule.macs["cached"] <= budget * schedule.macs["full"]
         assert schedule.producer["settings"]["budget"] == budget
