@@ -3,8 +3,8 @@
 Everything that a run computes, backward passes and rollouts of refining included, is counted by torch's own FLOP
 counter and divided by what the uncached pipeline needs for one step of one sample (both halves of guidance). Two rows:
 
-- `learned`: the training of a configuration and its refining at every budget. Some updates and one round are run, and
-  scaled to all of them: an update's gates keep to its budget, so that all cost the same.
+- `learned`: the training of a configuration, and its refining and learning of fill-ins at every budget. Some updates
+  and one round are run, and scaled to all of them: an update's gates keep to its budget, so that all cost the same.
 - `l2c`: Learning-to-Cache's own recipe, 50,000 updates of 64 samples (the settings of its published code), each of a
   full step, the target and the blended prediction of the step after it, and a backward pass.
 """
@@ -25,11 +25,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from hgc_learn.cli import RouterCLI, train
 from hgc_learn.comparison.samples import draw_batches, save_json
 from hgc_learn.export import decide, refining_batches
+from hgc_learn.fills import BATCH_SIZE, tune_fills
 from hgc_learn.rollout import generate
 
 L2C_UPDATES, L2C_BATCH_SIZE, L2C_INTERVAL = 50_000, 64, 2
 FEW, MORE = 4, 8  # updates that are run; a multiple of the number of budgets
-NUM_ROUNDS = 4
+NUM_ROUNDS, TUNE_UPDATES = 4, 128
 
 
 class NoModules:
@@ -83,10 +84,14 @@ def learned_row(config: Path) -> dict[str, Any]:
     batches = refining_batches(module, cli.datamodule, 64, 8)
     for batch in batches:
         module.teacher_latents(batch)
-    rounds = {}
+    tuning = refining_batches(module, cli.datamodule, 64, BATCH_SIZE)
+    rounds, fills = {}, {}
     for budget in module.hparams["budgets"]:
-        _, total = flops(partial(decide, module, budget, batches, num_rounds=1))
+        hard, total = flops(partial(decide, module, budget, batches, num_rounds=1))
         rounds[f"{budget:g}"] = round(total / unit)
+        _, one = flops(partial(tune_fills, module, module.draft(hard), tuning, 1))
+        _, three = flops(partial(tune_fills, module, module.draft(hard), tuning, 3))
+        fills[f"{budget:g}"] = round((one + (TUNE_UPDATES - 1) * (three - one) / 2) / unit)
     training = (start + num_updates * update) / unit
     return {
         "policy": "learned",
@@ -96,7 +101,8 @@ def learned_row(config: Path) -> dict[str, Any]:
         "teacher_forward_gflops": round(unit / 1e9, 4),
         "training_teacher_forwards": round(training),
         "refining_round_teacher_forwards": rounds,
-        "teacher_forwards": round(training + NUM_ROUNDS * sum(rounds.values())),
+        "fills_teacher_forwards": fills,
+        "teacher_forwards": round(training + NUM_ROUNDS * sum(rounds.values()) + sum(fills.values())),
     }
 
 
