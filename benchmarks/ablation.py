@@ -154,7 +154,7 @@ def relative_errors(module: RouterModule, draft: Draft, scenes: list[dict[str, A
     values = []
     for batch in scenes:
         target = module.teacher_latents(batch)
-        error = (module.rollout(batch, draft) - target).square().flatten(1).mean(1) / target.square().flatten(1).mean(1)
+        error = module.rollout_errors(batch, draft, target) / target.square().flatten(1).mean(1)
         values += (-10 * error.clamp_min(1e-30).log10()).tolist()
     return values
 
@@ -174,9 +174,10 @@ def run(name: str, sampler: str, budget: float, scenes: list[dict[str, Any]]) ->
                 refiner.round()
             rounds.append(round(-10 / np.log(10) * refiner.log_error, 2))
         schedule = refiner.schedule
-    draft = module.draft(replace(schedule, compute=schedule.compute | module.router.dead(schedule.compute)))
+    schedule = replace(schedule, compute=schedule.compute | module.router.dead(schedule.compute))
+    draft = module.draft(schedule)
     if name not in UNTUNED:
-        draft = tune_fills(module, draft, refining_batches(module, data, 64, BATCH_SIZE), NUM_UPDATES)
+        draft = tune_fills(module, schedule, refining_batches(module, data, 64, BATCH_SIZE), NUM_UPDATES)
     seconds = time.monotonic() - start
     values = relative_errors(module, draft, scenes)
     kept = module.router.kept(schedule.compute)

@@ -70,7 +70,7 @@ def run(sampler: str, seed: int, num_scenes: int) -> list[dict[str, Any]]:
         batches = refining_batches(module, data, REFINE_SAMPLES, REFINE_BATCH_SIZE)
         hard = decide(module, budget, batches, num_rounds=NUM_ROUNDS)
         batches = refining_batches(module, data, REFINE_SAMPLES, BATCH_SIZE)
-        draft = tune_fills(module, module.draft(hard), batches, TUNE_UPDATES)
+        draft = tune_fills(module, hard, batches, TUNE_UPDATES)
         exporting = (time.monotonic() - start) / 60
         schedule = module.setting.schedule(draft, policy="learned", settings={})
         psnr = picture_psnr(render(module.pipe, module.sampling, scenes, schedule).pictures, full)

@@ -89,8 +89,8 @@ def learned_row(config: Path) -> dict[str, Any]:
     for budget in module.hparams["budgets"]:
         hard, total = flops(partial(decide, module, budget, batches, num_rounds=1))
         rounds[f"{budget:g}"] = round(total / unit)
-        _, one = flops(partial(tune_fills, module, module.draft(hard), tuning, 1))
-        _, three = flops(partial(tune_fills, module, module.draft(hard), tuning, 3))
+        _, one = flops(partial(tune_fills, module, hard, tuning, 1))
+        _, three = flops(partial(tune_fills, module, hard, tuning, 3))
         fills[f"{budget:g}"] = round((one + (TUNE_UPDATES - 1) * (three - one) / 2) / unit)
     training = (start + num_updates * update) / unit
     return {

@@ -52,8 +52,9 @@ def export(
             part of `Rollout` only too.
 
     Raises:
-        ValueError: the checkpoint cannot be found or read, or the budget cannot be met.
+        ValueError: the checkpoint cannot be found or read, the budget cannot be met, or a negative number.
     """
+    check_counts(refine_rounds, tune_updates)
     module, data = load_run(ckpt_path)
     rounds, updates = (refine_rounds, tune_updates) if module.objective.is_refined else (0, 0)
     with Progress() as progress:
@@ -71,7 +72,7 @@ def export(
             progress.update(task, advance=1, description=f"learning to fill in, latent error {math.exp(log_error):.5f}")
 
         batches = refining_batches(module, data, refine_samples, BATCH_SIZE) if updates else []
-        draft = tune_fills(module, module.draft(hard), batches, updates, report=report_update)
+        draft = tune_fills(module, hard, batches, updates, report=report_update)
         task = progress.add_task("measuring on validation samples", total=None)
         fidelity = measure_fidelity(module, data, draft)
     settings = {
@@ -87,6 +88,13 @@ def export(
     figure = gate_heatmap(hard.compute, module.router.sites, f"budget {budget:g}")
     figure.savefig(output / "hgc_schedule.png", dpi=150)
     return path
+
+
+def check_counts(refine_rounds: int, tune_updates: int) -> None:
+    """Raises ValueError where a number of rounds or updates is negative."""
+    for name, number in (("refine_rounds", refine_rounds), ("tune_updates", tune_updates)):
+        if number < 0:
+            raise ValueError(f"{name} is {number}; it must be 0 (none) or more.")
 
 
 def refining_batches(module: RouterModule, data: Any, num_samples: int, batch_size: int) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from hgc_learn.effects import Effects
 from hgc_learn.hard import HardSchedule
 from hgc_learn.quadratic import QuadraticModel
+from hgc_learn.setting import Draft
 from hgc_learn.training import RouterModule
 
 MAX_DAMPING = 100.0
@@ -101,8 +102,8 @@ class Refiner:
         return False
 
 
-def log_error(module: RouterModule, batches: Sequence[dict[str, Any]], schedule: HardSchedule) -> float:
-    """Mean over samples of the logarithm of the final latents' squared error under a hard schedule: as PSNR is judged,
+def log_error(module: RouterModule, batches: Sequence[dict[str, Any]], schedule: HardSchedule | Draft) -> float:
+    """Mean over samples of the logarithm of the final latents' squared error under a schedule: as PSNR is judged,
     and not ruled by the few samples with the largest errors."""
     errors = torch.cat([module.rollout_errors(b, schedule, module.teacher_latents(b)) for b in batches])
     error = float(errors.clamp_min(1e-30).log().mean())

@@ -194,9 +194,9 @@ class RouterModule(L.LightningModule):
         self.log("val_loss", hard_error, prog_bar=True, logger=False, batch_size=len(target))
 
     @torch.no_grad()
-    def rollout_errors(self, batch: dict[str, Any], schedule: HardSchedule, target: Tensor) -> Tensor:
-        """Squared error of the final latents per sample [batch] under a hard schedule."""
-        latents = self.rollout(batch, self.draft(schedule))
+    def rollout_errors(self, batch: dict[str, Any], schedule: HardSchedule | Draft, target: Tensor) -> Tensor:
+        """Squared error of the final latents per sample [batch] under a schedule."""
+        latents = self.rollout(batch, schedule if isinstance(schedule, Draft) else self.draft(schedule))
         return (latents - target).square().flatten(1).mean(1)
 
     @torch.no_grad()

@@ -11,26 +11,23 @@ from training_fixtures import random_schedule
 
 from hgc_learn import fills
 from hgc_learn.fills import as_tuned, tune_fills
+from hgc_learn.hard import HardSchedule
+from hgc_learn.refine import log_error
 from hgc_learn.setting import Draft
 from hgc_learn.training import RouterModule
 
 
 @pytest.fixture
-def draft(module: RouterModule) -> Draft:
+def schedule(module: RouterModule) -> HardSchedule:
     schedule = random_schedule(module, 0.8, seed=5)
-    dead = module.router.dead(schedule.compute)
-    return module.draft(replace(schedule, compute=schedule.compute | dead))
+    return replace(schedule, compute=schedule.compute | module.router.dead(schedule.compute))
 
 
-def log_error(module: RouterModule, batch: dict[str, Any], draft: Draft) -> float:
-    error = module.rollout(batch, draft) - module.teacher_latents(batch)
-    return float(error.square().flatten(1).mean(1).log().mean())
-
-
-def test_tuned_begins_with_what_the_draft_does(module: RouterModule, batch: dict[str, Any], draft: Draft) -> None:
-    start = as_tuned(module, draft)
-    codes = set("".join(draft.sites.values()))
-    assert len(codes) > 2
+def test_tuned_begins_with_what_the_schedule_does(
+    module: RouterModule, batch: dict[str, Any], schedule: HardSchedule
+) -> None:
+    start, draft = as_tuned(module, schedule), module.draft(schedule)
+    assert len(set("".join(draft.sites.values()))) > 2
     assert set("".join(start.sites.values())) == {"C", "t"}
     torch.testing.assert_close(module.rollout(batch, start), module.rollout(batch, draft), rtol=1e-4, atol=1e-5)
 
@@ -39,34 +36,35 @@ def test_tuned_begins_with_what_the_draft_does(module: RouterModule, batch: dict
 def test_learning_lowers_the_error(
     module: RouterModule,
     batch: dict[str, Any],
-    draft: Draft,
+    schedule: HardSchedule,
     gradient_checkpointing: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(module.hparams, "gradient_checkpointing", gradient_checkpointing)
     seen: list[float] = []
-    tuned = tune_fills(module, draft, [batch], 40, report=lambda update, error: seen.append(error))
+    tuned = tune_fills(module, schedule, [batch], 40, report=lambda update, error: seen.append(error))
     assert len(seen) == 40
-    assert log_error(module, batch, tuned) < log_error(module, batch, draft) - 0.1
-    start = as_tuned(module, draft)
+    assert log_error(module, [batch], tuned) < log_error(module, [batch], schedule) - 0.1
+    start = as_tuned(module, schedule)
     assert tuned.sites == start.sites
     assert all((tuned.tensors[name] != tensor).any() for name, tensor in start.tensors.items() if "scale" in name)
-    assert module.setting.kept(tuned) == module.setting.kept(draft)
+    assert module.setting.kept(tuned) == pytest.approx(module.router.kept(schedule.compute))
     if gradient_checkpointing:
         monkeypatch.setitem(module.hparams, "gradient_checkpointing", False)
-        other = tune_fills(module, draft, [batch], 40)
+        other = tune_fills(module, schedule, [batch], 40)
         for name, tensor in tuned.tensors.items():
             torch.testing.assert_close(tensor, other.tensors[name], rtol=1e-4, atol=1e-5)
 
 
 def test_what_other_samples_do_not_confirm_is_left(
-    module: RouterModule, batch: dict[str, Any], draft: Draft, monkeypatch: pytest.MonkeyPatch
+    module: RouterModule, batch: dict[str, Any], schedule: HardSchedule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fills, "LEARNING_RATES", {"scale": 10.0, "reach": 10.0})
-    assert tune_fills(module, draft, [batch], 2) is draft
+    tuned = tune_fills(module, schedule, [batch], 2)
+    assert tuned.sites == module.draft(schedule).sites
 
 
-def test_nothing_to_learn(module: RouterModule, batch: dict[str, Any], draft: Draft) -> None:
-    full = Draft({"unet:eps": "C" * module.num_steps})
-    assert tune_fills(module, full, [batch], 2) is full
-    assert tune_fills(module, draft, [], 0) is draft
+def test_nothing_to_learn(module: RouterModule, batch: dict[str, Any], schedule: HardSchedule) -> None:
+    full = HardSchedule.full(*schedule.compute.shape)
+    assert tune_fills(module, full, [batch], 2) == Draft({})
+    assert tune_fills(module, schedule, [], 0).sites == module.draft(schedule).sites

@@ -140,6 +140,8 @@ def test_export_writes_a_schedule_that_runs(
     [
         (["--ckpt_path", "absent.ckpt", "--output", "out"], "absent.ckpt: no such checkpoint"),
         (["--ckpt_path", __file__, "--output", "out"], "not a checkpoint written by"),
+        (["--ckpt_path", "any", "--output", "out", "--tune_updates=-1"], "tune_updates is -1; it must be 0"),
+        (["--ckpt_path", "any", "--output", "out", "--refine_rounds=-2"], "refine_rounds is -2; it must be 0"),
     ],
 )
 def test_export_refuses_clearly(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

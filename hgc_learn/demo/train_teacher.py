@@ -244,9 +244,6 @@ def train_denoiser(args: TeacherArguments) -> None:
 def train_teacher(args: TeacherArguments) -> None:
     """Run all stages that are not done yet."""
     L.seed_everything(args.seed)
-    build_unet(args.block_out_channels, args.layers_per_block)  # a width that cannot be is refused before the work
-    if args.parts:
-        take_parts(args.parts, args.output)
     draw_training_scenes(args.scenes, args.num_scenes)
     train_text_encoder(args)
     train_vae(args)
@@ -264,10 +261,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.add_argument(f"--{name}", type=int, default=field.default)
     arguments = vars(parser.parse_args(argv))
     arguments["block_out_channels"] = tuple(arguments["block_out_channels"])
-    try:
-        train_teacher(TeacherArguments(**arguments))
+    args = TeacherArguments(**arguments)
+    try:  # a width that cannot be or a folder without the parts, before the work
+        build_unet(args.block_out_channels, args.layers_per_block)
+        if args.parts:
+            take_parts(args.parts, args.output)
     except ValueError as error:
         parser.error(str(error))
+    train_teacher(args)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,12 @@ def learned(
         refine_batch_size: how many of them run at once.
         tune_updates: steps of learning how the schedule fills in what it skips, on the same samples; 0 for none.
     """
-    from hgc_learn.export import decide, load_trained, refining_batches
+    from hgc_learn.export import check_counts, decide, load_trained, refining_batches
     from hgc_learn.fills import BATCH_SIZE, tune_fills
 
+    check_counts(refine_rounds, tune_updates)
     module, data = load_trained(setting, ckpt_path, "learned")
     batches = refining_batches(module, data, refine_samples, refine_batch_size) if refine_rounds else []
-    draft = module.draft(decide(module, budget, batches, num_rounds=refine_rounds))
+    hard = decide(module, budget, batches, num_rounds=refine_rounds)
     batches = refining_batches(module, data, refine_samples, BATCH_SIZE) if tune_updates else []
-    return tune_fills(module, draft, batches, tune_updates)
+    return tune_fills(module, hard, batches, tune_updates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,11 @@ def fill(ages: Sequence[int], step: int, parameters: Mapping[str, Tensor]) -> Fi
 
     Scale 1 with reach 0 is `hold`, with reach 1 `linear`.
     """
-    scale, reach = float(parameters["scale"][step]), float(parameters["reach"][step])
+    return line(ages, float(parameters["scale"][step]), float(parameters["reach"][step]))
+
+
+def line(ages: Sequence[int], scale: Any, reach: Any) -> Fill:
+    """scale F0 + reach k d0; numbers, or per channel [channels]."""
     if len(ages) < 2:
         return Fill((scale,))
     a = reach * ages[0] / (ages[1] - ages[0])

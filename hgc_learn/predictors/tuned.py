@@ -8,16 +8,13 @@ import torch
 from torch import Tensor
 
 from hgc_learn.predictors.base import Fill, Parameter, Predictor
+from hgc_learn.predictors.fitted import line
 
 
 def fill(ages: Sequence[int], index: int, parameters: Mapping[str, Tensor]) -> Fill:
     """scale[index] F0 + reach[index] k d0, as `fitted`; both are float32 [fills, channels], where only the steps that
     are filled in this way count."""
-    scale, reach = parameters["scale"][index], parameters["reach"][index]
-    if len(ages) < 2:
-        return Fill((scale,))
-    a = reach * (ages[0] / (ages[1] - ages[0]))
-    return Fill((scale + a, -a))
+    return line(ages, parameters["scale"][index], parameters["reach"][index])
 
 
 TUNED = Predictor(
