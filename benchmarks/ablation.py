@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,15 +27,13 @@ from hgc_learn.comparison.samples import save_json
 from hgc_learn.comparison.statistics import mean_interval
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.effects import Effects, ProbedForwards
-from hgc_learn.export import load_run, refining_batches
-from hgc_learn.fills import BATCH_SIZE, tune_fills
+from hgc_learn.export import decide, load_run
 from hgc_learn.hard import HardSchedule
-from hgc_learn.quadratic import QuadraticModel
-from hgc_learn.refine import Refiner
+from hgc_learn.router import Router
 from hgc_learn.setting import Draft
 from hgc_learn.training import RouterModule
 
-NUM_ROUNDS, NUM_UPDATES = 4, 128  # the defaults of export.py
+NUM_SAMPLES, SPECIALISE_UPDATES, TUNE_UPDATES = 64, 192, 128  # the defaults of export.py
 OFFSET = 2000  # of the judging scenes in the validation split
 
 
@@ -55,6 +53,25 @@ def no_refreshes() -> AbstractContextManager[Any]:
     return patch.object(ProbedForwards, "_add_refreshes", lambda self, flips, refreshes: None)
 
 
+def independent() -> AbstractContextManager[Any]:
+    """Every gate is drawn by itself: draws keep to the budget on average only, as the expected MACs have it."""
+
+    def price(router: Router, budget: float) -> float:
+        low, high = float(router.logits.min()) - 20, float(router.logits.max()) + 20
+        for _ in range(30):
+            middle = (low + high) / 2
+            kept = float(router.expected_macs(router.probabilities(middle)))
+            low, high = (middle, high) if kept > budget else (low, middle)
+        return middle
+
+    @torch.no_grad()
+    def sample(router: Router, budget: float, generator: torch.Generator) -> tuple[HardSchedule, float]:
+        fair = price(router, budget)
+        return router.hard(torch.bernoulli(router.probabilities(fair), generator=generator).bool()), fair
+
+    return patch.object(Router, "sample", sample)
+
+
 TRAININGS = {
     "recipe": Training(),
     "warm start only": Training(("--trainer.max_steps=1", "--model.objective.learning_rate=0")),
@@ -62,72 +79,32 @@ TRAININGS = {
     "first order only": Training(("--model.objective.num_directions=0",)),
     "holding": Training(change=holding),
     "no refreshes": Training(change=no_refreshes),
+    "independent": Training(change=independent),
 }
 
 
-class WeightsOnly(Refiner):
-    """Never swaps gates."""
+@dataclass(frozen=True)
+class Row:
+    """Which training, and what follows it at export."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs, max_swaps=0)
-
-
-class SwapsOnly(Refiner):
-    """Never moves weights."""
-
-    def round(self) -> None:
-        with patch.object(QuadraticModel, "moved", lambda self, damping: self.schedule):
-            super().round()
+    training: str = "recipe"
+    specialise_updates: int = SPECIALISE_UPDATES
+    tune_updates: int = TUNE_UPDATES
 
 
-class NoWaysUp(Refiner):
-    """Leaves gates that nothing reads as they are."""
-
-    def _with_ways_up(self, schedule: HardSchedule) -> HardSchedule:
-        return schedule
-
-
-class NoOtherJudges(Refiner):
-    """Judges on the samples that effects were measured on."""
-
-    def _batches(self, ahead: int) -> list[dict[str, Any]]:
-        return super()._batches(0)
-
-
-class NoRefreshes(Refiner):
-    """Does not see what flips of gates do to the sites behind them."""
-
-    def round(self) -> None:
-        with no_refreshes():
-            super().round()
-
-
-class FirstOrder(Refiner):
-    """Knows effects along the error only."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs, num_directions=0)
-
-
-ROWS: dict[str, tuple[str, type[Refiner] | None]] = {
-    "the whole recipe": ("recipe", Refiner),
-    "no refining": ("recipe", None),
-    "no learned fill-ins": ("recipe", Refiner),
-    "neither": ("recipe", None),
-    "training: none, only its warm start": ("warm start only", Refiner),
-    "training: no warm start": ("no warm start", Refiner),
-    "training: first-order effects only": ("first order only", Refiner),
-    "held values, no weights anywhere": ("holding", SwapsOnly),
-    "effects: not of sites behind a gate": ("no refreshes", Refiner),
-    "refining: weights only": ("recipe", WeightsOnly),
-    "refining: swaps only": ("recipe", SwapsOnly),
-    "refining: first-order effects only": ("recipe", FirstOrder),
-    "refining: effects not of sites behind a gate": ("recipe", NoRefreshes),
-    "refining: no ways up": ("recipe", NoWaysUp),
-    "refining: judged where it was measured": ("recipe", NoOtherJudges),
-    "training: for this budget alone": ("budget", Refiner),
+ROWS = {
+    "the whole recipe": Row(),
+    "no specialising": Row(specialise_updates=0),
+    "no learned fill-ins": Row(tune_updates=0),
+    "neither": Row(specialise_updates=0, tune_updates=0),
+    "training: none, only its warm start": Row("warm start only"),
+    "training: no warm start": Row("no warm start"),
+    "training: for this budget alone": Row("budget"),
+    "first-order effects only": Row("first order only"),
+    "effects: not of sites behind a gate": Row("no refreshes"),
+    "held values, no weights anywhere": Row("holding", tune_updates=0),
+    "gates drawn independently": Row("independent"),
 }
-UNTUNED = ("no learned fill-ins", "neither", "held values, no weights anywhere")
 
 
 def trained(name: str, sampler: str, budget: float) -> tuple[RouterModule, Any]:
@@ -161,26 +138,22 @@ def relative_errors(module: RouterModule, draft: Draft, scenes: list[dict[str, A
 
 def run(name: str, sampler: str, budget: float, scenes: list[dict[str, Any]]) -> dict[str, Any]:
     """One row."""
-    training, refiner_class = ROWS[name]
-    module, data = trained(training, sampler, budget)
-    change = TRAININGS[training].change if training in TRAININGS else nullcontext
+    row = ROWS[name]
+    module, data = trained(row.training, sampler, budget)
+    change = TRAININGS[row.training].change if row.training in TRAININGS else nullcontext
     start = time.monotonic()
-    schedule, rounds = module.hard_schedule(budget), []
-    if refiner_class:
-        module.generator = torch.Generator()
-        refiner = refiner_class(module, refining_batches(module, data, 64, 8), schedule, budget)
-        for _ in range(NUM_ROUNDS):
-            with change():
-                refiner.round()
-            rounds.append(round(-10 / np.log(10) * refiner.log_error, 2))
-        schedule = refiner.schedule
-    schedule = replace(schedule, compute=schedule.compute | module.router.dead(schedule.compute))
-    draft = module.draft(schedule)
-    if name not in UNTUNED:
-        draft = tune_fills(module, schedule, refining_batches(module, data, 64, BATCH_SIZE), NUM_UPDATES)
+    with change():
+        hard, draft = decide(
+            module,
+            data,
+            budget,
+            num_samples=NUM_SAMPLES,
+            specialise_updates=row.specialise_updates,
+            tune_updates=row.tune_updates,
+        )
     seconds = time.monotonic() - start
     values = relative_errors(module, draft, scenes)
-    kept = module.router.kept(schedule.compute)
+    kept = module.router.kept(hard.compute)
     return {
         "row": name,
         "sampler": sampler,
@@ -188,7 +161,6 @@ def run(name: str, sampler: str, budget: float, scenes: list[dict[str, Any]]) ->
         "kept_macs": round(kept, 4),
         "latent_db": round(float(np.mean(values)), 3),
         "seconds": round(seconds),
-        "rounds": rounds,
         "scenes": [round(value, 3) for value in values],
     }
 

@@ -19,18 +19,17 @@ from hgc_learn.cli import train
 from hgc_learn.comparison.samples import draw_batches, render, save_json
 from hgc_learn.comparison.statistics import mean_interval
 from hgc_learn.evaluation import picture_psnr
-from hgc_learn.export import decide, load_run, refining_batches
-from hgc_learn.fills import BATCH_SIZE, tune_fills
+from hgc_learn.export import decide, load_run
 from hgc_learn.hard import HardSchedule
 from hgc_learn.objectives import Rollout
 from hgc_learn.training import RouterModule
 
-NUM_ROUNDS, REFINE_SAMPLES, REFINE_BATCH_SIZE, TUNE_UPDATES = 4, 64, 8, 128  # the defaults of export.py
+NUM_SAMPLES, SPECIALISE_UPDATES, TUNE_UPDATES = 64, 192, 128  # the defaults of export.py
 
 
 def soft_and_hard(module: RouterModule, budget: float, num_scenes: int = 16, num_draws: int = 4) -> dict[str, float]:
-    """Latent error before refining, in dB below the latents' power, on validation scenes: of schedules drawn at the
-    temperature that training ended with, and of the one that is rounded."""
+    """Latent error of the trained router as it is, in dB below the latents' power, on validation scenes: of schedules
+    drawn at the temperature that training ended with, and of the one that is rounded."""
     (batch,) = draw_batches("validation", num_scenes, num_scenes)
     target = module.teacher_latents(batch)
 
@@ -41,9 +40,8 @@ def soft_and_hard(module: RouterModule, budget: float, num_scenes: int = 16, num
     objective, router = module.objective, module.router
     assert isinstance(objective, Rollout)
     router.temperature = objective.final_temperature
-    p_compute = router.probabilities(router.price(budget)).detach()
     generator = torch.Generator().manual_seed(0)
-    soft = [level(router.sample(p_compute, generator)) for _ in range(num_draws)]
+    soft = [level(router.sample(budget, generator)[0]) for _ in range(num_draws)]
     return {
         "soft_latent_db": round(sum(soft) / num_draws, 2),
         "hard_latent_db": round(level(module.hard_schedule(budget)), 2),
@@ -67,10 +65,14 @@ def run(sampler: str, seed: int, num_scenes: int) -> list[dict[str, Any]]:
     rows = []
     for budget in module.hparams["budgets"]:
         start = time.monotonic()
-        batches = refining_batches(module, data, REFINE_SAMPLES, REFINE_BATCH_SIZE)
-        hard = decide(module, budget, batches, num_rounds=NUM_ROUNDS)
-        batches = refining_batches(module, data, REFINE_SAMPLES, BATCH_SIZE)
-        draft = tune_fills(module, hard, batches, TUNE_UPDATES)
+        hard, draft = decide(
+            module,
+            data,
+            budget,
+            num_samples=NUM_SAMPLES,
+            specialise_updates=SPECIALISE_UPDATES,
+            tune_updates=TUNE_UPDATES,
+        )
         exporting = (time.monotonic() - start) / 60
         schedule = module.setting.schedule(draft, policy="learned", settings={})
         psnr = picture_psnr(render(module.pipe, module.sampling, scenes, schedule).pictures, full)

@@ -1,10 +1,10 @@
 """What training costs, in forward passes of the uncached teacher: `python benchmarks/training_cost.py`.
 
-Everything that a run computes, backward passes and rollouts of refining included, is counted by torch's own FLOP
+Everything that a run computes, backward passes included, is counted by torch's own FLOP
 counter and divided by what the uncached pipeline needs for one step of one sample (both halves of guidance). Two rows:
 
-- `learned`: the training of a configuration, and its refining and learning of fill-ins at every budget. Some updates
-  and one round are run, and scaled to all of them: an update's gates keep to its budget, so that all cost the same.
+- `learned`: the training of a configuration, and what its exports learn at every budget: the router's specialising and
+  fill-ins. Some updates are run, and scaled to all of them: their gates keep to the budget, so that all cost the same.
 - `l2c`: Learning-to-Cache's own recipe, 50,000 updates of 64 samples (the settings of its published code), each of a
   full step, the target and the blended prediction of the step after it, and a backward pass.
 """
@@ -24,13 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hgc_learn.cli import RouterCLI, train
 from hgc_learn.comparison.samples import draw_batches, save_json
-from hgc_learn.export import decide, refining_batches
-from hgc_learn.fills import BATCH_SIZE, tune_fills
+from hgc_learn.export import decide, training_batches
 from hgc_learn.rollout import generate
 
 L2C_UPDATES, L2C_BATCH_SIZE, L2C_INTERVAL = 50_000, 64, 2
 FEW, MORE = 4, 8  # updates that are run; a multiple of the number of budgets
-NUM_ROUNDS, TUNE_UPDATES = 4, 128
+NUM_SAMPLES, SPECIALISE_UPDATES, TUNE_UPDATES = 64, 192, 128  # the defaults of export.py
 
 
 class NoModules:
@@ -75,23 +74,31 @@ def teacher_forward(cli: RouterCLI) -> float:
     return total / 2 / module.num_steps
 
 
+def export_flops(cli: RouterCLI, budget: float) -> float:
+    """Operations of all that an export learns."""
+
+    def count(specialise_updates: int, tune_updates: int) -> float:
+        learn = partial(decide, cli.model, cli.datamodule, budget, num_samples=NUM_SAMPLES)
+        _, total = flops(partial(learn, specialise_updates=specialise_updates, tune_updates=tune_updates))
+        return total
+
+    specialising = [count(updates, 0) for updates in (FEW, MORE)]
+    tuning = [count(0, updates) for updates in (FEW, MORE)]
+    total = 0.0
+    for (few, more), num_updates in ((specialising, SPECIALISE_UPDATES), (tuning, TUNE_UPDATES)):
+        total += few + (num_updates - FEW) * (more - few) / (MORE - FEW)
+    return total
+
+
 def learned_row(config: Path) -> dict[str, Any]:
-    """Training and refining."""
+    """Training and exports."""
     cli, update, start = per_update(config)
     module, unit = cli.model, teacher_forward(cli)
     settings = cli.config["fit"]["data"]["init_args"]
     num_updates = settings["num_train"] // settings["batch_size"] * cli.trainer.max_epochs
-    batches = refining_batches(module, cli.datamodule, 64, 8)
-    for batch in batches:
+    for batch in training_batches(module, cli.datamodule, NUM_SAMPLES, 8):
         module.teacher_latents(batch)
-    tuning = refining_batches(module, cli.datamodule, 64, BATCH_SIZE)
-    rounds, fills = {}, {}
-    for budget in module.hparams["budgets"]:
-        hard, total = flops(partial(decide, module, budget, batches, num_rounds=1))
-        rounds[f"{budget:g}"] = round(total / unit)
-        _, one = flops(partial(tune_fills, module, hard, tuning, 1))
-        _, three = flops(partial(tune_fills, module, hard, tuning, 3))
-        fills[f"{budget:g}"] = round((one + (TUNE_UPDATES - 1) * (three - one) / 2) / unit)
+    exports = {f"{b:g}": round(export_flops(cli, b) / unit) for b in module.hparams["budgets"]}
     training = (start + num_updates * update) / unit
     return {
         "policy": "learned",
@@ -100,9 +107,8 @@ def learned_row(config: Path) -> dict[str, Any]:
         "batch_size": settings["batch_size"],
         "teacher_forward_gflops": round(unit / 1e9, 4),
         "training_teacher_forwards": round(training),
-        "refining_round_teacher_forwards": rounds,
-        "fills_teacher_forwards": fills,
-        "teacher_forwards": round(training + NUM_ROUNDS * sum(rounds.values()) + sum(fills.values())),
+        "export_teacher_forwards": exports,
+        "teacher_forwards": round(training + sum(exports.values())),
     }
 
 

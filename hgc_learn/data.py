@@ -6,8 +6,9 @@ A batch is a dict: `text` (list of B prompts), `conditioning_image` [B, 3, heigh
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import lightning as L
@@ -15,6 +16,8 @@ from diffusers.image_processor import VaeImageProcessor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from hgc_learn.demo.scenes import SceneDataset
+
+T = TypeVar("T")
 
 
 class ControlDataModule(L.LightningDataModule):
@@ -130,3 +133,10 @@ class _TrainLoader(DataLoader[dict[str, Any]]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.num_done = state["num_done"]
+
+
+def hold_out(batches: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """All but the last quarter, to learn from, and the last quarter, to judge by; of fewer than four all serve for
+    both."""
+    num_judges = len(batches) // 4
+    return (batches[:-num_judges], batches[-num_judges:]) if num_judges else (batches, batches)

@@ -1,11 +1,10 @@
-"""From a trained router to a static schedule file: rounding, refining, measuring."""
+"""From a trained router to a static schedule file: specialising, learning to fill in, measuring."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import pickle
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,27 +14,23 @@ from jsonargparse import ArgumentError
 from rich.progress import Progress
 from torch.utils.data import DataLoader
 
+from hgc_learn import fills, specialise
 from hgc_learn.cli import rebuild
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import gate_heatmap
-from hgc_learn.fills import BATCH_SIZE, tune_fills
+from hgc_learn.fills import Report
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.hard import HardSchedule
-from hgc_learn.refine import Refiner
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.training import RouterModule
-
-Report = Callable[[int, float], None]
-"""(round, squared error of the latents as a geometric mean)."""
 
 
 def export(
     ckpt_path: Path,
     output: Path,
     budget: float = 0.5,
-    refine_rounds: int = 4,
-    refine_samples: int = 64,
-    refine_batch_size: int = 8,
+    num_samples: int = 64,
+    specialise_updates: int = 192,
     tune_updates: int = 128,
 ) -> Path:
     """Writes `hgc_schedule.json` and a picture of it.
@@ -44,42 +39,49 @@ def export(
         ckpt_path: checkpoint of `train.py fit`.
         output: folder to write to.
         budget: fraction of the full MACs to keep.
-        refine_rounds: rounds of local search with real rollouts on training batches; 0 for none. It is part of
-            `Rollout` only, other objectives are exported as they are.
-        refine_samples: training samples that the rounds take in turns.
-        refine_batch_size: how many of them run at once.
-        tune_updates: steps of learning, on the same samples, how the schedule fills in what it skips; 0 for none. It is
-            part of `Rollout` only too.
+        num_samples: training samples that both of the following learn from.
+        specialise_updates: of the router, for this budget alone; 0 for none. Only `Rollout` does that, other objectives
+            are exported as they are.
+        tune_updates: steps of learning how the schedule fills in what it skips; 0 for none. `Rollout` only too.
 
     Raises:
-        ValueError: the checkpoint cannot be found or read, the budget cannot be met, or a negative number.
+        ValueError: the checkpoint cannot be found or read, the budget cannot be met, or a number out of range.
     """
-    check_counts(refine_rounds, tune_updates)
+    check_counts(num_samples, specialise_updates, tune_updates)
     module, data = load_run(ckpt_path)
-    rounds, updates = (refine_rounds, tune_updates) if module.objective.is_refined else (0, 0)
+    module.router.check_budget(budget)
+    if not module.objective.is_specialised:
+        specialise_updates = tune_updates = 0
     with Progress() as progress:
-        task = progress.add_task("refining", total=rounds, visible=rounds > 0)
 
-        def report(index: int, error: float) -> None:
-            progress.update(task, advance=1, description=f"refining, latent error {error:.5f}")
+        def reporter(description: str, total: int) -> Report:
+            task = progress.add_task(description, total=total, visible=total > 0)
 
-        batches = refining_batches(module, data, refine_samples, refine_batch_size) if rounds else []
-        hard = decide(module, budget, batches, num_rounds=rounds, report=report)
-        progress.update(task, completed=rounds)
-        task = progress.add_task("learning to fill in", total=updates, visible=updates > 0)
+            def report(update: int, log_error: float) -> None:
+                progress.update(task, advance=1, description=f"{description}, latent error {math.exp(log_error):.5f}")
 
-        def report_update(index: int, log_error: float) -> None:
-            progress.update(task, advance=1, description=f"learning to fill in, latent error {math.exp(log_error):.5f}")
+            return report
 
-        batches = refining_batches(module, data, refine_samples, BATCH_SIZE) if updates else []
-        draft = tune_fills(module, hard, batches, updates, report=report_update)
-        task = progress.add_task("measuring on validation samples", total=None)
+        hard, draft = decide(
+            module,
+            data,
+            budget,
+            num_samples=num_samples,
+            specialise_updates=specialise_updates,
+            tune_updates=tune_updates,
+            reports=(
+                reporter("specialising the router", specialise_updates),
+                reporter("learning to fill in", tune_updates),
+            ),
+        )
+        progress.add_task("measuring on validation samples", total=None)
         fidelity = measure_fidelity(module, data, draft)
     settings = {
         "ckpt_path": ckpt_path.name,
         "budget": budget,
-        "refine_rounds": rounds,
-        "tune_updates": updates,
+        "num_samples": num_samples,
+        "specialise_updates": specialise_updates,
+        "tune_updates": tune_updates,
         **module.hparams,
     }
     schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
@@ -90,46 +92,47 @@ def export(
     return path
 
 
-def check_counts(refine_rounds: int, tune_updates: int) -> None:
-    """Raises ValueError where a number of rounds or updates is negative."""
-    for name, number in (("refine_rounds", refine_rounds), ("tune_updates", tune_updates)):
+def decide(
+    module: RouterModule,
+    data: Any,
+    budget: float,
+    *,
+    num_samples: int,
+    specialise_updates: int,
+    tune_updates: int,
+    reports: tuple[Report, Report] = (lambda *_: None, lambda *_: None),
+) -> tuple[HardSchedule, Draft]:
+    """The gates of a trained router at a budget, and the draft that they make with fill-ins learned; both learn from
+    the first samples of the training's own data. Arguments as of `export`.
+
+    Raises:
+        ValueError: a budget that cannot be met, or a number out of range.
+    """
+    check_counts(num_samples, specialise_updates, tune_updates)
+    batches = training_batches(module, data, num_samples, specialise.BATCH_SIZE) if specialise_updates else []
+    hard = specialise.specialise(module, budget, batches, specialise_updates, report=reports[0])
+    hard = replace(hard, compute=hard.compute | module.router.dead(hard.compute))  # not in the file's rows
+    batches = training_batches(module, data, num_samples, fills.BATCH_SIZE) if tune_updates else []
+    return hard, fills.tune_fills(module, hard, batches, tune_updates, report=reports[1])
+
+
+def check_counts(num_samples: int, specialise_updates: int, tune_updates: int) -> None:
+    """Raises ValueError where a number is out of range."""
+    if num_samples < 1:
+        raise ValueError(
+            f"num_samples is {num_samples}; it must be at least 1. For no learning at export set specialise_updates "
+            "and tune_updates to 0."
+        )
+    for name, number in (("specialise_updates", specialise_updates), ("tune_updates", tune_updates)):
         if number < 0:
             raise ValueError(f"{name} is {number}; it must be 0 (none) or more.")
 
 
-def refining_batches(module: RouterModule, data: Any, num_samples: int, batch_size: int) -> list[dict[str, Any]]:
-    """The first samples of the training's own data, on the module's device.
-
-    Raises:
-        ValueError: a number below 1.
-    """
-    for name, number in (("refine_samples", num_samples), ("refine_batch_size", batch_size)):
-        if number < 1:
-            raise ValueError(f"{name} is {number}; it must be at least 1. For no refining set refine_rounds to 0.")
+def training_batches(module: RouterModule, data: Any, num_samples: int, batch_size: int) -> list[dict[str, Any]]:
+    """The first samples of the training's own data, on the module's device."""
     loader = DataLoader(data.train_dataloader().dataset, batch_size)
     batches = itertools.islice(loader, math.ceil(num_samples / batch_size))
     return [module.transfer_batch_to_device(batch, module.device, 0) for batch in batches]
-
-
-def decide(
-    module: RouterModule,
-    budget: float,
-    batches: Sequence[dict[str, Any]] = (),
-    *,
-    num_rounds: int = 0,
-    report: Report = lambda *_: None,
-) -> HardSchedule:
-    """The hard schedule of a trained router at a budget; with rounds of refining (see `refine`) on `batches`."""
-    schedule = module.hard_schedule(budget)
-    if not num_rounds:
-        return schedule
-    module.generator = torch.Generator(module.device)  # whenever it is asked for, the same schedule
-    refiner = Refiner(module, batches, schedule, budget)
-    for index in range(num_rounds):
-        refiner.round()
-        report(index, math.exp(refiner.log_error))
-    best = refiner.schedule
-    return replace(best, compute=best.compute | module.router.dead(best.compute))  # not in the file's rows
 
 
 def load_trained(setting: Setting, ckpt_path: str, policy: str) -> tuple[RouterModule, Any]:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hgc_learn.data import hold_out
 from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import apply_schedule
 from hgc_learn.plan import COMPUTE
 from hgc_learn.predictors.tuned import TUNED
-from hgc_learn.refine import log_error
 from hgc_learn.rollout import generate
 from hgc_learn.setting import Draft
 
@@ -50,7 +50,7 @@ def tune_fills(
     start = as_tuned(module, schedule)
     if not num_updates or not start.tensors:
         return module.draft(schedule)
-    learned, judges = batches[: -(len(batches) // 4) or None], batches[-(len(batches) // 4) :]
+    learned, judges = hold_out(batches)
     targets = [module.teacher_latents(batch) for batch in learned]  # before a schedule is applied
     tensors = {name: tensor.to(module.device).requires_grad_() for name, tensor in start.tensors.items()}
     groups = [{"params": [t], "lr": LEARNING_RATES[name.rpartition("/")[2]]} for name, t in tensors.items()]
@@ -70,7 +70,7 @@ def tune_fills(
             report(update, float(loss.detach()))
     tuned = Draft(start.sites, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
     drafts = [tuned, module.draft(schedule)]
-    return min(drafts, key=lambda draft: log_error(module, judges, draft))
+    return min(drafts, key=lambda draft: module.log_error(judges, draft))
 
 
 def as_tuned(module: RouterModule, schedule: HardSchedule) -> Draft:

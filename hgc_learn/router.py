@@ -1,9 +1,9 @@
-"""The learned policy: one gate per (step, site), and the multiplier that makes it keep to a budget.
+"""The learned policy: one gate per (step, site), and the price that makes it keep to a budget.
 
 A gate computes with probability sigmoid((logit - price) / temperature). The price is not learned and not set by
-hand: for every budget it is solved for, so that the expected MACs by liveness meet the budget exactly. One set of
-logits therefore holds a whole family of schedules. A gate that does not compute is filled in by the fitted predictor,
-with weights of its own.
+hand: for every budget it is solved for, so that the MACs by liveness meet the budget. One set of logits therefore
+holds a whole family of schedules. A gate that does not compute is filled in by the fitted predictor, with weights of
+its own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from hgc_learn.graph import Graph
 from hgc_learn.hard import HardSchedule, hold_weights
 from hgc_learn.macs import NodeCost
 from hgc_learn.plan import ExpectedMacs, Liveness, live_step
+
+MAX_LOGIT = 8.0
 
 
 class Router(nn.Module):
@@ -37,7 +39,6 @@ class Router(nn.Module):
         self._graph = graph
         self._macs = {name: cost.total(False) for name, cost in costs.items()}
         self._full = sum(self._macs.values())
-        self._kept_by_row: dict[bytes, float] = {}
 
     @property
     def num_steps(self) -> int:
@@ -49,9 +50,18 @@ class Router(nn.Module):
         return torch.cat([torch.ones_like(p[:1]), p[1:]])
 
     @torch.no_grad()
-    def sample(self, p_compute: Tensor, generator: torch.Generator | None = None) -> HardSchedule:
-        """A hard schedule by chance; `p_compute` [steps, sites]."""
-        return self.hard(torch.bernoulli(p_compute, generator=generator).bool())
+    def sample(self, budget: float, generator: torch.Generator) -> tuple[HardSchedule, float]:
+        """A hard schedule by chance that keeps to the budget exactly, and its price: every gate's logit gets logistic
+        noise, and as many of the highest compute as the budget allows. Given the price, a gate computes with the
+        probability that `probabilities` says.
+
+        Raises:
+            ValueError: a budget that cannot be met.
+        """
+        uniform = torch.rand(self.logits.shape, generator=generator, device=self.logits.device)
+        noisy = self.logits + self.temperature * uniform.clamp(1e-6, 1 - 1e-6).logit()
+        price = self._price(noisy, budget)
+        return self.hard(noisy >= price), price
 
     def hard(self, compute: Tensor) -> HardSchedule:
         """Computes where `compute` [steps, sites] says so, and at the first step."""
@@ -62,22 +72,28 @@ class Router(nn.Module):
         """Expected fraction of the full run's MACs, differentiable; `p_compute` [steps, sites]."""
         return self._expected(p_compute).mean()
 
-    @torch.no_grad()
-    def price(self, budget: float, tolerance: float = 1e-3) -> float:
-        """The price at which the expected MACs are `budget` (a fraction of the full run's), by bisection.
+    def price(self, budget: float) -> float:
+        """The lowest logit that computes when the highest do that the budget allows.
 
         Raises:
-            ValueError: a budget below what the first step alone costs.
+            ValueError: a budget that cannot be met.
         """
+        return self._price(self.logits.detach(), budget)
+
+    def _price(self, logits: Tensor, budget: float) -> float:
         self.check_budget(budget)
-        low, high = float(self.logits.min()) - 20.0, float(self.logits.max()) + 20.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            kept = float(self.expected_macs(self.probabilities(middle)))
-            if abs(kept - budget) < tolerance:
-                break
-            low, high = (middle, high) if kept > budget else (low, middle)
-        return middle
+        levels = logits[1:].flatten().unique()
+        levels = torch.cat([levels, levels[-1:] + 1])
+        low, high = -1, len(levels) - 1  # gates at or above levels[high] fit; at or above levels[low] they do not
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = self.kept(logits >= levels[middle]) <= budget
+            low, high = (low, middle) if fits else (middle, high)
+        return float(levels[high])
+
+    def clamp(self) -> None:
+        """Keeps the logits where gates can still change their mind."""
+        self.logits.data.clamp_(-MAX_LOGIT, MAX_LOGIT)
 
     def check_budget(self, budget: float) -> None:
         if not self.least_budget < budget <= 1:
@@ -93,18 +109,13 @@ class Router(nn.Module):
 
     def kept(self, compute: Tensor) -> float:
         """Fraction of the full run's MACs that gates [steps, sites] keep, by liveness."""
-        rows = compute[1:].to(torch.uint8).cpu().numpy()
-        return (1.0 + sum(self._kept_by(row.tobytes()) for row in rows)) / self.num_steps
-
-    def _kept_by(self, row: bytes) -> float:
-        """Fraction of a full step's MACs that a step keeps; `row` has a byte per site, 1 for computing."""
-        if row not in self._kept_by_row:
+        total = float(self._full)
+        for row in compute[1:].tolist():
             live = self._live(row)
-            macs = sum(self._macs[name] for name in live.run)
-            self._kept_by_row[row] = macs / self._full / (2 if live.is_half else 1)
-        return self._kept_by_row[row]
+            total += sum(self._macs[name] for name in live.run) / (2 if live.is_half else 1)
+        return total / self._full / self.num_steps
 
-    def _live(self, row: Iterable[int]) -> Liveness:
+    def _live(self, row: Iterable[bool]) -> Liveness:
         """Of a step whose gates compute as `row` says, one entry per site."""
         return live_step(self._graph, {name for name, computes in zip(self.sites, row, strict=True) if not computes})
 
@@ -113,25 +124,10 @@ class Router(nn.Module):
         That of the guidance difference never counts as dead."""
         result = torch.zeros_like(compute)
         for step, row in enumerate(compute.tolist()):
-            live = live_step(
-                self._graph, {name for name, computes in zip(self.sites, row, strict=True) if not computes}
-            )
+            live = self._live(row)
             needed = {*live.run, *live.load, self._graph.guidance}
             result[step] = torch.tensor([name not in needed for name in self.sites])
         return result
-
-    def marginal_costs(self, compute: Tensor) -> Tensor:
-        """By how much each gate alone, if it chose the other way, would change the fraction of the full run's MACs that
-        gates [steps, sites] keep: [steps, sites]."""
-        costs = torch.zeros(compute.shape)
-        rows = compute.to(torch.uint8).cpu().numpy()
-        for step in range(1, len(rows)):
-            kept = self._kept_by(rows[step].tobytes())
-            for site in range(len(self.sites)):
-                flipped = rows[step].copy()
-                flipped[site] ^= 1
-                costs[step, site] = (self._kept_by(flipped.tobytes()) - kept) / self.num_steps
-        return costs
 
     def savings(self) -> Tensor:
         """Per site [sites], the share of a full step's MACs that reusing it alone saves."""
@@ -142,17 +138,10 @@ class Router(nn.Module):
             alone.append((1 - self.kept(compute)) * self.num_steps)
         return torch.tensor(alone)
 
-    @torch.no_grad()
     def threshold(self, budget: float) -> HardSchedule:
-        """The hard schedule that computes as many of the highest logits as the budget allows."""
-        self.check_budget(budget)
-        levels = self.logits[1:].flatten().unique()
-        low, high = 0, len(levels)  # gates at or above levels[high] fit; at or above levels[low] they do not
-        levels = torch.cat([levels, levels[-1:] + 1])
-        if self.kept(self.logits >= levels[0]) <= budget:
-            return self.hard(self.logits >= levels[0])
-        while high - low > 1:
-            middle = (low + high) // 2
-            fits = self.kept(self.logits >= levels[middle]) <= budget
-            low, high = (low, middle) if fits else (middle, high)
-        return self.hard(self.logits >= levels[high])
+        """The hard schedule that computes as many of the highest logits as the budget allows.
+
+        Raises:
+            ValueError: a budget that cannot be met.
+        """
+        return self.hard(self.logits.detach() >= self.price(budget))

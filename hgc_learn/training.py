@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -179,7 +181,7 @@ class RouterModule(L.LightningModule):
         target = self.teacher_latents(batch)
         for budget in self.hparams["budgets"]:
             hard = self.hard_schedule(budget)
-            soft = self.router.sample(self.router.probabilities(self.router.price(budget)))
+            soft, _ = self.router.sample(budget, torch.Generator(self.device).manual_seed(batch_idx))
             hard_error = self.rollout_errors(batch, hard, target).mean()
             soft_error = self.rollout_errors(batch, soft, target).mean()
             self.log_dict(
@@ -198,6 +200,13 @@ class RouterModule(L.LightningModule):
         """Squared error of the final latents per sample [batch] under a schedule."""
         latents = self.rollout(batch, schedule if isinstance(schedule, Draft) else self.draft(schedule))
         return (latents - target).square().flatten(1).mean(1)
+
+    def log_error(self, batches: Iterable[dict[str, Any]], schedule: HardSchedule | Draft) -> float:
+        """Mean over samples of the logarithm of the final latents' squared error under a schedule: as PSNR is judged,
+        and not ruled by the few samples with the largest errors. Infinite if a trajectory is lost."""
+        errors = torch.cat([self.rollout_errors(b, schedule, self.teacher_latents(b)) for b in batches])
+        error = float(errors.clamp_min(1e-30).log().mean())
+        return error if math.isfinite(error) else math.inf
 
     @torch.no_grad()
     def rollout(self, batch: dict[str, Any], draft: Draft | None, output_type: str = "latent") -> Tensor:

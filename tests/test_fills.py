@@ -12,7 +12,6 @@ from training_fixtures import random_schedule
 from hgc_learn import fills
 from hgc_learn.fills import as_tuned, tune_fills
 from hgc_learn.hard import HardSchedule
-from hgc_learn.refine import log_error
 from hgc_learn.setting import Draft
 from hgc_learn.training import RouterModule
 
@@ -44,7 +43,7 @@ def test_learning_lowers_the_error(
     seen: list[float] = []
     tuned = tune_fills(module, schedule, [batch], 40, report=lambda update, error: seen.append(error))
     assert len(seen) == 40
-    assert log_error(module, [batch], tuned) < log_error(module, [batch], schedule) - 0.1
+    assert module.log_error([batch], tuned) < module.log_error([batch], schedule) - 0.1
     start = as_tuned(module, schedule)
     assert tuned.sites == start.sites
     assert all((tuned.tensors[name] != tensor).any() for name, tensor in start.tensors.items() if "scale" in name)

@@ -28,15 +28,18 @@ CONFIGS = [
 ]
 
 
-def test_price_meets_the_budget_and_threshold_keeps_to_it(module: RouterModule) -> None:
+def test_the_price_is_the_lowest_that_keeps_to_the_budget(module: RouterModule) -> None:
     router, kept_before = module.router, 0.0
+    router.logits.data.copy_(torch.randn(router.logits.shape, generator=torch.Generator().manual_seed(0)))
     for budget in (0.3, 0.5, 0.8, 1.0):
-        p = router.probabilities(router.price(budget)).detach()
-        assert router.expected_macs(p).item() == pytest.approx(budget, abs=2e-3)
+        price = router.price(budget)
         kept = router.kept(router.threshold(budget).compute)
         assert kept_before <= kept <= budget
+        assert kept == router.kept(router.logits >= price)
+        below = router.logits[1:][router.logits[1:] < price]
+        assert not len(below) or router.kept(router.logits >= below.max()) > budget
         kept_before = kept
-    assert kept_before > 0.9
+    assert kept_before == 1
 
 
 def test_kept_is_what_the_plan_says(module: RouterModule) -> None:
@@ -66,12 +69,15 @@ def test_impossible_budget_is_refused(module: RouterModule, budget: float) -> No
 def test_gradient_does_not_move_the_expected_macs(module: RouterModule, batch: dict[str, Any]) -> None:
     module.generator = torch.Generator().manual_seed(0)
     assert isinstance(module.objective, Rollout)
-    (gradient, weight_gradient), logs = module.objective.gradients(module, batch, BUDGET)
+    logs = module.objective.gradients(module, batch, BUDGET)
+    gradient, weight_gradient = module.router.logits.grad, module.router.weights.grad
+    assert gradient is not None
+    assert weight_gradient is not None
     for values in (gradient, weight_gradient):
         assert values.isfinite().all()
         assert values.abs().sum() > 0
     assert abs(float(gradient.sum())) < 1e-3 * float(gradient.abs().sum())
-    assert float(logs["expected_macs"]) == pytest.approx(BUDGET, abs=2e-3)
+    assert BUDGET - 0.1 < logs["sampled_macs"] <= BUDGET
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -123,7 +129,7 @@ def test_export_writes_a_schedule_that_runs(
     ckpt_path = fit(teacher, tmp_path, 1)
     for budget in (0.4, 0.7):
         output = tmp_path / str(budget)
-        path = export(ckpt_path, output, budget, refine_rounds=1, refine_samples=2, tune_updates=2)
+        path = export(ckpt_path, output, budget, num_samples=2, specialise_updates=1, tune_updates=2)
         schedule = HGCSchedule.load(path)
         assert schedule.macs["cached"] <= budget * schedule.macs["full"]
         assert schedule.producer["settings"]["budget"] == budget
@@ -141,7 +147,10 @@ def test_export_writes_a_schedule_that_runs(
         (["--ckpt_path", "absent.ckpt", "--output", "out"], "absent.ckpt: no such checkpoint"),
         (["--ckpt_path", __file__, "--output", "out"], "not a checkpoint written by"),
         (["--ckpt_path", "any", "--output", "out", "--tune_updates=-1"], "tune_updates is -1; it must be 0"),
-        (["--ckpt_path", "any", "--output", "out", "--refine_rounds=-2"], "refine_rounds is -2; it must be 0"),
+        (
+            ["--ckpt_path", "any", "--output", "out", "--specialise_updates=-2"],
+            "specialise_updates is -2; it must be 0",
+        ),
     ],
 )
 def test_export_refuses_clearly(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

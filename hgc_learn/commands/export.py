@@ -16,20 +16,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=0.5, help="fraction of the full MACs to keep (default 0.5)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     parser.add_argument(
-        "--refine_rounds",
-        type=int,
-        default=4,
-        help="rounds of refining with real rollouts after rounding; 0 for none (default 4)",
+        "--num_samples", type=int, default=64, help="training samples that the following learn from (default 64)"
     )
     parser.add_argument(
-        "--refine_samples", type=int, default=64, help="training samples that refining measures on (default 64)"
+        "--specialise_updates",
+        type=int,
+        default=192,
+        help="more training steps of the router, for this budget alone; 0 for none (default 192)",
     )
-    parser.add_argument("--refine_batch_size", type=int, default=8, help="how many of them run at once (default 8)")
     parser.add_argument(
         "--tune_updates",
         type=int,
         default=128,
-        help="steps of learning, on the same samples, how to fill in what is skipped; 0 for none (default 128)",
+        help="steps of learning how to fill in what is skipped; 0 for none (default 128)",
     )
 
 
@@ -40,9 +39,8 @@ def run(args: argparse.Namespace) -> None:
         args.ckpt_path,
         args.output,
         args.budget,
-        refine_rounds=args.refine_rounds,
-        refine_samples=args.refine_samples,
-        refine_batch_size=args.refine_batch_size,
+        num_samples=args.num_samples,
+        specialise_updates=args.specialise_updates,
         tune_updates=args.tune_updates,
     )
     print(f"wrote {path}")

@@ -26,12 +26,12 @@ class Objective(nn.Module):
     Attributes:
         policy: name of the policy that a router trained like this is exported as.
         default_sites: glob patterns of the sites that it routes unless others are asked for.
-        is_refined: whether an exported schedule is refined by real rollouts.
+        is_specialised: whether the router learns more for an exported schedule's budget, and how to fill in.
     """
 
     policy: ClassVar[str]
     default_sites: ClassVar[tuple[str, ...]] = DEFAULT_SITES
-    is_refined: ClassVar[bool] = False
+    is_specialised: ClassVar[bool] = False
 
     def settings(self) -> dict[str, Any]:
         """The recipe and its settings as a configuration file has them; Lightning's command line reads them back."""

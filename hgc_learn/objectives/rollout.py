@@ -40,7 +40,7 @@ class Rollout(Objective):
     """
 
     policy: ClassVar[str] = "learned"
-    is_refined: ClassVar[bool] = True
+    is_specialised: ClassVar[bool] = True
     warm_started: Tensor
 
     def __init__(
@@ -69,20 +69,17 @@ class Rollout(Objective):
         router.temperature = self.final_temperature ** module.progress()
         budgets = module.hparams["budgets"]
         module.seed(1 + module.global_step)
-        gradients, logs = self.gradients(module, batch, budgets[module.global_step % len(budgets)])
-        router.logits.grad, router.weights.grad = gradients
+        logs = self.gradients(module, batch, budgets[module.global_step % len(budgets)])
         module.update_router(self.learning_rate * (1 - module.progress()))
-        router.logits.data.clamp_(-8, 8)
+        router.clamp()
         return logs
 
-    def gradients(
-        self, module: RouterModule, batch: dict[str, Any], budget: float
-    ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
-        """Gradients of the expected log error by the logits [steps, sites], along which the expected MACs stay put,
-        and by the weights [2, steps, sites]; of these the scales are left to refining."""
+    def gradients(self, module: RouterModule, batch: dict[str, Any], budget: float) -> dict[str, Any]:
+        """Gives the router's parameters the gradients of the expected log error at a budget: the logits one along which
+        the expected MACs stay put, the weights those of the reaches. Returns what to log."""
         router = module.router
-        p_compute = router.probabilities(router.price(budget))
-        schedule = router.sample(p_compute.detach(), module.generator)
+        schedule, price = router.sample(budget, module.generator)
+        p_compute = router.probabilities(price)
         effects = module.effects(batch, schedule, self.num_directions)
         of_computing = torch.where(schedule.compute, -1, 1) * effects.of_each_flip().to(p_compute)
         change = (p_compute * of_computing).sum()
@@ -91,17 +88,17 @@ class Rollout(Objective):
         (macs_gradient,) = torch.autograd.grad(expected, router.logits)
         # The multiplier at which moving all logits together gains nothing: the price of compute at this budget.
         multiplier = -loss_gradient.sum() / macs_gradient.sum()
-        logs = {
+        router.logits.grad = loss_gradient + multiplier * macs_gradient
+        router.weights.grad = effects.of_weights().to(p_compute)
+        # Adam steps as far for noise as for slopes, and a scale that is 5 % off ruins a trajectory.
+        router.weights.grad[SCALE] = 0
+        return {
             "loss": effects.errors.mean(),
             "expected_macs": expected.detach(),
             "sampled_macs": router.kept(schedule.compute),
             "multiplier": multiplier,
             "temperature": router.temperature,
         }
-        by_weight = effects.of_weights().to(p_compute)
-        # Adam steps as far for noise as for slopes, and a scale that is 5 % off ruins a trajectory.
-        by_weight[SCALE] = 0
-        return (loss_gradient + multiplier * macs_gradient, by_weight), logs
 
     def warm_start(self, module: RouterModule, batches: Iterable[dict[str, Any]]) -> None:
         """Sets the logits to the mean log(effect / saving) of reusing each gate alone on the uncached trajectory."""

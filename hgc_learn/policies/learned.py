@@ -12,27 +12,29 @@ def learned(
     *,
     ckpt_path: str = "",
     budget: float = 0.5,
-    refine_rounds: int = 4,
-    refine_samples: int = 64,
-    refine_batch_size: int = 8,
+    num_samples: int = 64,
+    specialise_updates: int = 192,
     tune_updates: int = 128,
 ) -> Draft:
-    """A trained router's best gates within the budget, refined by real rollouts, with learned fill-ins.
+    """A trained router's best gates within the budget, after more updates for it alone, with learned fill-ins.
 
     Args:
         ckpt_path: checkpoint of `train.py fit`.
         budget: fraction of the full MACs to keep.
-        refine_rounds: rounds of local search on the training's own samples; 0 for none.
-        refine_samples: samples that the rounds take in turns.
-        refine_batch_size: how many of them run at once.
-        tune_updates: steps of learning how the schedule fills in what it skips, on the same samples; 0 for none.
+        num_samples: of the training's own samples that both of the following learn from.
+        specialise_updates: of the router, for this budget alone; 0 for none.
+        tune_updates: steps of learning how the schedule fills in what it skips; 0 for none.
     """
-    from hgc_learn.export import check_counts, decide, load_trained, refining_batches
-    from hgc_learn.fills import BATCH_SIZE, tune_fills
+    from hgc_learn.export import check_counts, decide, load_trained
 
-    check_counts(refine_rounds, tune_updates)
+    check_counts(num_samples, specialise_updates, tune_updates)
     module, data = load_trained(setting, ckpt_path, "learned")
-    batches = refining_batches(module, data, refine_samples, refine_batch_size) if refine_rounds else []
-    hard = decide(module, budget, batches, num_rounds=refine_rounds)
-    batches = refining_batches(module, data, refine_samples, BATCH_SIZE) if tune_updates else []
-    return tune_fills(module, hard, batches, tune_updates)
+    _, draft = decide(
+        module,
+        data,
+        budget,
+        num_samples=num_samples,
+        specialise_updates=specialise_updates,
+        tune_updates=tune_updates,
+    )
+    return draft

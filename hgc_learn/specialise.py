@@ -1,0 +1,73 @@
+"""Specialises a trained router in one budget: more updates at that budget alone, from ever colder draws.
+
+Training shares its updates among all budgets, and one set of logits holds a schedule for each. What is exported is one
+of them, and what it gains when the updates go on for it alone is more than what other trainings differ by.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hgc_learn.data import hold_out
+from hgc_learn.fills import Report
+from hgc_learn.hard import HardSchedule
+from hgc_learn.objectives import Rollout
+
+if TYPE_CHECKING:
+    from hgc_learn.training import RouterModule
+
+TEMPERATURES = 0.5, 0.1
+"""At the start and at the end. Training has explored: most gates are decided."""
+
+BATCH_SIZE = 1
+"""As in training: the gates drawn vary more than the samples."""
+
+
+def specialise(
+    module: RouterModule,
+    budget: float,
+    batches: Sequence[dict[str, Any]],
+    num_updates: int,
+    *,
+    report: Report = lambda *_: None,
+) -> HardSchedule:
+    """The hard schedule of the router at a budget, after more updates for it; that of the router as it is where samples
+    that were not learned from do not confirm that they helped. The router itself stays as it is.
+
+    Args:
+        budget: fraction of the full MACs to keep.
+        batches: training batches; a quarter of them, the last, judge.
+        num_updates: of Adam, each on one batch; the batches are taken in turns.
+
+    Raises:
+        ValueError: a budget that cannot be met.
+    """
+    objective, router = module.objective, module.router
+    start = router.threshold(budget)
+    if not num_updates:
+        return start
+    assert isinstance(objective, Rollout)
+    learned, judges = hold_out(batches)
+    trained = {name: value.clone() for name, value in router.state_dict().items()}
+    temperature, (first, last) = router.temperature, TEMPERATURES
+    optimizer = objective.optimizer(router)
+    module.generator = torch.Generator(module.device).manual_seed(0)  # whenever it is asked for, the same schedule
+    try:
+        for update in range(num_updates):
+            progress = update / num_updates
+            router.temperature = first * (last / first) ** progress
+            for group in optimizer.param_groups:
+                group["lr"] = objective.learning_rate * (1 - progress)
+            logs = objective.gradients(module, learned[update % len(learned)], budget)
+            optimizer.step()
+            router.clamp()
+            report(update, math.log(logs["loss"]))
+        end = router.threshold(budget)
+    finally:
+        router.load_state_dict(trained)
+        router.temperature = temperature
+    return min([end, start], key=lambda schedule: module.log_error(judges, schedule))

@@ -1,0 +1,105 @@
+"""Draws that keep to a budget, and more updates of a trained router for one budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from training_fixtures import BUDGET
+
+from hgc_learn.data import SceneDataModule, hold_out
+from hgc_learn.export import decide, training_batches
+from hgc_learn.objectives import Rollout
+from hgc_learn.specialise import specialise
+from hgc_learn.training import RouterModule
+
+
+def test_draws_keep_to_the_budget_and_spend_it(module: RouterModule) -> None:
+    router = module.router
+    generator = torch.Generator().manual_seed(0)
+    shares = []
+    for budget in (0.3, 0.5, 0.8):
+        draws = [router.sample(budget, generator) for _ in range(8)]
+        kept = [router.kept(schedule.compute) for schedule, _ in draws]
+        assert budget - 0.1 < min(kept) <= max(kept) <= budget
+        assert len({schedule.compute.numpy().tobytes() for schedule, _ in draws}) == 8
+        shares.append(torch.stack([schedule.compute[1:].float().mean() for schedule, _ in draws]).mean())
+    assert shares == sorted(shares)
+
+
+def test_gates_are_drawn_with_their_probabilities(module: RouterModule) -> None:
+    router = module.router
+    router.logits.data.copy_(torch.randn(router.logits.shape, generator=torch.Generator().manual_seed(1)))
+    router.temperature = 0.5
+    generator = torch.Generator().manual_seed(2)
+    drawn, expected = torch.zeros_like(router.logits), torch.zeros_like(router.logits)
+    for _ in range(64):
+        schedule, price = router.sample(BUDGET, generator)
+        drawn += schedule.compute
+        expected += router.probabilities(price).detach()
+    assert ((drawn - expected) / 64).abs().mean() < 0.06
+    assert ((drawn - expected) / 64).mean().abs() < 0.02
+    assert torch.corrcoef(torch.stack([drawn.flatten(), expected.flatten()]))[0, 1] > 0.97
+
+
+def test_cold_draws_are_what_is_rounded(module: RouterModule) -> None:
+    module.router.temperature = 1e-6
+    schedule, price = module.router.sample(BUDGET, torch.Generator().manual_seed(0))
+    assert torch.equal(schedule.compute, module.router.threshold(BUDGET).compute)
+    assert price == pytest.approx(module.router.price(BUDGET), abs=1e-4)
+
+
+def test_specialising_lowers_the_error_and_leaves_the_router(
+    module: RouterModule, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.objective, "learning_rate", 0.3)  # the logits are random ones
+    before = {name: value.clone() for name, value in module.router.state_dict().items()}
+    errors: list[float] = []
+    found = specialise(module, BUDGET, [batch], 24, report=lambda update, error: errors.append(error))
+    assert len(errors) == 24
+    start = module.router.threshold(BUDGET)
+    assert (found.compute != start.compute).any()
+    assert module.router.kept(found.compute) <= BUDGET
+    assert module.log_error([batch], found) < module.log_error([batch], start) - 0.1
+    assert module.router.temperature == 1.0
+    for name, value in module.router.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_specialising_again_finds_the_same(module: RouterModule, batch: dict[str, Any]) -> None:
+    first, second = (specialise(module, BUDGET, [batch], 3) for _ in range(2))
+    assert torch.equal(first.compute, second.compute)
+    assert torch.equal(first.weights, second.weights)
+
+
+def test_what_other_samples_do_not_confirm_is_left(
+    module: RouterModule, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients = Rollout.gradients
+
+    def ascend(self: Rollout, module: RouterModule, *args: Any) -> dict[str, Any]:
+        logs = gradients(self, module, *args)
+        assert module.router.logits.grad is not None
+        module.router.logits.grad *= -1
+        return logs
+
+    monkeypatch.setattr(Rollout, "gradients", ascend)
+    start = module.router.threshold(BUDGET)
+    found = specialise(module, BUDGET, [batch], 8)
+    assert torch.equal(found.compute, start.compute)
+    assert torch.equal(found.weights, start.weights)
+
+
+def test_a_quarter_judges() -> None:
+    assert hold_out(list(range(8))) == ([0, 1, 2, 3, 4, 5], [6, 7])
+    assert hold_out([0, 1, 2]) == ([0, 1, 2], [0, 1, 2])
+
+
+def test_numbers_out_of_range_are_refused(shared_module: RouterModule) -> None:
+    data = SceneDataModule(num_train=4, num_val=2)
+    good = {"num_samples": 4, "specialise_updates": 0, "tune_updates": 0}
+    for name, number in (("num_samples", 0), ("specialise_updates", -1), ("tune_updates", -1)):
+        with pytest.raises(ValueError, match=f"{name} is {number}; it must be"):
+            decide(shared_module, data, BUDGET, **(good | {name: number}))
+    assert [len(batch["text"]) for batch in training_batches(shared_module, data, 3, 2)] == [2, 2]
