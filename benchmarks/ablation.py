@@ -26,7 +26,7 @@ from hgc_learn.cli import train
 from hgc_learn.comparison.samples import save_json
 from hgc_learn.comparison.statistics import mean_interval
 from hgc_learn.demo.scenes import SceneDataset
-from hgc_learn.effects import Effects, ProbedForwards
+from hgc_learn.effects import Choices, Effects
 from hgc_learn.export import decide, load_run
 from hgc_learn.hard import HardSchedule
 from hgc_learn.router import Router
@@ -50,7 +50,7 @@ def holding() -> AbstractContextManager[Any]:
 
 
 def no_refreshes() -> AbstractContextManager[Any]:
-    return patch.object(ProbedForwards, "_add_refreshes", lambda self, flips, refreshes: None)
+    return patch.object(Choices, "_add_refreshes", lambda self, flips, refreshes: None)
 
 
 def independent() -> AbstractContextManager[Any]:

@@ -1,7 +1,7 @@
 """How much the training seed matters, and how long a run takes: `python benchmarks/seeds.py --seeds 0 1 2`.
 
-Trains with each seed, exports at every budget, and judges on test scenes of the comparison. Seeds that are in the
-output already are not run again.
+Trains with each seed, exports at every budget, and judges on test scenes of the comparison. What is in the output
+already is not run again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ def soft_and_hard(module: RouterModule, budget: float, num_scenes: int = 16, num
     }
 
 
-def run(sampler: str, seed: int, num_scenes: int) -> list[dict[str, Any]]:
-    """A row per budget."""
+def trained(sampler: str, seed: int) -> tuple[Path, float]:
+    """The checkpoint of a training, made if it is missing, and the minutes that it took."""
     folder = Path("runs/seeds") / sampler / str(seed)
     minutes = folder / "minutes.json"
     if not minutes.is_file():
@@ -59,11 +59,16 @@ def run(sampler: str, seed: int, num_scenes: int) -> list[dict[str, Any]]:
         if train(["fit", *arguments]).trainer.interrupted:
             raise KeyboardInterrupt
         save_json(minutes, {"training": round((time.monotonic() - start) / 60, 2)})
-    module, data = load_run(folder / "last.ckpt")
+    return folder / "last.ckpt", json.loads(minutes.read_text())["training"]
+
+
+def run(sampler: str, seed: int, budgets: Sequence[float], num_scenes: int) -> Iterator[dict[str, Any]]:
+    """A row per budget."""
+    ckpt_path, training_minutes = trained(sampler, seed)
+    module, data = load_run(ckpt_path)
     scenes = draw_batches("test", num_scenes, 16)
     full = render(module.pipe, module.sampling, scenes).pictures
-    rows = []
-    for budget in module.hparams["budgets"]:
+    for budget in budgets:
         start = time.monotonic()
         hard, draft = decide(
             module,
@@ -76,37 +81,37 @@ def run(sampler: str, seed: int, num_scenes: int) -> list[dict[str, Any]]:
         exporting = (time.monotonic() - start) / 60
         schedule = module.setting.schedule(draft, policy="learned", settings={})
         psnr = picture_psnr(render(module.pipe, module.sampling, scenes, schedule).pictures, full)
-        rows.append(
-            {
-                "sampler": sampler,
-                "seed": seed,
-                "budget": budget,
-                **soft_and_hard(module, budget),
-                "threads": torch.get_num_threads(),
-                "training_minutes": json.loads(minutes.read_text())["training"],
-                "exporting_minutes": round(exporting, 2),
-                "kept_macs": round(module.router.kept(hard.compute), 4),
-                "num_samples": len(psnr),
-                "psnr_db": round(float(psnr.mean()), 3),
-                "psnr_ci": [round(end, 3) for end in mean_interval(psnr.double().numpy())],
-            }
-        )
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+        yield {
+            "sampler": sampler,
+            "seed": seed,
+            "budget": budget,
+            **soft_and_hard(module, budget),
+            "threads": torch.get_num_threads(),
+            "training_minutes": training_minutes,
+            "exporting_minutes": round(exporting, 2),
+            "kept_macs": round(module.router.kept(hard.compute), 4),
+            "num_samples": len(psnr),
+            "psnr_db": round(float(psnr.mean()), 3),
+            "psnr_ci": [round(end, 3) for end in mean_interval(psnr.double().numpy())],
+        }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sampler", default="UniPC-20")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.37, 0.25, 0.15])
     parser.add_argument("--num_scenes", type=int, default=128)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/seeds.json"))
     args = parser.parse_args(argv)
     rows = json.loads(args.output.read_text()) if args.output.is_file() else []
     for seed in args.seeds:
-        if not any((row["sampler"], row["seed"]) == (args.sampler, seed) for row in rows):
-            rows += run(args.sampler, seed, args.num_scenes)
-            save_json(args.output, rows)
+        done = {row["budget"] for row in rows if (row["sampler"], row["seed"]) == (args.sampler, seed)}
+        if missing := [budget for budget in args.budgets if budget not in done]:
+            for row in run(args.sampler, seed, missing, args.num_scenes):
+                rows.append(row)
+                save_json(args.output, rows)
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from hgc_learn.effects import Effects, ProbedForwards
+from hgc_learn.effects import Effects, measure_effects
 from hgc_learn.graph import build_graph
 from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import apply_schedule
 from hgc_learn.objectives import Objective, Rollout
+from hgc_learn.probe import ProbedForwards
 from hgc_learn.rollout import SamplingConfig, generate, load_pipeline
 from hgc_learn.router import Router
 from hgc_learn.setting import Draft, Setting
@@ -134,7 +135,8 @@ class RouterModule(L.LightningModule):
         """Rolls a hard schedule out on the student's own trajectory, and measures what changes of it would do to the
         final latents, along the error and in some random directions."""
         self.forwards.set_schedule(schedule)
-        return self.forwards.effects(
+        return measure_effects(
+            self.forwards,
             lambda: generate(self.pipe, self.sampling, batch, grad=True),
             self.teacher_latents(batch),
             self.generator,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from training_fixtures import SAMPLING, changed, random_schedule
 
+from hgc_learn.effects import Choices
 from hgc_learn.hard import HardSchedule
 from hgc_learn.predictors import BY_CODE
 from hgc_learn.rollout import generate
@@ -83,8 +84,8 @@ def test_first_order_effects_are_those_of_a_small_change(
     value = generate(module.pipe, SAMPLING, batch, grad=True).sin().sum()
     forwards.uninstall()
     (expected,) = torch.autograd.grad(value, epsilon, retain_graph=True)
-    products = forwards._backward(value)
-    flips, weights = forwards._by_choice([products], len(batch["text"]))
+    products = forwards.backward(value)
+    flips, weights = Choices(forwards).by_choice([products], len(batch["text"]))
     for (step, column, weight), derivative in zip(changes, expected.tolist(), strict=True):
         found = flips[step, column] if weight is None else weights[weight, step, column]
         assert found.sum() == pytest.approx(derivative, rel=2e-3, abs=1e-4)
