@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import yaml
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from hgc_learn import data  # noqa: F401  (makes the data modules known to the command line by their short names)
 from hgc_learn.monitoring import ScheduleMonitor
+from hgc_learn.schedule import write_atomically
 from hgc_learn.training import RouterModule
 
 
@@ -23,6 +27,20 @@ class KeepConfig(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, RouterModule)
         pl_module.config = self.parser.dump(self.config, skip_none=False)
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Lightning's own go through the system's temporary folder; where that is another disk, moving them is copying, and
+    a process that is killed leaves half a file under the checkpoint's name."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "://" in str(path):  # not on a disk
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(path), buffer.getbuffer())
 
 
 class RouterCLI(LightningCLI):
@@ -40,6 +58,9 @@ class RouterCLI(LightningCLI):
                 "checkpoint.enable_version_counter": False,  # a new run in the same folder replaces it
             }
         )
+
+    def before_fit(self) -> None:
+        self.trainer.strategy.checkpoint_io = AtomicCheckpoints()
 
 
 def train(args: Sequence[str] | None = None) -> RouterCLI:

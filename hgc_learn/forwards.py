@@ -12,6 +12,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils.peft_utils import apply_lora_scale
@@ -21,6 +22,8 @@ from hgc_learn import ops
 from hgc_learn.graph import Graph, controlnet_list
 
 _ALL_CONTROLNETS = "controlnet"  # the name that a single one has
+_SLOT = "_hgc_forwards"
+_FREEU = ("s1", "s2", "b1", "b2")
 
 
 class RoutedForwards:
@@ -31,10 +34,7 @@ class RoutedForwards:
 
     def __init__(self, pipe: Any, graph: Graph, num_steps: int):
         self.pipe, self.graph, self.num_steps = pipe, graph, num_steps
-        nets = controlnet_list(getattr(pipe, "controlnet", None))
-        self.models: dict[str, nn.Module] = {"unet": pipe.unet}
-        for i, net in enumerate(nets):
-            self.models["controlnet" if len(nets) == 1 else f"controlnet.nets.{i}"] = net
+        self.models = routed_models(pipe)
         self.residuals = {model: self._residual_names(model) for model in self.models if model != "unet"}
         self.replaced: dict[str, Any] = {}  # by model: the forward that stood in the instance, if any
         self.multi_hook: Any = None
@@ -55,9 +55,8 @@ class RoutedForwards:
         `values[graph.guidance]`."""
         return False
 
-    def check_run(self, timesteps: Tensor, timestep: Any) -> int:
-        """Called once per run; returns the index of its first step."""
-        return 0
+    def check_run(self, timesteps: Tensor) -> None:
+        """Called once per run, before anything is computed."""
 
     @property
     def is_guided(self) -> bool:
@@ -68,31 +67,49 @@ class RoutedForwards:
 
     def install(self) -> None:
         for model, module in self.models.items():
+            if RoutedForwards.installed_on(module) is not None:
+                raise ValueError(
+                    f"The {model} is shared with a pipeline that has a schedule: remove_schedule(...) it there first."
+                )
+        for model, module in self.models.items():
             forward = self.unet_forward if model == "unet" else partial(self.controlnet_forward, model)
             slot = _forward_slot(module)
             self.replaced[model] = module.__dict__.get(slot)
             setattr(module, slot, forward)
+            setattr(module, _SLOT, self)
         if len(self.models) > 2:
-            self.multi_hook = self.pipe.controlnet.register_forward_pre_hook(self.before_controlnets, with_kwargs=True)
+            controlnets = self.pipe.controlnet
+            self.multi_hook = controlnets.register_forward_pre_hook(self.before_controlnets, with_kwargs=True)
 
     def uninstall(self) -> None:
-        """Does nothing if others have been installed in the meantime."""
+        """Does nothing if it is not installed.
+
+        Raises:
+            ValueError: others have wrapped the forwards since.
+        """
         if RoutedForwards.installed_on(self.models["unet"]) is not self:
             return
+        for model, module in self.models.items():
+            forward = module.__dict__.get(_forward_slot(module))
+            if getattr(getattr(forward, "func", forward), "__self__", None) is not self:
+                raise ValueError(
+                    f"The forward of the {model} has been wrapped since the schedule was applied (by another cache, a "
+                    "profiler, group offload, ...). Undo that first, then remove the schedule."
+                )
         for model, module in self.models.items():
             slot, forward = _forward_slot(module), self.replaced.pop(model)
             if forward is None and slot == "forward":
                 del module.forward  # the class's own shows again
             else:
                 setattr(module, slot, forward or partial(type(module).forward, module))
+            delattr(module, _SLOT)
         if self.multi_hook is not None:
             self.multi_hook.remove()
         self.new_run()
 
     @staticmethod
-    def installed_on(unet: nn.Module) -> RoutedForwards | None:
-        owner = getattr(unet.__dict__.get(_forward_slot(unet)), "__self__", None)
-        return owner if isinstance(owner, RoutedForwards) else None
+    def installed_on(model: nn.Module) -> RoutedForwards | None:
+        return model.__dict__.get(_SLOT)
 
     # Where the run stands
 
@@ -102,27 +119,34 @@ class RoutedForwards:
         self.seen: dict[str, _Signature] = {}
         self.refreshed: set[int] = set()
         self.first_step = 0
+        self.is_offloaded = False
 
-    def begin(self, model: str, timestep: Any, inputs: Any) -> int:
+    @torch.compiler.disable
+    def begin(self, model: str, timestep: Any, sample: Tensor, inputs: Any) -> int:
         """Returns the step's index; notes in `refreshed` if the inputs differ from those of the step before."""
         timesteps = self.pipe.scheduler.timesteps
+        place = _place(timestep, timesteps)
         if timesteps is not self.timesteps:  # set_timesteps has been called: a new run
             self.new_run()
-            self.first_step = self.check_run(timesteps, timestep)
-            self.timesteps = timesteps
-            if self.first_step:
+            self._check_pipeline()
+            self.check_run(timesteps)
+            self.timesteps, self.settings = timesteps, _Settings(self.models)
+            offloaded = [*self.models.values(), getattr(self.pipe, "controlnet", None)]
+            self.is_offloaded = any(hasattr(module, "_hf_hook") for module in offloaded)  # by copies of the arguments
+            self.first_step = _nearest(timestep, timesteps) if place is None else place
+            if self.first_step:  # image to image
                 self.refreshed.add(self.first_step)
         step = self.first_step + self.num_calls[model]
-        if step >= self.num_steps:
-            raise RuntimeError(
-                f"{model} was called {step + 1} times in one run, the schedule has {self.num_steps} steps. "
-                "If you call it outside the pipeline, remove_schedule(pipe) first."
-            )
-        signature = _Signature(inputs)
-        if model in self.seen and signature.key != self.seen[model].key:
+        is_known = place == step or (place is None and self.is_offloaded)
+        if step >= self.num_steps or not is_known:
+            raise ValueError(_foreign(f"The {model}, at step {step} of {self.num_steps},"))
+        if model == "unet" and step == self.first_step and self.is_guided:
+            _check_halves(sample)
+        signature = _Signature((sample.shape, sample.dtype, sample.device, inputs, self.settings.read()))
+        if model in self.seen and not signature.equals(self.seen[model]):
             if model == "unet" and step not in self.refreshed and len(self.models) > 1:
                 self.timesteps = None
-                raise RuntimeError(
+                raise ValueError(
                     f"At step {step} the UNet's inputs changed and the ControlNet's did not. The schedule cannot be "
                     "followed; remove_schedule(pipe) for such runs."
                 )
@@ -131,13 +155,33 @@ class RoutedForwards:
         self.num_calls[model] += 1
         return step
 
+    def _check_pipeline(self) -> None:
+        """Whether it is the pipeline itself that calls: only then is it known whether there is guidance."""
+        models = routed_models(self.pipe)
+        for model in self.models.keys() | models.keys():
+            if models.get(model) is not self.models.get(model):
+                raise ValueError(
+                    f"pipe.{model} is not the one that the schedule was applied to. Call handle.remove(), then apply "
+                    "the schedule again."
+                )
+            if _is_group_offload_enabled(self.models[model]):
+                raise ValueError(
+                    f"Group offload of the {model} is not supported with a schedule: it waits for calls of whole "
+                    "blocks. Use pipe.enable_model_cpu_offload() or pipe.enable_sequential_cpu_offload() instead."
+                )
+        if hasattr(type(self.pipe), "num_timesteps"):
+            number = self.pipe.__dict__.get("_num_timesteps")
+            if number is None or isinstance(number, _Seen):
+                raise ValueError(_foreign("The UNet or a ControlNet"))
+            self.pipe._num_timesteps = _Seen(number)
+
     def before_controlnets(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Several ControlNets run one after the other: what changes for the last of them must be known before the
         first, for all are refreshed together."""
         inputs = signature(type(module).forward).bind(module, *args, **kwargs).arguments
         sample, timestep = inputs.pop("sample"), inputs.pop("timestep")
         del inputs["self"]
-        self.begin(_ALL_CONTROLNETS, timestep, (sample.shape, sample.dtype, sample.device, inputs))
+        self.begin(_ALL_CONTROLNETS, timestep, sample, inputs)
 
     # The forwards
 
@@ -146,6 +190,15 @@ class RoutedForwards:
 
     def controlnet_forward(self, model: str, *args: Any, **kwargs: Any) -> Any:
         return _controlnet_forward(self.models[model], self, model, *args, **kwargs)
+
+
+def routed_models(pipe: Any) -> dict[str, Any]:
+    """The models whose forwards are taken over, by the name they have in a schedule; of compiled ones the original."""
+    nets = controlnet_list(getattr(pipe, "controlnet", None))
+    models = {"unet": pipe.unet}
+    for i, net in enumerate(nets):
+        models["controlnet" if len(nets) == 1 else f"controlnet.nets.{i}"] = net
+    return {name: getattr(model, "_orig_mod", model) for name, model in models.items()}
 
 
 def _forward_slot(module: nn.Module) -> str:
@@ -189,7 +242,7 @@ def _unet_forward(
         "added_cond_kwargs": added_cond_kwargs,
         "encoder_attention_mask": encoder_attention_mask,
     }
-    step = forwards.begin("unet", timestep, (sample.shape, sample.dtype, sample.device, encoder_hidden_states, kwargs))
+    step = forwards.begin("unet", timestep, sample, (encoder_hidden_states, kwargs))
     is_half = forwards.is_guided and forwards.runs_half(step)
     if is_half:
         batch_size = sample.shape[0]
@@ -233,8 +286,7 @@ def _controlnet_forward(
         "cross_attention_kwargs": cross_attention_kwargs,
         "guess_mode": guess_mode,
     }
-    inputs = (sample.shape, sample.dtype, sample.device, encoder_hidden_states, controlnet_cond, kwargs)
-    step = forwards.begin(model, timestep, inputs)
+    step = forwards.begin(model, timestep, sample, (encoder_hidden_states, controlnet_cond, kwargs))
     if (
         forwards.is_guided and forwards.runs_half(step) and not guess_mode
     ):  # in guess mode it gets the guided half anyway
@@ -256,19 +308,82 @@ def _halved(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: v if k == "cross_attention_kwargs" else ops.guided_half(v) for k, v in kwargs.items()}
 
 
+class _Seen(int):
+    """A pipeline's `_num_timesteps`, which every call of it sets anew, once a run has begun with it."""
+
+
+def _foreign(what: str) -> str:
+    return (
+        f"{what} was called by other code than the pipeline that the schedule was applied to: by another pipeline that "
+        "shares it, or directly. Apply the schedule to that pipeline, or remove_schedule(pipe) first."
+    )
+
+
+def _check_halves(sample: Tensor) -> None:
+    """Looked at once per run, in its first step."""
+    if len(sample) % 2 or not torch.equal(*sample.chunk(2)):
+        raise ValueError(
+            "The batch is not the same latents twice, for an unguided and a guided half: PAG, InstructPix2Pix and the "
+            "like have a third part. Schedules do not support that; remove_schedule(pipe) first."
+        )
+
+
+def _place(timestep: Any, timesteps: Tensor) -> int | None:
+    """The index of a timestep that is a view of the scheduler's `timesteps`, read off its place in memory."""
+    if not isinstance(timestep, Tensor):
+        return None
+    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    return (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
+
+
+def _nearest(timestep: Any, timesteps: Tensor) -> int:
+    """The same from its value; of a pair of equal ones, a step begins at the latter."""
+    distances = [abs(t - float(timestep)) for t in timesteps.tolist()]
+    return max(i for i, distance in enumerate(distances) if distance == min(distances))
+
+
+class _Settings:
+    """What can be changed on models in mid-run without being an argument of theirs: attention processors and their
+    scale (IP-Adapter), LoRA, FreeU."""
+
+    def __init__(self, models: dict[str, Any]):
+        modules = [module for model in models.values() for module in model.modules()]
+        self.models = list(models.values())
+        self.attentions = [m for m in modules if hasattr(m, "processor")]
+        self.adapted = [m for m in modules if hasattr(m, "merged_adapters")]
+        self.blocks = [m for m in modules if hasattr(m, "resolution_idx")]
+
+    def read(self) -> list[Any]:
+        return [
+            [(m.processor, getattr(m.processor, "scale", None)) for m in self.attentions],
+            [(m.scaling, m.active_adapters, m.merged_adapters, m.disable_adapters) for m in self.adapted],
+            [[getattr(m, name, None) for name in _FREEU] for m in self.blocks],
+            [list(getattr(m, "peft_config", ())) for m in self.models],
+        ]
+
+
 class _Signature:
     """Identity of everything that must stay the same for kept tensors to be right. Tensors are compared by memory
     and version, not by value, so that nothing is read from the device; they are held so that no other tensor can
-    take their place in memory."""
+    take their place in memory. Those made in inference mode have no version, so of them the values are compared."""
 
     def __init__(self, inputs: Any):
         self.held: list[Tensor] = []
+        self.copies: list[Tensor] = []
         self.key = self._key(inputs)
+
+    def equals(self, other: _Signature) -> bool:
+        return self.key == other.key and all(map(torch.equal, self.copies, other.copies))
 
     def _key(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             self.held.append(value)
-            version = 0 if value.is_inference() else value._version
+            version = 0
+            if value.is_inference():
+                self.copies.append(value.clone())
+            else:
+                version = value._version
             return (value.data_ptr(), version, tuple(value.shape), value.dtype, value.device)
         if isinstance(value, dict):
             return tuple((key, self._key(value[key])) for key in sorted(value))

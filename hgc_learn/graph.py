@@ -129,10 +129,10 @@ class _Builder:
         x, down = self.add_down(path, net, x)
         x = self.add_mid(f"{path}.mid_block", net.mid_block, x)
         controls = []
-        for n, (zero_conv, source) in enumerate(zip(net.controlnet_down_blocks, down, strict=True)):
-            run = partial(ops.control_residual, net, zero_conv, n, num_residuals)
+        for n, (_, source) in enumerate(zip(net.controlnet_down_blocks, down, strict=True)):
+            run = partial(ops.control_residual, net, n, num_residuals)
             controls.append(self.add(f"{path}.controlnet_down_blocks.{n}:control", run, source))
-        run = partial(ops.control_residual, net, net.controlnet_mid_block, num_residuals - 1, num_residuals)
+        run = partial(ops.control_residual, net, num_residuals - 1, num_residuals)
         controls.append(self.add(f"{path}.controlnet_mid_block:control", run, x))
         return controls
 

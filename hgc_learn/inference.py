@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from hgc_learn import ops
 from hgc_learn.architectures import Architecture
 from hgc_learn.fingerprint import ModelFingerprint
-from hgc_learn.forwards import RoutedForwards
+from hgc_learn.forwards import RoutedForwards, routed_models
 from hgc_learn.graph import Graph, build_graph
 from hgc_learn.plan import Load, Plan, StepPlan, compile_plan
 from hgc_learn.predictors import BY_CODE, Fill
@@ -31,7 +31,11 @@ __all__ = ["HGCSchedule", "ScheduleError", "ScheduleHandle", "apply_schedule", "
 
 
 def apply_schedule(
-    pipe: Any, schedule: HGCSchedule | str | os.PathLike[str], *, allow_other_weights: bool = False
+    pipe: Any,
+    schedule: HGCSchedule | str | os.PathLike[str],
+    *,
+    allow_other_weights: bool = False,
+    resample: bool = False,
 ) -> ScheduleHandle:
     """Makes every later call of `pipe` follow `schedule`, until `remove_schedule(pipe)`.
 
@@ -40,6 +44,8 @@ def apply_schedule(
         schedule: a schedule or the path of its file. One that is already applied is replaced.
         allow_other_weights: accept models of the same architecture with other weights. The schedule then runs,
             but the quality it was measured with is not promised.
+        resample: run with any number of steps and any timesteps: each step does, with a warning, what the schedule
+            does at the nearest timestep. Without it such runs are refused.
 
     Returns:
         A handle with `stats()` and `remove()`; as a context manager it removes the schedule on leaving.
@@ -52,13 +58,12 @@ def apply_schedule(
         raise ValueError(f"{type(pipe).__name__} has no unet; schedules support diffusers pipelines with a UNet.")
     if not isinstance(schedule, HGCSchedule):
         schedule = HGCSchedule.load(schedule)
-    controlnet = getattr(pipe, "controlnet", None)
-    _check_model(schedule, pipe.unet, controlnet, allow_other_weights)
+    unet, *controlnets = routed_models(pipe).values()
     expand = {enclosing_module(site) for site in schedule.sites if is_inside(site)}
-    graph = build_graph(pipe.unet, controlnet, expand)
+    graph = build_graph(unet, controlnets, expand)  # refuses unknown models by name
+    _check_model(schedule, unet, controlnets, allow_other_weights)
     try:
-        plan = compile_plan(graph, schedule.sites, schedule.num_inference_steps)
-        runtime = _Runtime(pipe, schedule, graph, plan)
+        runtime = _Runtime(pipe, schedule, graph, resample)
     except ValueError as error:
         raise ScheduleError(f"sites: {error}") from None
     remove_schedule(pipe)
@@ -67,8 +72,12 @@ def apply_schedule(
 
 
 def remove_schedule(pipe: Any) -> None:
-    """Gives the pipeline its own forwards back. Does nothing if no schedule is applied."""
-    runtime = RoutedForwards.installed_on(pipe.unet)
+    """Gives the pipeline its own forwards back. Does nothing if no schedule is applied.
+
+    Raises:
+        ValueError: others have wrapped the forwards since, and must be undone first.
+    """
+    runtime = RoutedForwards.installed_on(routed_models(pipe)["unet"])
     if runtime is not None:
         runtime.uninstall()
 
@@ -153,9 +162,15 @@ def _compile(graph: Graph, step: StepPlan, model: str) -> _Program:
 class _Runtime(RoutedForwards):
     """One schedule on one pipeline: runs the nodes of its plan, keeps and reads the cache."""
 
-    def __init__(self, pipe: Any, schedule: HGCSchedule, graph: Graph, plan: Plan):
-        super().__init__(pipe, graph, len(plan.steps))
-        self.schedule, self.plan = schedule, plan
+    def __init__(self, pipe: Any, schedule: HGCSchedule, graph: Graph, resample: bool):
+        super().__init__(pipe, graph, schedule.num_inference_steps)
+        self.original = schedule
+        self.resample = resample
+        self.follow(schedule)
+
+    def follow(self, schedule: HGCSchedule) -> None:
+        graph, self.schedule, self.num_steps = self.graph, schedule, schedule.num_inference_steps
+        self.plan = plan = compile_plan(graph, schedule.sites, self.num_steps)
         # A refresh computes everything and keeps whatever any later step may load.
         loaded = {name for step in plan.steps for name in step.loaded}
         everything = tuple(name for name in graph.nodes if name != graph.guidance or name in loaded)
@@ -186,25 +201,37 @@ class _Runtime(RoutedForwards):
     def runs_half(self, step: int) -> bool:
         return self.plan.steps[step].is_half and step not in self.refreshed
 
-    def check_run(self, timesteps: Tensor, timestep: Any) -> int:
-        """Compares the run with the schedule, once, and returns the index of its first step."""
+    def check_run(self, timesteps: Tensor) -> None:
+        """Compares the run with the schedule, once."""
         scheduler = type(self.pipe.scheduler).__name__
-        expected = self.schedule.timesteps
-        actual = [float(t) for t in timesteps.tolist()]
+        expected, actual = self.original.timesteps, tuple(float(t) for t in timesteps.tolist())
+        is_same = len(actual) == len(expected) and all(map(_is_close, actual, expected))
         if scheduler != self.schedule.scheduler:
             raise ScheduleError(
                 f"scheduler: the schedule was made for {self.schedule.scheduler}, the pipeline has {scheduler}. "
                 "Set pipe.scheduler accordingly or train a schedule for it."
             )
-        if len(actual) != len(expected):
-            raise ScheduleError(
-                f"num_inference_steps: the schedule has {len(expected)} steps, this run {len(actual)}. "
-                f"Call the pipeline with num_inference_steps={len(expected)}."
+        if is_same:
+            if self.schedule is not self.original:
+                self.follow(self.original)
+        elif self.resample:
+            warnings.warn(
+                f"timesteps: this run visits {len(actual)} ({_brief(actual)}), the schedule was made for "
+                f"{len(expected)} ({_brief(expected)}). It is resampled: each step does what the schedule does at the "
+                "nearest timestep; what was measured of it, quality and savings, does not carry over.",
+                stacklevel=2,
             )
-        if any(abs(a - b) > 1e-3 * max(1.0, abs(b)) for a, b in zip(actual, expected, strict=True)):
+            if self.schedule.timesteps != actual:
+                self.follow(self.original.resampled(actual))
+        elif len(actual) != len(expected):
             raise ScheduleError(
-                f"timesteps: this run visits {_brief(actual)}, the schedule was made for {_brief(expected)}. "
-                "Use the scheduler settings (timestep_spacing, ...) it was made with."
+                f"num_inference_steps: the schedule has {len(expected)} steps, this run {len(actual)}. Call the "
+                f"pipeline with num_inference_steps={len(expected)}, or apply_schedule(..., resample=True)."
+            )
+        else:
+            raise ScheduleError(
+                f"timesteps: this run visits {_brief(actual)}, the schedule was made for {_brief(expected)}. Use the "
+                "scheduler settings (timestep_spacing, ...) it was made with, or apply_schedule(..., resample=True)."
             )
         guidance_scale = getattr(self.pipe, "_guidance_scale", None)
         if guidance_scale is not None and abs(guidance_scale - self.schedule.guidance_scale) > 1e-6:
@@ -213,8 +240,6 @@ class _Runtime(RoutedForwards):
                 "its measured quality does not carry over.",
                 stacklevel=2,
             )
-        # img2img starts in the middle of the scheduler's timesteps.
-        return min(range(len(actual)), key=lambda i: abs(actual[i] - float(timestep)))
 
     def execute(self, model: str, step: int, call: ops.Call, given: dict[str, Tensor]) -> dict[str, Tensor]:
         is_refresh = step in self.refreshed
@@ -307,7 +332,9 @@ class _Runtime(RoutedForwards):
 
     def stats(self) -> dict[str, Any]:
         schedule, batch = self.schedule, self.schedule.batch_size
-        graph, costs = Architecture.of(self.pipe).measure((schedule.height, schedule.width))
+        unet, *controlnets = self.models.values()
+        architecture = replace(Architecture.of(self.pipe), unet=unet, controlnet=controlnets)
+        graph, costs = architecture.measure((schedule.height, schedule.width))
         plan = compile_plan(graph, schedule.sites, schedule.num_inference_steps)
         full = compile_plan(graph, {}, schedule.num_inference_steps)
         result: dict[str, Any] = {"num_inference_steps": schedule.num_inference_steps}
@@ -332,6 +359,10 @@ def _check_model(schedule: HGCSchedule, unet: Any, controlnet: Any, allow_other_
     if what == "weights":
         way_out = "Pass allow_other_weights=True to run it all the same; its measured quality does not carry over."
     raise ScheduleError(f"model: the schedule was made for another model ({what}: {detail}). {way_out}")
+
+
+def _is_close(actual: float, expected: float) -> bool:
+    return abs(actual - expected) <= 1e-3 * max(1.0, abs(expected))
 
 
 def _brief(timesteps: Any) -> str:

@@ -177,9 +177,10 @@ def controlnet_conv_in(net: ControlNetModel, call: Call, cond: Tensor) -> Tensor
     return net.conv_in(call.sample) + cond
 
 
-def control_residual(net: ControlNetModel, zero_conv: nn.Module, n: int, total: int, call: Call, x: Tensor) -> Tensor:
+def control_residual(net: ControlNetModel, n: int, total: int, call: Call, x: Tensor) -> Tensor:
     """The n-th of `total` residuals, scaled as the UNet receives it."""
-    x = zero_conv(x)
+    # Looked up anew each time: loading a LoRA replaces the convolution.
+    x = net.controlnet_mid_block(x) if n == total - 1 else net.controlnet_down_blocks[n](x)
     if call.guess_mode and not net.config.global_pool_conditions:
         scales = torch.logspace(-1, 0, total, device=x.device) * call.conditioning_scale
         x = x * scales[n]

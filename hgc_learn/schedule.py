@@ -11,8 +11,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,21 @@ class HGCSchedule:
             raise ScheduleError(f"model: {error}") from None
         return cls(**fields, tensors=dict(tensors or {}))
 
+    def resampled(self, timesteps: Sequence[float]) -> HGCSchedule:
+        """The same for other timesteps: each step does what this schedule does at the nearest one. What was measured
+        is left out."""
+        old = [min(range(self.num_inference_steps), key=lambda i: abs(self.timesteps[i] - t)) for t in timesteps]
+        sites, tensors = {}, {}
+        for site, row in self.sites.items():
+            sites[site] = COMPUTE + "".join(row[i] for i in old[1:])
+            for code in set(row) - {COMPUTE}:
+                fills = [row[:i].count(code) for i in old[1:] if row[i] == code]
+                for parameter in BY_CODE[code].parameters if fills else ():
+                    rows = {"steps": old, "fills": fills}.get(parameter.axes[0])
+                    tensor = self.tensors[f"{site}/{parameter.name}"]
+                    tensors[f"{site}/{parameter.name}"] = tensor if rows is None else tensor[rows]
+        return replace(self, sites=sites, timesteps=tuple(timesteps), tensors=tensors, macs={}, fidelity={})
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file, and its tensors beside it if it has any; each appears under its name only when it is
         complete."""
@@ -192,8 +207,8 @@ class HGCSchedule:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
         if self.tensors:
-            _write(tensor_path(path), self._tensor_bytes())
-        _write(path, text.encode())
+            write_atomically(tensor_path(path), self._tensor_bytes())
+        write_atomically(path, text.encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HGCSchedule:
@@ -217,7 +232,8 @@ def tensor_path(path: str | os.PathLike[str]) -> Path:
     return Path(path).with_suffix(".safetensors")
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """The file appears under its name only when it is complete and on the disk, whatever happens in between."""
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
         try:
             file.write(content)
@@ -258,12 +274,14 @@ def _read_tensors(path: Path, data: Any) -> dict[str, Tensor]:
 
 def _check_tensors(tensors: Mapping[str, Tensor], sites: Mapping[str, str], num_steps: int) -> None:
     """Every predictor has what it reads, of the right shape, and nothing else is there."""
-    needed = {
-        f"{site}/{parameter.name}": (parameter, {"steps": num_steps, "fills": row.count(code)})
-        for site, row in sites.items()
-        for code in set(row) - {COMPUTE}
-        for parameter in BY_CODE[code].parameters
-    }
+    needed: dict[str, Any] = {}
+    for site, row in sites.items():
+        for code in sorted(set(row) - {COMPUTE}):
+            for parameter in BY_CODE[code].parameters:
+                name = f"{site}/{parameter.name}"
+                if name in needed:
+                    raise ScheduleError(f"sites: {site!r} has two codes that read a tensor {name!r}; use one of them.")
+                needed[name] = (parameter, {"steps": num_steps, "fills": row.count(code)})
     for name in sorted(needed.keys() ^ tensors.keys()):
         raise ScheduleError(f"tensors: {name!r} is {'missing' if name in needed else 'not used by any site'}.")
     for name, (parameter, lengths) in needed.items():

@@ -153,6 +153,9 @@ class RouterModule(L.LightningModule):
     # Training
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        for text, image in zip(batch["text"], batch["conditioning_image"], strict=True):
+            if not image.isfinite().all():
+                raise ValueError(f"The control image of {text!r} holds NaN or infinity. Repair it or leave it out.")
         logs = self.objective.step(self, batch)
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(batch["text"]))
         self.log("loss_db", -10 * logs["loss"].log10(), prog_bar=True, logger=False)
@@ -167,6 +170,12 @@ class RouterModule(L.LightningModule):
         of the training."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
+        for name, parameter in self.router.named_parameters():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                raise ValueError(
+                    f"Step {self.global_step}: the gradient of the router's {name} is not finite; the router stays as "
+                    "it was. The models may overflow: try --model.dtype=float32."
+                )
         if learning_rate is not None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate

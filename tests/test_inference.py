@@ -150,20 +150,6 @@ def test_deepcopy_of_a_scheduled_pipeline(own: TinyPipeline) -> None:
     assert forwards_of(twin) == [False, False]
 
 
-def test_another_pipeline_with_the_same_models_and_scheduler(own: TinyPipeline) -> None:
-    """Image to image from the components of a text-to-image pipeline, as `from_pipe` makes it."""
-    from diffusers import StableDiffusionControlNetImg2ImgPipeline
-
-    apply_schedule(own.pipe, own.schedule(some_rows(own)))
-    expected = own()
-    other = StableDiffusionControlNetImg2ImgPipeline(**own.pipe.components, requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
-    arguments = own.arguments()
-    arguments["control_image"] = arguments["image"]
-    other(**arguments, strength=0.5)
-    assert torch.equal(own(), expected)
-
-
 def test_accelerate_offload_hooks_before_and_after(own: TinyPipeline) -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 

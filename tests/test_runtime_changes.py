@@ -204,7 +204,7 @@ def test_another_scheduler_is_refused_by_name(own: TinyPipeline) -> None:
 def test_calls_outside_the_pipeline_are_refused(own: TinyPipeline) -> None:
     apply_schedule(own.pipe, own.schedule())
     own()
-    with pytest.raises(RuntimeError, match=r"remove_schedule\(pipe\) first"):
+    with pytest.raises(ValueError, match=r"remove_schedule\(pipe\) first"):
         own.pipe.controlnet(
             torch.zeros(1, 4, 8, 8), 5, torch.zeros(1, 7, 12), controlnet_cond=torch.zeros(1, 3, 16, 16)
         )

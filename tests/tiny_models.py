@@ -60,8 +60,22 @@ _SDXL: dict[str, Any] = {
     "addition_time_embed_dim": 4,
     "projection_class_embeddings_input_dim": 6 * 4 + 10,
 }
-UNET_CONFIGS = {"sd15": _SD15, "sd2": _SD2, "sdxl": _SDXL}
-SHAPES = list(UNET_CONFIGS)
+_SMALL: dict[str, Any] = _SD15 | {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+}
+_SMALL_SDXL: dict[str, Any] = _SDXL | {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2),
+    "attention_head_dim": (1, 2),
+    "layers_per_block": 1,
+}
+SHAPES = ["sd15", "sd2", "sdxl"]
+UNET_CONFIGS = {"sd15": _SD15, "sd2": _SD2, "sdxl": _SDXL, "small": _SMALL, "small_sdxl": _SMALL_SDXL}
 
 
 def build_models(config: dict[str, Any], seed: int = 0) -> tuple[UNet2DConditionModel, ControlNetModel]:
@@ -163,7 +177,7 @@ def build_pipeline(shape: str, *, num_controlnets: int = 1, scheduler: Any = Non
         "feature_extractor": None,
     }
     pipe: Any
-    if shape == "sdxl":
+    if "projection_class_embeddings_input_dim" in UNET_CONFIGS[shape]:
         pipe = StableDiffusionXLControlNetPipeline(
             **parts, text_encoder_2=None, tokenizer_2=None, add_watermarker=False
         )
@@ -174,9 +188,11 @@ def build_pipeline(shape: str, *, num_controlnets: int = 1, scheduler: Any = Non
 
 
 @cache
-def shared_pipeline(shape: str) -> TinyPipeline:
+def shared_pipeline(shape: str, dtype: torch.dtype = torch.float32) -> TinyPipeline:
     """One pipeline per shape for tests that leave it as they found it."""
-    return build_pipeline(shape)
+    tiny = build_pipeline(shape)
+    tiny.pipe.to(dtype)
+    return tiny
 
 
 def random_rows(

@@ -1,0 +1,273 @@
+"""What people do to a pipeline, for the table in `robustness.py`."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import cpu_offload
+from diffusers.models.attention_processor import IPAdapterAttnProcessor
+from diffusers.models.embeddings import ImageProjection
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from robustness_pipelines import arguments, build, run
+from tiny_models import NUM_STEPS
+from torch import Tensor
+
+MIDDLE = NUM_STEPS // 2
+
+
+def when(step: int, change: Callable[[Any, dict[str, Any]], dict[str, Any] | None], *names: str) -> dict[str, Any]:
+    """Arguments that let `change(pipe, tensors)` happen before a step."""
+
+    def callback(pipe: Any, i: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return (change(pipe, tensors) if i == step - 1 else None) or tensors
+
+    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": list(names)}
+
+
+def guidance_off(pipe: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    pipe._guidance_scale = 1.0
+    return {name: value[-1:] for name, value in tensors.items()}
+
+
+def cast(dtype: torch.dtype) -> Callable[[Any], None]:
+    def change(pipe: Any) -> None:
+        for model in (pipe.unet, pipe.controlnet, pipe.vae):
+            torch.nn.Module.to(model, dtype)
+
+    return change
+
+
+def calls_in_a_row(pipe: Any, *calls: dict[str, Any]) -> Tensor:
+    return torch.cat([run(pipe, **call).flatten() for call in calls])
+
+
+class Stop(Exception):
+    pass
+
+
+def stopped_then_again(pipe: Any, error: type[BaseException]) -> Tensor:
+    def stop(*_: Any) -> Any:
+        raise error
+
+    for arguments_ in (when(MIDDLE, stop), when(1, stop)):
+        try:
+            run(pipe, **arguments_)
+        except error:
+            continue
+        raise AssertionError("it was not stopped")
+    return run(pipe)
+
+
+def interrupted_then_again(pipe: Any) -> Tensor:
+    def interrupt(pipe: Any, tensors: dict[str, Any]) -> None:
+        pipe._interrupt = True
+
+    return torch.cat([run(pipe, **when(MIDDLE, interrupt)), run(pipe)])
+
+
+def stopped_inside_a_step(pipe: Any) -> Tensor:
+    """Between the ControlNet and the UNet of one step."""
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    hook = pipe.unet.register_forward_pre_hook(stop)
+    try:
+        run(pipe)
+    except Stop:
+        hook.remove()
+    return run(pipe)
+
+
+def other_prompt(pipe: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt_embeds": tensors["prompt_embeds"].flip(1)}
+
+
+def other_prompt_in_place(pipe: Any, tensors: dict[str, Any]) -> None:
+    tensors["prompt_embeds"].mul_(-1)
+
+
+def other_latents(pipe: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {"latents": tensors["latents"].flip(2)}
+
+
+def latents_in_place(pipe: Any, tensors: dict[str, Any]) -> None:
+    tensors["latents"].mul_(0.9)
+
+
+def other_image(pipe: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {"image": tensors["image"].flip(2)}
+
+
+def in_inference_mode(pipe: Any, **kwargs: Any) -> Tensor:
+    with torch.inference_mode():
+        return run(pipe, **kwargs).clone()
+
+
+def under_autocast(pipe: Any) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return run(pipe)
+
+
+def another_pipeline(pipe: Any, kind: str, own_scheduler: bool) -> Tensor:
+    """A call of a pipeline that shares the models of the scheduled one, after one of it."""
+    run(pipe)
+    scheduler = copy.deepcopy(pipe.scheduler) if own_scheduler else pipe.scheduler
+    parts = {**pipe.components, "scheduler": scheduler}
+    other = getattr(diffusers, kind)(**parts, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    return run(other)
+
+
+def own_loop(pipe: Any) -> Tensor:
+    embeds = arguments(pipe)["prompt_embeds"].double()
+    x = torch.ones(1, 4, 8, 8, dtype=torch.float64)
+    for t in pipe.scheduler.timesteps:
+        x = pipe.unet(x, t, encoder_hidden_states=embeds, return_dict=False)[0]
+    return x
+
+
+def adapter_image(pipe: Any) -> dict[str, Any]:
+    return {"image": torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(4)).double()}
+
+
+def save_and_load(pipe: Any) -> None:
+    """Saving must not be disturbed by a schedule, nor disturb it."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipe.unet.save_pretrained(folder)
+        loaded = type(pipe.unet).from_pretrained(folder, torch_dtype=torch.float64)
+    for name, tensor in pipe.unet.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    assert "forward" not in loaded.__dict__
+
+
+def model_offload(pipe: Any) -> None:
+    """With the CPU as the accelerator that this machine lacks. It has no number, so that accelerate would copy all
+    arguments from "cpu" to "cpu:0" at every step; accelerators have one."""
+    enable = pipe.enable_model_cpu_offload
+
+    def enable_on_cpu(device: Any = "cpu") -> None:  # called after every run too, for all hooks go with it
+        enable(device="cpu")
+        for hook in pipe._all_hooks:
+            hook.hook.execution_device = torch.device("cpu")
+
+    pipe.enable_model_cpu_offload = enable_on_cpu
+    enable_on_cpu()
+
+
+def sequential_offload(pipe: Any) -> None:
+    """What `enable_sequential_cpu_offload` does, with the CPU as the accelerator that this machine lacks."""
+    for model in (pipe.unet, pipe.controlnet, pipe.vae):
+        cpu_offload(model, torch.device("cpu"), offload_buffers=False)
+
+
+def group_offload(pipe: Any) -> None:
+    pipe.unet.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+
+
+def compile_whole(pipe: Any) -> None:
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+
+
+def mid_lora(pipe: Any, tensors: dict[str, Any]) -> None:
+    pipe.set_adapters(["style"], [0.1])
+
+
+def freeu(pipe: Any, tensors: Any = None) -> None:
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+
+
+def no_ip(pipe: Any, tensors: dict[str, Any]) -> None:
+    pipe.set_ip_adapter_scale(0.2)
+
+
+def ip_with(callback: Any) -> Callable[[Any], dict[str, Any]]:
+    return lambda pipe: ip_image(pipe) | callback
+
+
+def change_lora_scale(pipe: Any, tensors: dict[str, Any]) -> None:
+    pipe._cross_attention_kwargs = {"scale": 0.1}
+
+
+# LoRA
+
+
+def lora(model: Any, *targets: str, seed: int = 0) -> None:
+    """Lays a random LoRA over the named layers of a model."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False)
+    inject_adapter_in_model(config, model, adapter_name="default")
+
+
+def load_lora(pipe: Any) -> None:
+    """As users do it, from a file's tensors."""
+    donor = build().unet
+    torch.manual_seed(5)
+    targets = ["to_q", "to_k", "to_v", "conv1", "proj_in", "conv_shortcut"]
+    donor.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    tensors = {f"unet.{name}": tensor for name, tensor in get_peft_model_state_dict(donor).items()}
+    pipe.load_lora_weights(tensors, adapter_name="style")
+
+
+def with_lora() -> Any:
+    pipe = build()
+    load_lora(pipe)
+    return pipe
+
+
+class TextEncoder(torch.nn.Module):
+    """One that is not used, for prompts come as embeddings, but whose LoRA layers the pipeline wants to scale."""
+
+    dtype = torch.float64
+    device = torch.device("cpu")
+
+
+def with_lora_and_text_encoder() -> Any:
+    pipe = with_lora()
+    pipe.text_encoder = TextEncoder()
+    return pipe
+
+
+def fuse_lora(pipe: Any) -> None:
+    pipe.fuse_lora(components=["unet"])
+
+
+def fused() -> Any:
+    pipe = with_lora()
+    fuse_lora(pipe)
+    return pipe
+
+
+# IP-Adapter
+
+
+def load_ip_adapter(pipe: Any) -> None:
+    """The tensors of an IP-Adapter file, random."""
+    torch.manual_seed(6)
+    dim = pipe.unet.config.cross_attention_dim
+    layers = {}
+    cross = [name for name in pipe.unet.attn_processors if "attn2" in name]
+    for i, name in enumerate(cross):
+        hidden = pipe.unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
+        for key, tensor in IPAdapterAttnProcessor(hidden, dim, scale=1.0).state_dict().items():
+            layers[f"{2 * i + 1}.{key.replace('.0.', '.')}"] = tensor
+    projection = ImageProjection(cross_attention_dim=dim, image_embed_dim=dim, num_image_text_embeds=4).state_dict()
+    projection = {k.replace("image_embeds", "proj"): v for k, v in projection.items()}
+    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": layers}])
+    pipe.unet.double()
+
+
+def ip_image(pipe: Any) -> dict[str, Any]:
+    embeds = torch.randn(2, 1, pipe.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(2))
+    return {"ip_adapter_image_embeds": [embeds.double()]}
+
+
+def with_ip_adapter() -> Any:
+    pipe = build()
+    load_ip_adapter(pipe)
+    return pipe

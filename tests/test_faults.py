@@ -1,0 +1,133 @@
+"""What goes wrong around training and saving, and that the same seed gives the same numbers."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_schedule import WITH_TENSORS
+from training_fixtures import fit
+
+from hgc_learn.__main__ import guarded
+from hgc_learn.data import ControlDataModule
+from hgc_learn.export import export
+from hgc_learn.schedule import HGCSchedule, tensor_path
+from hgc_learn.training import RouterModule
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The 'train_dataloader' does not have many workers",
+    "ignore:The 'val_dataloader' does not have many workers",
+    "ignore:You are trying to `self.log",
+)
+WITHOUT_WARM_START = "--model.objective.num_warm_start_batches=0"
+
+
+def full_disk(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "schedule.json"
+    WITH_TENSORS.save(path)
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        WITH_TENSORS.save(path)
+    assert HGCSchedule.load(path) == WITH_TENSORS
+    assert sorted(os.listdir(tmp_path)) == [path.name, tensor_path(path).name]
+
+
+SAVE_FOR_EVER = """
+import itertools, sys
+from pathlib import Path
+from hgc_learn.schedule import write_atomically
+for i in itertools.count():
+    write_atomically(Path(sys.argv[1]), bytes([i % 256]) * 3_000_000)
+    print(i, flush=True)
+"""
+
+
+def test_kill_9_while_saving_leaves_a_whole_file(tmp_path: Path) -> None:
+    path, rng = tmp_path / "file", random.Random(0)
+    for _ in range(2):
+        command = [sys.executable, "-c", SAVE_FOR_EVER, str(path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()  # saved once
+            time.sleep(rng.uniform(0, 0.2))
+            process.kill()
+        content = path.read_bytes()
+        assert len(content) == 3_000_000
+        assert len(set(content)) == 1
+
+
+def test_a_full_disk_in_training_leaves_the_last_checkpoint(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt_path = fit(teacher, tmp_path, 1, WITHOUT_WARM_START)
+    before = ckpt_path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        assert guarded(lambda: fit(teacher, tmp_path, 2, WITHOUT_WARM_START)) == 2
+    assert ckpt_path.read_bytes() == before
+    assert os.listdir(ckpt_path.parent) == [ckpt_path.name]
+    assert torch.load(ckpt_path, weights_only=True)["global_step"] == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_is_refused_by_its_prompt(
+    module: RouterModule, batch: dict[str, Any], value: float
+) -> None:
+    image = batch["conditioning_image"].clone()
+    image[1, 0, 3, 4] = value
+    before = module.router.logits.clone()
+    with pytest.raises(ValueError, match=f"The control image of {batch['text'][1]!r} holds NaN or infinity"):
+        module.training_step(batch | {"conditioning_image": image}, 0)
+    assert torch.equal(module.router.logits, before)
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_the_router(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher_latents = RouterModule.teacher_latents
+    monkeypatch.setattr(
+        RouterModule, "teacher_latents", lambda self, batch: teacher_latents(self, batch) * float("nan")
+    )
+    assert guarded(lambda: fit(teacher, tmp_path, 1, WITHOUT_WARM_START)) == 2
+    assert "gradient of the router's logits is not finite" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_less_than_one_batch_is_refused(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded(lambda: fit(teacher, tmp_path, 1, "--data.num_train=1")) == 2
+    assert "1 training samples are less than one batch of 2: raise num_train" in capsys.readouterr().err
+
+
+def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises((ValueError, OSError), match="data"):
+        ControlDataModule(str(tmp_path)).setup("fit")
+
+
+def test_the_same_seed_gives_the_same_bits(teacher: Path, tmp_path: Path) -> None:
+    """Training, then export, then what the schedule's runs give (compared at export with the uncached pictures)."""
+    files = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        ckpt_path = fit(teacher, folder, 1, WITHOUT_WARM_START)
+        state = torch.load(ckpt_path, weights_only=True)["state_dict"]
+        path = export(ckpt_path, folder, refine_rounds=1, refine_samples=2, refine_batch_size=2, tune_updates=1)
+        tensors = tensor_path(path).read_bytes() if tensor_path(path).exists() else b""
+        data = json.loads(path.read_text())
+        data["producer"] = None  # names the folder
+        files.append((state, data, tensors))
+    (state, *first), (again, *second) = files
+    for name, tensor in state.items():
+        assert torch.equal(tensor, again[name])
+    assert first == second
