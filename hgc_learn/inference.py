@@ -37,7 +37,8 @@ def apply_schedule(
 
     Args:
         pipe: a diffusers pipeline with a `unet`, a `scheduler` and optionally a `controlnet`.
-        schedule: a schedule or the path of its file. One that is already applied is replaced.
+        schedule: a schedule, its file, or a folder or hub id (owner/name) that holds one. One that is already applied
+            is replaced.
         allow_other_weights: accept models of the same architecture with other weights. The schedule then runs,
             but the quality it was measured with is not promised.
 
@@ -51,7 +52,7 @@ def apply_schedule(
     if not hasattr(pipe, "unet"):
         raise ValueError(f"{type(pipe).__name__} has no unet; schedules support diffusers pipelines with a UNet.")
     if not isinstance(schedule, HGCSchedule):
-        schedule = HGCSchedule.load(schedule)
+        schedule = HGCSchedule.from_pretrained(schedule)
     controlnet = getattr(pipe, "controlnet", None)
     _check_model(schedule, pipe.unet, controlnet, allow_other_weights)
     expand = {enclosing_module(site) for site in schedule.sites if is_inside(site)}

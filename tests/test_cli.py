@@ -135,7 +135,7 @@ def test_inspect_shows_what_the_file_holds(capsys: pytest.CaptureFixture[str], t
         "unet: architecture 0123456789abcdef",
         "policy: router",
         "psnr_db: 31.5",
-        "reduction: 55.0% (attention matmuls not counted)",
+        "saved, attention matmuls not counted: 55.0%",
         "1 out, 1 eps; 3 distinct steps",
     ):
         assert part in text
