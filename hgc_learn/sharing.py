@@ -101,26 +101,14 @@ def model_card(schedule: HGCSchedule, source: str = "path/to/this/folder", subfo
     """
     from huggingface_hub import ModelCardData
 
-    settings = schedule.producer.get("settings")
-    settings = settings if isinstance(settings, dict) else {}
-    base_models = [str(settings[key]) for key in ("model", "controlnet") if is_hub_id(settings.get(key))]
+    base_models = _base_models(schedule)
     metadata = ModelCardData(
         library_name=LIBRARY_NAME,
         tags=["hgc_schedule", "diffusers", "controlnet", "caching"],
         base_model=base_models or None,
     ).to_yaml()
-    guided = "with" if schedule.guidance_scale > 1 else "without"
-    setting = {
-        "made for": ", ".join(base_models) or "see the architectures",
-        **{f"architecture of {name}": digest for name, digest in schedule.model.architecture.items()},
-        "scheduler": schedule.scheduler,
-        "steps": schedule.num_inference_steps,
-        "guidance scale": f"{schedule.guidance_scale:g} ({guided} guidance)",
-        "size": f"{schedule.height} x {schedule.width} pixels (height x width)",
-    }
-    written_by = {**schedule.producer, **{k: v for k, v in settings.items() if not isinstance(v, dict | list)}}
-    written_by.pop("settings", None)
     load = f'HGCSchedule.from_pretrained("{source}", subfolder="{subfolder}")' if subfolder else f'"{source}"'
+    tables = "\n".join(_table(title, entries) for title, entries in facts(schedule).items())
     return f"""---
 {metadata}
 ---
@@ -135,11 +123,41 @@ from hgc_learn.inference import HGCSchedule, apply_schedule
 
 apply_schedule(pipe, {load})  # then call pipe(...) as always
 ```
-{_table("Valid for", setting)}
-{_table("MACs of one picture", schedule.reductions() | schedule.macs)}
-{_table("Measured against the uncached pipeline", schedule.fidelity)}
-{_table("Written by", written_by)}
-"""
+{tables}"""
+
+
+def facts(schedule: HGCSchedule) -> dict[str, dict[str, Any]]:
+    """What the file says of itself but its rows, for people: by heading, name and value. Strings are the file's own."""
+    guided = "with" if schedule.guidance_scale > 1 else "without"
+    settings = _settings(schedule)
+    made_for = {"made for": ", ".join(names)} if (names := _base_models(schedule)) else {}
+    tables: dict[str, dict[str, Any]] = {
+        "Valid for": {
+            **made_for,
+            **{f"architecture of {name}": digest for name, digest in schedule.model.architecture.items()},
+            "scheduler": schedule.scheduler,
+            "steps": schedule.num_inference_steps,
+            "guidance scale": f"{schedule.guidance_scale:g} ({guided} guidance)",
+            "size": f"{schedule.height} x {schedule.width} pixels (height x width)",
+        },
+        "MACs of one picture": {**schedule.reductions(), **schedule.macs},
+        "Measured against the uncached pipeline": dict(schedule.fidelity),
+        "Written by": {
+            **{name: value for name, value in schedule.producer.items() if name != "settings"},
+            **{name: value for name, value in settings.items() if not isinstance(value, dict | list)},
+        },
+    }
+    return {title: entries for title, entries in tables.items() if entries}
+
+
+def _settings(schedule: HGCSchedule) -> dict[str, Any]:
+    settings = schedule.producer.get("settings")
+    return settings if isinstance(settings, dict) else {}
+
+
+def _base_models(schedule: HGCSchedule) -> list[str]:
+    settings = _settings(schedule)
+    return [str(settings[key]) for key in ("model", "controlnet") if is_hub_id(settings.get(key))]
 
 
 def is_hub_id(name: Any) -> bool:
@@ -148,10 +166,8 @@ def is_hub_id(name: Any) -> bool:
 
 
 def _table(title: str, entries: Mapping[str, Any]) -> str:
-    if not entries:
-        return ""
     rows = "\n".join(f"| {_literal(name)} | {_literal(value)} |" for name, value in entries.items())
-    return f"\n## {title}\n\n| | |\n|---|---|\n{rows}"
+    return f"\n## {title}\n\n| | |\n|---|---|\n{rows}\n"
 
 
 def _literal(value: Any) -> str:

@@ -30,6 +30,7 @@ MORE_ARGUMENTS: dict[str, list[str]] = {
     "python train.py fit --config configs/demo.yaml": SMALL_TRAINING,
     "python export.py": ["--refine_rounds=1", "--refine_samples=2", "--tune_updates=1"],
     "python -m hgc_learn inspect": [],
+    "python -m hgc_learn report": [],
     "python -m hgc_learn macs": [],
     "python -m hgc_learn sites": [],
     "python -m hgc_learn policies": [],
