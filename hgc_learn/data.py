@@ -101,9 +101,7 @@ class ControlDataModule(L.LightningDataModule):
         if not len(rows):
             raise ValueError(f"{name}, split {split!r}: it is empty; set train_split and val_split.")
         if len(rows) < num_rows:
-            raise ValueError(
-                f"{name}, split {split!r}: has {len(rows)} rows, num_train and num_val ask for {num_rows}."
-            )
+            raise ValueError(f"{name}, split {split!r}: has {len(rows)} rows, num_train + num_val asks for {num_rows}.")
         return rows
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:

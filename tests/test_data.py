@@ -153,7 +153,7 @@ WRONG: dict[str, tuple[Change, dict[str, Any], str]] = {
     "no file_name": (lambda f: (f / "metadata.jsonl").write_text('{"text": "a"}'), {}, "`file_name`"),
     "unknown split": (lambda _: None, {"train_split": "tran"}, "split 'tran'.*train"),
     "unknown val split": (lambda _: None, {"val_split": "val"}, "split 'val'"),
-    "too few rows": (lambda _: None, {"num_train": 7}, "has 6 rows, num_train and num_val ask for 9"),
+    "too few rows": (lambda _: None, {"num_train": 7}, "has 6 rows, num_train . num_val asks for 9"),
     "no folder": (lambda _: None, {"dataset": "/no/such/folder"}, "/no/such/folder, split 'train': there is no such"),
     "dropout": (lambda _: None, {"prompt_dropout": 2.0}, "prompt_dropout is 2.0"),
 }
