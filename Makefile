@@ -32,5 +32,5 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt -e ".[train,metrics,policies,dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[train,canny,metrics,policies,dev]"
 	touch $@

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from hgc_learn import __version__
 
-COMMANDS = ["demo", "compare", "export", "policies", "schedule", "macs", "sites", "inspect"]
+COMMANDS = ["demo", "compare", "export", "policies", "schedule", "macs", "sites", "inspect", "report"]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -6,34 +6,46 @@ A batch is a dict: `text` (list of B prompts), `conditioning_image` [B, 3, heigh
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import datasets
 import lightning as L
+import numpy as np
 from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from hgc_learn.demo.scenes import SceneDataset
 
 T = TypeVar("T")
 
+MAX_DISTORTION = 2.0  # of a picture's shape by resizing
+
 
 class ControlDataModule(L.LightningDataModule):
-    """Control images and prompts from a local image folder or the hub, through `datasets`.
+    """Control images and prompts from a local folder or the hub, through `datasets`.
 
     Args:
-        dataset: a folder with `metadata.jsonl` (columns `file_name`, `conditioning_image_file_name`, `text`) or
-            the id of a dataset on the hub.
+        dataset: a folder of pictures with `metadata.jsonl` (columns `file_name`, `conditioning_image_file_name`,
+            `text`), a folder of parquet files, or the id of a dataset on the hub.
         height: that control images are resized to, in pixels; must be the sampling config's.
         width: likewise.
         conditioning_image_column: column of the control image.
+        image_column: column of the photograph; read only where control images are made from it.
         text_column: column of the prompt.
-        num_train: samples to train on, from the start of the training split.
-        num_val: samples to validate on, from the end of the training split.
+        condition: `canny` makes the control images from the photographs; by default they are taken as given.
+        train_split: its first rows are trained on.
+        val_split: its first rows are validated on; by default the last rows of the training split or, streaming,
+            those after the training samples.
+        streaming: read no more rows than asked for, and keep them in memory.
+        num_train: samples to train on.
+        num_val: samples to validate on.
         batch_size: samples per step.
-        seed: sample i is drawn from noise seeded with `seed + i`.
+        prompt_dropout: share of the training samples whose prompt is left empty; their seeds decide which.
+        seed: sample i is drawn from noise seeded with `seed + i`, those of `val_split` from the seeds after.
     """
 
     def __init__(
@@ -42,32 +54,58 @@ class ControlDataModule(L.LightningDataModule):
         height: int = 512,
         width: int = 512,
         conditioning_image_column: str = "conditioning_image",
+        image_column: str = "image",
         text_column: str = "text",
+        condition: Literal["canny"] | None = None,
+        train_split: str = "train",
+        val_split: str | None = None,
+        streaming: bool = False,
         num_train: int = 64,
         num_val: int = 16,
         batch_size: int = 4,
+        prompt_dropout: float = 0.0,
         seed: int = 0,
     ):
         super().__init__()
+        if not 0 <= prompt_dropout <= 1:
+            raise ValueError(f"prompt_dropout is {prompt_dropout}; it must be 0 (none) to 1.")
         self.save_hyperparameters()
 
     def setup(self, stage: str) -> None:
         hp = self.hparams
-        if Path(hp["dataset"]).is_dir():
-            rows = datasets.load_dataset("imagefolder", data_dir=hp["dataset"], split="train")
+        num_train, num_val, seed = hp["num_train"], hp["num_val"], hp["seed"]
+        if hp["val_split"] is None:
+            rows = self._read(hp["train_split"], num_train + num_val)
+            val_rows, val_indices, val_seed = rows, range(len(rows) - num_val, len(rows)), seed
         else:
-            rows = datasets.load_dataset(hp["dataset"], split="train")
-        for column in (hp["conditioning_image_column"], hp["text_column"]):
-            if column not in rows.column_names:
-                raise ValueError(
-                    f"{hp['dataset']} has no column {column!r}; it has {', '.join(rows.column_names)}. Set "
-                    "conditioning_image_column and text_column."
-                )
-        needed = hp["num_train"] + hp["num_val"]
-        if len(rows) < needed:
-            raise ValueError(f"{hp['dataset']} has {len(rows)} rows, num_train + num_val asks for {needed}.")
-        self.train_data = _Prompts(rows, range(hp["num_train"]), hp)
-        self.val_data = _Prompts(rows, range(len(rows) - hp["num_val"], len(rows)), hp)
+            rows = self._read(hp["train_split"], num_train)
+            val_rows, val_indices, val_seed = self._read(hp["val_split"], num_val), range(num_val), seed + num_train
+        self.train_data = _Samples(rows, range(num_train), hp, seed, hp["prompt_dropout"])
+        self.val_data = _Samples(val_rows, val_indices, hp, val_seed)
+
+    def _read(self, split: str, num_rows: int) -> Any:
+        """`num_rows` rows of a split or more, with the columns that are used."""
+        hp = self.hparams
+        name = hp["dataset"]
+        columns = _columns(hp)
+        try:
+            rows = _load(name, split, hp["streaming"])
+            names = rows.column_names or []
+            for column in columns:
+                if column not in names:
+                    raise ValueError(
+                        f"there is no column {column!r}, only {', '.join(names)}; set conditioning_image_column, "
+                        "image_column and text_column, or condition: canny to make control images from photographs"
+                    )
+            rows = rows.select_columns(columns).cast_column(columns[0], datasets.Image())
+            rows = list(rows.take(num_rows)) if hp["streaming"] else rows
+        except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"{name}, split {split!r}: {' '.join(str(error).split())}") from None
+        if not len(rows):
+            raise ValueError(f"{name}, split {split!r}: it is empty; set train_split and val_split.")
+        if len(rows) < num_rows:
+            raise ValueError(f"{name}, split {split!r}: has {len(rows)} rows, num_train + num_val asks for {num_rows}.")
+        return rows
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         return _TrainLoader(self.train_data, self.hparams["batch_size"], self)
@@ -76,22 +114,79 @@ class ControlDataModule(L.LightningDataModule):
         return DataLoader(self.val_data, self.hparams["batch_size"])
 
 
-class _Prompts(Dataset[dict[str, Any]]):
-    def __init__(self, rows: Any, indices: range, hparams: Any):
+def _columns(hparams: Any) -> list[str]:
+    """Of the picture and of the prompt."""
+    return [hparams["image_column" if hparams["condition"] else "conditioning_image_column"], hparams["text_column"]]
+
+
+def _load(name: str, split: str, streaming: bool) -> Any:
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.is_absolute() or name.count("/") > 1:
+            raise ValueError("there is no such folder")
+        return datasets.load_dataset(name, split=split, streaming=streaming)
+    if any(folder.rglob("metadata.*")):
+        kind = "imagefolder"
+    elif any(folder.rglob("*.parquet")):
+        kind = "parquet"
+    else:
+        raise ValueError("there is neither a metadata.jsonl nor a parquet file in this folder")
+    return datasets.load_dataset(kind, data_dir=name, split=split, streaming=streaming)
+
+
+class _Samples(Dataset[dict[str, Any]]):
+    def __init__(self, rows: Any, indices: range, hparams: Any, seed: int, prompt_dropout: float = 0.0):
         self.rows, self.indices, self.hparams = rows, indices, hparams
+        self.seed, self.prompt_dropout = seed, prompt_dropout
         self.processor = VaeImageProcessor(do_normalize=False, do_convert_rgb=True)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        row, hp = self.rows[self.indices[i]], self.hparams
-        image = self.processor.preprocess(row[hp["conditioning_image_column"]], hp["height"], hp["width"])
+        hp, index = self.hparams, self.indices[i]
+        picture, text = self._row(index)
+        picture = self.processor.resize(picture.convert("RGB"), hp["height"], hp["width"])
+        if hp["condition"] == "canny":
+            picture = _canny(picture)
+        seed = self.seed + index
+        is_dropped = random.Random(f"prompt {seed}").random() < self.prompt_dropout
         return {
-            "text": row[hp["text_column"]],
-            "conditioning_image": image[0],
-            "seed": hp["seed"] + self.indices[i],
+            "text": "" if is_dropped else text,
+            "conditioning_image": self.processor.preprocess(picture)[0],
+            "seed": seed,
         }
+
+    def _row(self, index: int) -> tuple[Image.Image, str]:
+        """The picture and the prompt, checked."""
+        hp = self.hparams
+        where = f"{hp['dataset']}, row {index}"
+        try:
+            picture, text = (self.rows[index][column] for column in _columns(hp))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{where}: its picture cannot be read ({error}). Mend or remove it.") from None
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: {hp['text_column']} is {type(text).__name__}, not a text.")
+        if picture is None:
+            raise ValueError(f"{where}: it has no picture. Add or remove it.")
+        distortion = picture.width / picture.height * hp["height"] / hp["width"]
+        if not 1 / MAX_DISTORTION <= distortion <= MAX_DISTORTION:
+            raise ValueError(
+                f"{where}: its picture is {picture.height}x{picture.width} pixels (height x width), too far from the "
+                f"shape of {hp['height']}x{hp['width']}. Crop it, or set height and width."
+            )
+        return picture, text
+
+
+def _canny(picture: Image.Image) -> Image.Image:
+    """White edges on black, with the thresholds that ControlNets are trained with."""
+    try:
+        import cv2
+    except ImportError:
+        raise ValueError(
+            "condition: canny needs OpenCV; pip install opencv-python-headless, or the extra canny."
+        ) from None
+    return Image.fromarray(cv2.Canny(np.asarray(picture), 100, 200)).convert("RGB")
 
 
 class SceneDataModule(L.LightningDataModule):

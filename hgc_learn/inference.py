@@ -41,7 +41,8 @@ def apply_schedule(
 
     Args:
         pipe: a diffusers pipeline with a `unet`, a `scheduler` and optionally a `controlnet`.
-        schedule: a schedule or the path of its file. One that is already applied is replaced.
+        schedule: a schedule, its file, or a folder or hub id (owner/name) that holds one. One that is already applied
+            is replaced.
         allow_other_weights: accept models of the same architecture with other weights. The schedule then runs,
             but the quality it was measured with is not promised.
         resample: run with any number of steps and any timesteps: each step does, with a warning, what the schedule
@@ -57,7 +58,7 @@ def apply_schedule(
     if not hasattr(pipe, "unet"):
         raise ValueError(f"{type(pipe).__name__} has no unet; schedules support diffusers pipelines with a UNet.")
     if not isinstance(schedule, HGCSchedule):
-        schedule = HGCSchedule.load(schedule)
+        schedule = HGCSchedule.from_pretrained(schedule)
     unet, *controlnets = routed_models(pipe).values()
     expand = {enclosing_module(site) for site in schedule.sites if is_inside(site)}
     graph = build_graph(unet, controlnets, expand)  # refuses unknown models by name

@@ -23,6 +23,7 @@ from torch import Tensor
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.plan import COMPUTE, check_codes
 from hgc_learn.predictors import BY_CODE
+from hgc_learn.sharing import CARD_NAME, FILE_NAME, find_schedule, is_own_card, model_card, upload_folder
 from hgc_learn.sites import KINDS
 
 FORMAT = "hgc_schedule"
@@ -112,6 +113,15 @@ class HGCSchedule:
     def batch_size(self) -> int:
         """Samples in a model call per image: 2 with guidance, 1 without."""
         return 2 if self.guidance_scale > 1 else 1
+
+    def reductions(self) -> dict[str, str]:
+        """Share of the MACs that it saves, as people read it, by convention; empty where the file does not say."""
+        shares = {}
+        for suffix, words in (("", "not counted"), ("_attention", "counted")):
+            full, cached = self.macs.get(f"full{suffix}"), self.macs.get(f"cached{suffix}")
+            if full and cached is not None:
+                shares[f"saved, attention matmuls {words}"] = f"{1 - cached / full:.1%}"
+        return shares
 
     def to_dict(self) -> dict[str, Any]:
         """What the JSON file holds; of the tensors, the SHA-256 of their file."""
@@ -225,6 +235,53 @@ class HGCSchedule:
             raise ScheduleError(f"{path}: {error}") from None
         except (ValueError, RecursionError) as error:
             raise ScheduleError(f"{path}: not valid JSON ({error}); the file may be truncated. Get it again.") from None
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, subfolder: str = "", revision: str | None = None, **download: Any
+    ) -> HGCSchedule:
+        """Reads `hgc_schedule.json` of a folder or of a repository on the hub, as strictly as `load`.
+
+        Args:
+            source: a folder, a repository (owner/name), or the file itself.
+            subfolder: of the folder or the repository.
+            revision: branch, tag or commit of the repository.
+            download: `token`, `cache_dir`, `local_files_only`, ... of `huggingface_hub.snapshot_download`.
+
+        Raises:
+            ScheduleError: there is none, or it is not a valid schedule.
+        """
+        try:
+            path = find_schedule(source, subfolder=subfolder, revision=revision, **download)
+        except ValueError as error:
+            raise ScheduleError(str(error)) from None
+        return cls.load(path)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `hgc_schedule.json`, its tensors and, unless somebody else's README.md is there, a model card."""
+        folder = Path(folder)
+        self.save(folder / FILE_NAME)
+        card = folder / CARD_NAME
+        if not card.exists() or is_own_card(card):
+            write_atomically(card, model_card(self).encode())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        subfolder: str = "",
+        revision: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload cache schedule",
+    ) -> str:
+        """Uploads the files and a model card as one commit, into a repository that is made if there is none. A
+        README.md of somebody else's that is there stays. Returns the commit's address."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder, FILE_NAME))
+            write_atomically(Path(folder, CARD_NAME), model_card(self, repo_id, subfolder).encode())
+            options: dict[str, Any] = {"private": private, "token": token, "commit_message": commit_message}
+            return upload_folder(folder, repo_id, subfolder=subfolder, revision=revision, **options)
 
 
 def tensor_path(path: str | os.PathLike[str]) -> Path:

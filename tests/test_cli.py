@@ -135,7 +135,7 @@ def test_inspect_shows_what_the_file_holds(capsys: pytest.CaptureFixture[str], t
         "unet: architecture 0123456789abcdef",
         "policy: router",
         "psnr_db: 31.5",
-        "reduction: 55.0% (attention matmuls not counted)",
+        "saved, attention matmuls not counted: 55.0%",
         "1 out, 1 eps; 3 distinct steps",
     ):
         assert part in text
@@ -195,7 +195,7 @@ import sys
 from importlib.machinery import PathFinder
 
 ABSENT = {"lightning", "pytorch_lightning", "datasets", "torchmetrics", "transformers", "jsonargparse", "matplotlib",
-          "tensorboard", "scipy", "rich", "accelerate"}
+          "tensorboard", "scipy", "rich", "accelerate", "peft"}
 
 class CoreOnly(PathFinder):
     @classmethod
@@ -212,12 +212,17 @@ sys.exit(status)
 
 
 @pytest.mark.parametrize(
-    "argv", [["inspect", "hgc_schedule.json"], ["macs", "--arch", "sd15-controlnet", "--size", "64"]]
+    "argv",
+    [
+        ["inspect", "hgc_schedule.json"],
+        ["macs", "--arch", "sd15-controlnet", "--size", "64"],
+        ["report", "examples/demo_schedule.json", "--output", "report.html"],
+    ],
 )
 def test_the_core_install_is_enough(tmp_path: Path, argv: list[str]) -> None:
-    """Inference, `inspect` and `macs` without lightning, datasets, torchmetrics, transformers and the like."""
+    """Inference and these commands without lightning, datasets, torchmetrics, transformers and the like."""
     SCHEDULE.save(tmp_path / "hgc_schedule.json")
-    argv = [str(tmp_path / a) if a.endswith(".json") else a for a in argv]
+    argv = [str(tmp_path / a) if a in ("hgc_schedule.json", "report.html") else a for a in argv]
     done = subprocess.run(
         [sys.executable, "-c", CORE_ONLY, *argv], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hgc_learn.__main__ import main
+from hgc_learn.__main__ import build_parser, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,6 +30,7 @@ MORE_ARGUMENTS: dict[str, list[str]] = {
     "python train.py fit --config configs/demo.yaml": SMALL_TRAINING,
     "python export.py": ["--num_samples=2", "--specialise_updates=1", "--tune_updates=1"],
     "python -m hgc_learn inspect": [],
+    "python -m hgc_learn report": [],
     "python -m hgc_learn macs": [],
     "python -m hgc_learn sites": [],
     "python -m hgc_learn policies": [],
@@ -109,9 +110,31 @@ def test_demo_command(workplace: Path) -> None:
         assert (workplace / "runs/demo" / name).stat().st_size > 500
 
 
-def test_links_and_pictures_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("train", "share", "use")]
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
+def test_guides_are_true(guide: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their Python runs, their commands are understood, the configurations they name exist."""
+    monkeypatch.chdir(workplace)
+    text = guide.read_text()
+    for code in re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        exec(compile(code, str(guide), "exec"), {})
+    for line in re.findall(r"^python .*", text, flags=re.MULTILINE):
+        _, *arguments = shlex.split(line)
+        if arguments[:2] == ["-m", "hgc_learn"]:
+            build_parser().parse_args(arguments[2:])
+        elif arguments[0] == "export.py":
+            build_parser().parse_args(["export", *arguments[1:]])
+        else:
+            assert arguments[:3] == ["train.py", "fit", "--config"]
+            assert Path(arguments[3]).is_file()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *GUIDES], ids=lambda path: path.stem)
+def test_links_and_pictures_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert (page.parent / target).exists(), target
 
 
 def test_figures_are_the_measured_ones() -> None:

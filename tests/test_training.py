@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from test_data import write_folder
 from training_fixtures import BUDGET, SAMPLING, changed, fit, random_schedule
 
 from hgc_learn.__main__ import guarded, main
 from hgc_learn.cli import train
-from hgc_learn.data import ControlDataModule
 from hgc_learn.export import export
 from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import HGCSchedule, apply_schedule
@@ -21,10 +23,9 @@ from hgc_learn.plan import compile_plan
 from hgc_learn.rollout import generate
 from hgc_learn.training import RouterModule
 
+CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = [
-    path
-    for folder in ("configs", "configs/compare/train")
-    for path in sorted((Path(__file__).parent.parent / folder).glob("*.yaml"))
+    path for folder in (CONFIG_FOLDER, CONFIG_FOLDER / "compare/train") for path in sorted(folder.glob("*.yaml"))
 ]
 
 
@@ -198,25 +199,56 @@ def test_every_config_parses_and_prints_readably(config: Path, capsys: pytest.Ca
     assert "budgets" in printed
 
 
-def test_custom_data_from_a_folder(tmp_path: Path) -> None:
-    from PIL import Image
+RECIPES = ["custom", "sd15_canny", "sd15_segmentation", "sd15_depth", "sdxl_canny"]
 
-    rows = []
-    for i in range(6):
-        for kind in ("photo", "control"):
-            Image.new("RGB", (40, 30), (40 * i, 0, 0)).save(tmp_path / f"{kind}{i}.png")
-        rows.append(
-            {"file_name": f"photo{i}.png", "conditioning_image_file_name": f"control{i}.png", "text": f"picture {i}"}
-        )
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = ControlDataModule(str(tmp_path), height=16, width=24, num_train=4, num_val=2, batch_size=2)
-    data.setup("fit")
-    batches = list(data.train_dataloader())
-    assert len(batches) == 2
-    assert batches[0]["conditioning_image"].shape == (2, 3, 16, 24)
-    assert 0 <= batches[0]["conditioning_image"].min() <= batches[0]["conditioning_image"].max() <= 1
-    texts = {text for batch in batches for text in batch["text"]}
-    assert texts == {f"picture {i}" for i in range(4)}
-    for kwargs, message in (({"text_column": "caption"}, "no column 'caption'"), ({"num_train": 7}, "has 6 rows")):
-        with pytest.raises(ValueError, match=message):
-            ControlDataModule(str(tmp_path), **{"num_train": 2, "num_val": 1, **kwargs}).setup("fit")
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_say_what_to_fill_in(name: str) -> None:
+    """Model, ControlNet and data are marked; sizes agree; each has a folder of its own."""
+    text = (CONFIG_FOLDER / f"{name}.yaml").read_text()
+    assert f"python train.py fit --config configs/{name}.yaml" in text
+    marked = [line.split(":")[0].strip() for line in text.splitlines()[1:] if "# <-" in line]
+    assert marked == ["model", "controlnet", "dataset"]
+    config = yaml.safe_load(text)
+    sampling, data = config["model"]["sampling"], config["data"]["init_args"]
+    assert (sampling["height"], sampling["width"]) == (data["height"], data["width"])
+    assert (data.get("condition") == "canny") == ("canny" in name)
+    assert (
+        config["checkpoint"]["dirpath"]
+        == f"{config['trainer']['default_root_dir']}/checkpoints"
+        == f"runs/{name}/checkpoints"
+    )
+
+
+def test_a_recipe_trains_on_a_folder_of_photographs(teacher: Path, tmp_path: Path) -> None:
+    """The recipe for canny with pipeline, ControlNet and data filled in, made small."""
+    plain = tmp_path / "plain"
+    shutil.copytree(teacher, plain, ignore=shutil.ignore_patterns("controlnet"))
+    index = json.loads((plain / "model_index.json").read_text()) | {"_class_name": "StableDiffusionPipeline"}
+    del index["controlnet"]
+    index["image_encoder"] = [None, None]
+    (plain / "model_index.json").write_text(json.dumps(index))
+    arguments = {
+        "model.model": plain,
+        "model.controlnet": teacher / "controlnet",
+        "model.dtype": "float32",
+        "model.sampling.num_inference_steps": 4,
+        "model.sampling.height": 64,
+        "model.sampling.width": 64,
+        "model.objective.num_warm_start_batches": 1,
+        "model.budgets": "[0.7]",
+        "data.dataset": write_folder(tmp_path / "photographs", 4),
+        "data.height": 64,
+        "data.width": 64,
+        "data.num_train": 2,
+        "data.num_val": 1,
+        "trainer.max_steps": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.limit_val_batches": 0,
+        "trainer.default_root_dir": tmp_path,
+        "checkpoint.dirpath": tmp_path / "checkpoints",
+    }
+    train(["fit", f"--config={CONFIG_FOLDER / 'sd15_canny.yaml'}", *(f"--{k}={v}" for k, v in arguments.items())])
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 1
+    assert "condition: canny" in checkpoint["config"]

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a schedule file")
+    parser.add_argument("file", metavar="FILE", help="a schedule file, a folder or hub id with one")
 
 
 def run(args: argparse.Namespace) -> None:
     from hgc_learn.__main__ import printable
     from hgc_learn.schedule import HGCSchedule
 
-    schedule = HGCSchedule.load(args.file)
+    schedule = HGCSchedule.from_pretrained(args.file)
     print("\n".join(printable(line) for line in describe(schedule)))
 
 
@@ -40,7 +40,7 @@ def describe(schedule: HGCSchedule) -> list[str]:
     lines += _section("model", {name: f"architecture {hash_}" for name, hash_ in schedule.model.architecture.items()})
     lines += _section("producer", schedule.producer)
     lines += _section("macs", {name: f"{value:.4e}" for name, value in schedule.macs.items()})
-    lines += _macs_reduction(schedule.macs)
+    lines += [f"{'':<11}{name}: {share}" for name, share in schedule.reductions().items()]
     lines += _section("fidelity", schedule.fidelity)
     kinds = Counter(site.rpartition(":")[2] for site in schedule.sites)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none: every step computes all"
@@ -51,15 +51,6 @@ def describe(schedule: HGCSchedule) -> list[str]:
 
 def _section(title: str, entries: dict[str, Any]) -> list[str]:
     return [f"{'' if i else title:<11}{name}: {value}" for i, (name, value) in enumerate(entries.items())]
-
-
-def _macs_reduction(macs: dict[str, int]) -> list[str]:
-    lines = []
-    for suffix, words in (("", "not counted"), ("_attention", "counted")):
-        full, cached = macs.get(f"full{suffix}"), macs.get(f"cached{suffix}")
-        if full and cached is not None:
-            lines.append(f"{'':<11}reduction: {1 - cached / full:.1%} (attention matmuls {words})")
-    return lines
 
 
 def _site_table(sites: dict[str, str], steps: int) -> list[str]:

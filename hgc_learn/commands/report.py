@@ -1,0 +1,137 @@
+"""Write one HTML page about a schedule: what runs at each step, what it saves, how it looks.
+
+The page needs no network. The models are recognised among the demonstration's teacher and well-known architectures;
+for others name their folder. Of it only configs are read, unless pictures are asked for.
+
+  hgc_learn report runs/demo --output runs/demo/report.html
+  hgc_learn report hgc_schedule.json --model path/to/pipeline --data my_images --num_pictures 4 --output report.html
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hgc_learn.commands.schedule import DEMO_TEACHER
+
+if TYPE_CHECKING:
+    from hgc_learn.architectures import Architecture
+    from hgc_learn.rollout import SamplingConfig
+    from hgc_learn.schedule import HGCSchedule
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RUN_OR_FILE", help="a schedule file, or a folder or hub id with one")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="page to write, .html")
+    parser.add_argument("--model", metavar="DIR", help="folder of the pipeline; for pictures, or a hub id")
+    parser.add_argument("--controlnet_model", metavar="DIR", help="of a ControlNet, if the pipeline holds none")
+    parser.add_argument("--comparison", type=Path, metavar="JSON", help="of `hgc_learn compare`, for its Pareto curves")
+    parser.add_argument("--num_pictures", type=int, default=0, help="full and cached, same seeds (default 0)")
+    parser.add_argument(
+        "--data", metavar="DIR", help="control images and prompts for them (default: the demonstration's scenes)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from hgc_learn.report import write_page
+    from hgc_learn.report.pareto import read_comparison
+    from hgc_learn.schedule import HGCSchedule
+
+    schedule = HGCSchedule.from_pretrained(args.source)
+    comparison = read_comparison(args.comparison) if args.comparison else ()
+    if args.num_pictures < 0:
+        raise ValueError(f"--num_pictures is {args.num_pictures}; it must be 0 (none) or more.")
+    if args.num_pictures:
+        architecture, pictures = _draw(args, schedule)
+    else:
+        architecture, pictures = _find_architecture(args.model, schedule), None
+    graph, costs = architecture.measure((schedule.height, schedule.width))
+    write_page(args.output, schedule, graph, costs, comparison=comparison, pictures=pictures)
+    print(f"wrote {args.output}")
+
+
+def _find_architecture(model: str | None, schedule: HGCSchedule) -> Architecture:
+    """Raises ValueError if it is not the one that the schedule was made for, or none is known."""
+    from hgc_learn.architectures import ARCHITECTURES, build_architecture, load_architecture
+    from hgc_learn.fingerprint import ModelFingerprint
+
+    def difference(architecture: Architecture) -> tuple[str, str] | None:
+        return schedule.model.difference(ModelFingerprint.of(architecture.unet, architecture.controlnet))
+
+    if model is not None:
+        architecture = load_architecture(model)
+        if (found := difference(architecture)) is not None:
+            raise ValueError(f"--model: the schedule was made for another model ({': '.join(found)}). Name that one.")
+        return architecture
+    if difference(teacher := load_architecture(DEMO_TEACHER)) is None:
+        return teacher
+    for name in ARCHITECTURES:
+        if difference(architecture := build_architecture(name)) is None:
+            return architecture
+    raise ValueError("The schedule was made for none of the models known here: name its folder with --model.")
+
+
+def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture, dict[str, Any]]:
+    """The pipeline's architecture, and pictures with and without the schedule."""
+    from rich.progress import track
+
+    from hgc_learn.architectures import Architecture
+    from hgc_learn.evaluation import decode, picture_psnr
+    from hgc_learn.inference import apply_schedule
+    from hgc_learn.rollout import generate, load_pipeline
+
+    if args.model is None:
+        raise ValueError("--num_pictures needs a pipeline to make them: give it with --model.")
+    sampling = _sampling(schedule)
+    batches = _samples(args, sampling)
+    pipe = load_pipeline(args.model, sampling, controlnet=args.controlnet_model)
+    pictures: dict[str, Any] = {"text": [], "control": [], "full": [], "cached": [], "psnr_db": []}
+    for batch in track(batches, description="making pictures"):
+        full = decode(pipe, generate(pipe, sampling, batch))
+        with apply_schedule(pipe, schedule):
+            cached = decode(pipe, generate(pipe, sampling, batch))
+        pictures["text"] += batch["text"]
+        pictures["control"] += batch["conditioning_image"]
+        pictures["full"] += full
+        pictures["cached"] += cached
+        pictures["psnr_db"] += picture_psnr(cached, full).tolist()
+    return Architecture.of(pipe), pictures
+
+
+def _sampling(schedule: HGCSchedule) -> SamplingConfig:
+    """That of the schedule; what its fields do not say, from the settings of who wrote it."""
+    from hgc_learn.rollout import SamplingConfig
+
+    settings = schedule.producer.get("settings")
+    own = settings.get("sampling") if isinstance(settings, dict) else None
+    own = own if isinstance(own, dict) else {}
+    prompt, scale = own.get("negative_prompt"), own.get("controlnet_conditioning_scale")
+    return SamplingConfig(
+        num_inference_steps=schedule.num_inference_steps,
+        guidance_scale=schedule.guidance_scale,
+        height=schedule.height,
+        width=schedule.width,
+        negative_prompt=prompt if isinstance(prompt, str) else "",
+        controlnet_conditioning_scale=scale if isinstance(scale, float) else 1.0,
+        scheduler=schedule.scheduler,
+    )
+
+
+def _samples(args: argparse.Namespace, sampling: SamplingConfig) -> list[dict[str, Any]]:
+    """One per batch: pictures of real models need the memory."""
+    from torch.utils.data import DataLoader
+
+    if args.data is not None:
+        from hgc_learn.data import ControlDataModule
+
+        module = ControlDataModule(
+            args.data, height=sampling.height, width=sampling.width, num_train=0, num_val=args.num_pictures
+        )
+        module.setup("validate")
+        return list(DataLoader(module.val_data, 1))
+    if Path(args.model).resolve() != DEMO_TEACHER.resolve():
+        raise ValueError("--num_pictures needs control images and prompts: give a folder of them with --data.")
+    from hgc_learn.demo.scenes import SceneDataset
+
+    return list(DataLoader(SceneDataset("validation", args.num_pictures), 1))

@@ -1,0 +1,196 @@
+"""Custom data: folders, parquet and streams give the same samples; what is wrong with them is said in one line."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hgc_learn.data import ControlDataModule
+
+NUM_ROWS = 6
+SIZE: dict[str, Any] = {"height": 16, "width": 24}
+
+
+def write_folder(folder: Path, num_rows: int = NUM_ROWS) -> Path:
+    """An image folder: row i has the prompt `picture i`, a control image of brightness 40 i and a photograph with one
+    edge."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(num_rows):
+        Image.new("RGB", (40, 30), (40 * i, 0, 0)).save(folder / f"control{i}.png")
+        photo = np.zeros((30, 40, 3), np.uint8)
+        photo[:, 20:] = 255
+        Image.fromarray(photo).save(folder / f"photo{i}.png")
+        rows.append(
+            {"file_name": f"photo{i}.png", "conditioning_image_file_name": f"control{i}.png", "text": f"picture {i}"}
+        )
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def parquet(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same rows."""
+    path = tmp_path_factory.mktemp("parquet")
+    datasets.load_dataset("imagefolder", data_dir=str(folder), split="train").to_parquet(str(path / "rows.parquet"))
+    return path
+
+
+def ready(dataset: Path, **options: Any) -> ControlDataModule:
+    module = ControlDataModule(str(dataset), **{**SIZE, "num_train": 4, "num_val": 2, "batch_size": 2, **options})
+    module.setup("fit")
+    return module
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_every_source_gives_the_same_samples(kind: str, streaming: bool, request: pytest.FixtureRequest) -> None:
+    data = ready(request.getfixturevalue(kind), streaming=streaming, seed=100)
+    batches = list(data.train_dataloader())
+    assert len(batches) == 2
+    assert batches[0]["conditioning_image"].shape == (2, 3, 16, 24)
+    seen = {}
+    for batch in [*batches, *data.val_dataloader()]:
+        for text, picture, seed in zip(batch["text"], batch["conditioning_image"], batch["seed"], strict=True):
+            seen[text] = int(seed)
+            assert torch.allclose(picture[0], torch.tensor(40 * int(text[-1]) / 255), atol=0.01)
+            assert not picture[1:].any()
+    assert seen == {f"picture {i}": 100 + i for i in range(6)}
+    assert next(iter(data.val_dataloader()))["text"] == ["picture 4", "picture 5"]
+
+
+def test_splits_have_their_own_rows_and_seeds(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train")
+    write_folder(tmp_path / "test", 3)
+    data = ready(tmp_path, val_split="test", num_train=5, num_val=3, batch_size=1)
+    assert sorted(int(batch["seed"]) for batch in data.train_dataloader()) == [0, 1, 2, 3, 4]
+    assert [int(batch["seed"]) for batch in data.val_dataloader()] == [5, 6, 7]
+    assert [batch["text"][0] for batch in data.val_dataloader()] == ["picture 0", "picture 1", "picture 2"]
+
+
+def test_columns_have_other_names(folder: Path, tmp_path: Path) -> None:
+    rows = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
+    rows.rename_columns({"text": "caption", "conditioning_image": "edges"}).to_parquet(str(tmp_path / "a.parquet"))
+    data = ready(tmp_path, text_column="caption", conditioning_image_column="edges")
+    assert data.train_data[1]["text"] == "picture 1"
+
+
+def test_canny_from_photographs(folder: Path) -> None:
+    edges = ready(folder, condition="canny").train_data[0]["conditioning_image"]
+    assert edges.shape == (3, 16, 24)
+    assert set(edges.unique().tolist()) == {0.0, 1.0}
+    assert edges.amax(dim=(0, 1)).nonzero().flatten().tolist()[0] in (11, 12)  # the edge, in the middle
+    assert edges[0].sum() <= 2 * 16
+
+
+def test_prompt_dropout_is_a_matter_of_seeds(folder: Path) -> None:
+    def texts(**options: Any) -> list[str]:
+        data = ready(folder, num_train=6, num_val=0, **options)
+        return [data.train_data[i]["text"] for i in range(6)]
+
+    full = [f"picture {i}" for i in range(6)]
+    assert texts() == full
+    assert texts(prompt_dropout=1.0) == [""] * 6
+    half = texts(prompt_dropout=0.5)
+    assert 1 <= half.count("") <= 5
+    assert half == texts(prompt_dropout=0.5)
+    assert all(text in ("", other) for text, other in zip(half, full, strict=True))
+    assert any(texts(prompt_dropout=0.5, seed=seed) != half for seed in (1, 10, 100))
+    val = ready(folder, prompt_dropout=1.0).val_data
+    assert val[0]["text"] == "picture 4"
+
+
+def change_row(folder: Path, index: int, **fields: Any) -> None:
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows[index] = {**rows[index], **fields}
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def drop(column: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+        rows = [{name: value for name, value in row.items() if name != column} for row in rows]
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    return change
+
+
+Change = Callable[[Path], Any]
+WRONG: dict[str, tuple[Change, dict[str, Any], str]] = {
+    "missing text": (drop("text"), {}, "no column 'text', only image, conditioning_image; set conditioning"),
+    "missing control": (
+        drop("conditioning_image_file_name"),
+        {},
+        "no column 'conditioning_image', only image, text; .*canny",
+    ),
+    "other column": (lambda _: None, {"text_column": "caption"}, "no column 'caption'"),
+    "missing file": (lambda f: (f / "control1.png").unlink(), {}, "No such file .*control1.png"),
+    "no picture": (lambda f: (f / "control1.png").write_text("x"), {}, "cannot identify image file .*control1.png"),
+    "half a picture": (lambda f: (f / "control1.png").write_bytes((f / "control1.png").read_bytes()[:60]), {}, "trunc"),
+    "other shape": (
+        lambda f: Image.new("RGB", (100, 30)).save(f / "control1.png"),
+        {},
+        r"row 1: its picture is 30x100 pixels \(height x width\), too far from the shape of 16x24. Crop",
+    ),
+    "no text": (lambda f: change_row(f, 1, text=None), {}, "row 1: text is NoneType, not a text"),
+    "no metadata": (lambda f: (f / "metadata.jsonl").unlink(), {}, "neither a metadata.jsonl nor a parquet file"),
+    "broken metadata": (lambda f: (f / "metadata.jsonl").write_text("{oops"), {}, "JSON parse error"),
+    "no file_name": (lambda f: (f / "metadata.jsonl").write_text('{"text": "a"}'), {}, "`file_name`"),
+    "unknown split": (lambda _: None, {"train_split": "tran"}, "split 'tran'.*train"),
+    "unknown val split": (lambda _: None, {"val_split": "val"}, "split 'val'"),
+    "too few rows": (lambda _: None, {"num_train": 7}, "has 6 rows, num_train . num_val asks for 9"),
+    "no folder": (lambda _: None, {"dataset": "/no/such/folder"}, "/no/such/folder, split 'train': there is no such"),
+    "dropout": (lambda _: None, {"prompt_dropout": 2.0}, "prompt_dropout is 2.0"),
+}
+
+
+# PIL and datasets leave a file open when they cannot read the picture in it.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said_in_one_line(case: str, streaming: bool, tmp_path: Path) -> None:
+    change, options, message = WRONG[case]
+    write_folder(tmp_path)
+    change(tmp_path)
+    if case == "too few rows":
+        options = options | {"num_val": 2}
+    with pytest.raises(ValueError, match=message) as error:
+        data = ready(Path(options.get("dataset", tmp_path)), streaming=streaming, **_without(options, "dataset"))
+        list(data.train_dataloader())
+    assert "\n" not in str(error.value)
+    assert str(options.get("dataset", tmp_path)) in str(error.value) or case == "dropout"
+    del error
+    gc.collect()
+
+
+def _without(options: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != name}
+
+
+def test_an_empty_split_is_refused(folder: Path, tmp_path: Path) -> None:
+    rows = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
+    rows.select([]).to_parquet(str(tmp_path / "a.parquet"))
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=r"split 'train': (it is empty|.*corresponds to no data)"):
+            ready(tmp_path, streaming=streaming)
+
+
+def test_canny_without_opencv_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ValueError, match="pip install opencv-python-headless"):
+        ready(folder, condition="canny").train_data[0]
