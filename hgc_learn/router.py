@@ -9,6 +9,7 @@ its own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -109,11 +110,12 @@ class Router(nn.Module):
 
     def kept(self, compute: Tensor) -> float:
         """Fraction of the full run's MACs that gates [steps, sites] keep, by liveness."""
-        total = float(self._full)
-        for row in compute[1:].tolist():
-            live = self._live(row)
-            total += sum(self._macs[name] for name in live.run) / (2 if live.is_half else 1)
-        return total / self._full / self.num_steps
+        return (1 + sum(map(self._kept_by, compute[1:].tolist()))) / self.num_steps
+
+    def _kept_by(self, row: Iterable[bool]) -> float:
+        """Fraction of a full step's MACs that a step keeps whose gates compute as `row` says, one entry per site."""
+        live = self._live(row)
+        return sum(self._macs[name] for name in live.run) / self._full / (2 if live.is_half else 1)
 
     def _live(self, row: Iterable[bool]) -> Liveness:
         """Of a step whose gates compute as `row` says, one entry per site."""
@@ -145,3 +147,20 @@ class Router(nn.Module):
             ValueError: a budget that cannot be met.
         """
         return self.hard(self.logits.detach() >= self.price(budget))
+
+    def spend(self, schedule: HardSchedule, budget: float) -> HardSchedule:
+        """The schedule with more gates computing, in the order of their logits, wherever the budget allows: the next
+        one of all may cost more than is left."""
+        rows = schedule.compute.tolist()
+        kept = [1.0, *map(self._kept_by, rows[1:])]
+        left = budget * self.num_steps - sum(kept)
+        for index in self.logits.detach().flatten().argsort(descending=True).tolist():
+            step, site = divmod(index, len(self.sites))
+            if not rows[step][site]:
+                rows[step][site] = True
+                more = self._kept_by(rows[step]) - kept[step]
+                if more <= left:
+                    kept[step], left = kept[step] + more, left - more
+                else:
+                    rows[step][site] = False
+        return replace(schedule, compute=torch.tensor(rows))

@@ -35,8 +35,9 @@ def specialise(
     *,
     report: Report = lambda *_: None,
 ) -> HardSchedule:
-    """The hard schedule of the router at a budget, after more updates for it; that of the router as it is where samples
-    that were not learned from do not confirm that they helped. The router itself stays as it is.
+    """The hard schedule of the router at a budget, after more updates for it: the highest logits compute, or what the
+    budget leaves is spent on others too, or the router is rounded as it is, whichever samples that were not learned
+    from like best. The router itself stays as it is.
 
     Args:
         budget: fraction of the full MACs to keep.
@@ -67,7 +68,8 @@ def specialise(
             router.clamp()
             report(update, math.log(logs["loss"]))
         end = router.threshold(budget)
+        spent = router.spend(end, budget)
     finally:
         router.load_state_dict(trained)
         router.temperature = temperature
-    return min([end, start], key=lambda schedule: module.log_error(judges, schedule))
+    return min([spent, end, start], key=lambda schedule: module.log_error(judges, schedule))

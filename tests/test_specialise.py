@@ -85,6 +85,7 @@ def test_what_other_samples_do_not_confirm_is_left(
         return logs
 
     monkeypatch.setattr(Rollout, "gradients", ascend)
+    monkeypatch.setattr(type(module.router), "spend", lambda self, schedule, budget: schedule)
     start = module.router.threshold(BUDGET)
     found = specialise(module, BUDGET, [batch], 8)
     assert torch.equal(found.compute, start.compute)
@@ -103,3 +104,18 @@ def test_numbers_out_of_range_are_refused(shared_module: RouterModule) -> None:
         with pytest.raises(ValueError, match=f"{name} is {number}; it must be"):
             decide(shared_module, data, BUDGET, **(good | {name: number}))
     assert [len(batch["text"]) for batch in training_batches(shared_module, data, 3, 2)] == [2, 2]
+
+
+def test_what_is_left_is_spent(module: RouterModule) -> None:
+    router = module.router
+    for budget in (0.33, 0.5, 0.71):
+        start = router.threshold(budget)
+        spent = router.spend(start, budget)
+        assert (spent.compute >= start.compute).all()
+        kept = router.kept(spent.compute)
+        assert router.kept(start.compute) <= kept <= budget + 1e-9
+        for step, site in (~spent.compute).nonzero()[:40].tolist():
+            more = spent.compute.clone()
+            more[step, site] = True
+            assert router.kept(more) > budget
+    assert kept > router.kept(start.compute)
