@@ -33,7 +33,7 @@ from hgc_learn.router import Router
 from hgc_learn.setting import Draft
 from hgc_learn.training import RouterModule
 
-NUM_SAMPLES, SPECIALISE_UPDATES, TUNE_UPDATES = 64, 192, 128  # the defaults of export.py
+LEARNING_SAMPLES, SPECIALISE_UPDATES, TUNE_UPDATES = 64, 192, 128  # the defaults of export.py
 OFFSET = 2000  # of the judging scenes in the validation split
 
 
@@ -147,7 +147,7 @@ def run(name: str, sampler: str, budget: float, scenes: list[dict[str, Any]]) ->
             module,
             data,
             budget,
-            num_samples=NUM_SAMPLES,
+            learning_samples=LEARNING_SAMPLES,
             specialise_updates=row.specialise_updates,
             tune_updates=row.tune_updates,
         )

@@ -24,7 +24,7 @@ from hgc_learn.hard import HardSchedule
 from hgc_learn.objectives import Rollout
 from hgc_learn.training import RouterModule
 
-NUM_SAMPLES, SPECIALISE_UPDATES, TUNE_UPDATES = 64, 192, 128  # the defaults of export.py
+LEARNING_SAMPLES, SPECIALISE_UPDATES, TUNE_UPDATES = 64, 192, 128  # the defaults of export.py
 
 
 def soft_and_hard(module: RouterModule, budget: float, num_scenes: int = 16, num_draws: int = 4) -> dict[str, float]:
@@ -74,7 +74,7 @@ def run(sampler: str, seed: int, budgets: Sequence[float], num_scenes: int) -> I
             module,
             data,
             budget,
-            num_samples=NUM_SAMPLES,
+            learning_samples=LEARNING_SAMPLES,
             specialise_updates=SPECIALISE_UPDATES,
             tune_updates=TUNE_UPDATES,
         )

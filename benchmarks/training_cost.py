@@ -29,7 +29,7 @@ from hgc_learn.rollout import generate
 
 L2C_UPDATES, L2C_BATCH_SIZE, L2C_INTERVAL = 50_000, 64, 2
 FEW, MORE = 4, 8  # updates that are run; a multiple of the number of budgets
-NUM_SAMPLES, SPECIALISE_UPDATES, TUNE_UPDATES = 64, 192, 128  # the defaults of export.py
+LEARNING_SAMPLES, SPECIALISE_UPDATES, TUNE_UPDATES = 64, 192, 128  # the defaults of export.py
 
 
 class NoModules:
@@ -78,7 +78,7 @@ def export_flops(cli: RouterCLI, budget: float) -> float:
     """Operations of all that an export learns."""
 
     def count(specialise_updates: int, tune_updates: int) -> float:
-        learn = partial(decide, cli.model, cli.datamodule, budget, num_samples=NUM_SAMPLES)
+        learn = partial(decide, cli.model, cli.datamodule, budget, learning_samples=LEARNING_SAMPLES)
         _, total = flops(partial(learn, specialise_updates=specialise_updates, tune_updates=tune_updates))
         return total
 
@@ -96,7 +96,7 @@ def learned_row(config: Path) -> dict[str, Any]:
     module, unit = cli.model, teacher_forward(cli)
     settings = cli.config["fit"]["data"]["init_args"]
     num_updates = settings["num_train"] // settings["batch_size"] * cli.trainer.max_epochs
-    for batch in training_batches(module, cli.datamodule, NUM_SAMPLES, 8):
+    for batch in training_batches(module, cli.datamodule, LEARNING_SAMPLES, 8):
         module.teacher_latents(batch)
     exports = {f"{b:g}": round(export_flops(cli, b) / unit) for b in module.hparams["budgets"]}
     training = (start + num_updates * update) / unit

@@ -29,7 +29,7 @@ def export(
     ckpt_path: Path,
     output: Path,
     budget: float = 0.5,
-    num_samples: int = 64,
+    learning_samples: int = 64,
     specialise_updates: int = 192,
     tune_updates: int = 128,
 ) -> Path:
@@ -39,7 +39,7 @@ def export(
         ckpt_path: checkpoint of `train.py fit`.
         output: folder to write to.
         budget: fraction of the full MACs to keep.
-        num_samples: training samples that both of the following learn from.
+        learning_samples: training samples that both of the following learn from.
         specialise_updates: of the router, for this budget alone; 0 for none. Only `Rollout` does that, other objectives
             are exported as they are.
         tune_updates: steps of learning how the schedule fills in what it skips; 0 for none. `Rollout` only too.
@@ -47,7 +47,7 @@ def export(
     Raises:
         ValueError: the checkpoint cannot be found or read, the budget cannot be met, or a number out of range.
     """
-    check_counts(num_samples, specialise_updates, tune_updates)
+    check_counts(learning_samples, specialise_updates, tune_updates)
     module, data = load_run(ckpt_path)
     module.router.check_budget(budget)
     if not module.objective.is_specialised:
@@ -66,7 +66,7 @@ def export(
             module,
             data,
             budget,
-            num_samples=num_samples,
+            learning_samples=learning_samples,
             specialise_updates=specialise_updates,
             tune_updates=tune_updates,
             reports=(
@@ -79,7 +79,7 @@ def export(
     settings = {
         "ckpt_path": ckpt_path.name,
         "budget": budget,
-        "num_samples": num_samples,
+        "learning_samples": learning_samples,
         "specialise_updates": specialise_updates,
         "tune_updates": tune_updates,
         **module.hparams,
@@ -97,7 +97,7 @@ def decide(
     data: Any,
     budget: float,
     *,
-    num_samples: int,
+    learning_samples: int,
     specialise_updates: int,
     tune_updates: int,
     reports: tuple[Report, Report] = (lambda *_: None, lambda *_: None),
@@ -108,30 +108,30 @@ def decide(
     Raises:
         ValueError: a budget that cannot be met, or a number out of range.
     """
-    check_counts(num_samples, specialise_updates, tune_updates)
-    batches = training_batches(module, data, num_samples, specialise.BATCH_SIZE) if specialise_updates else []
+    check_counts(learning_samples, specialise_updates, tune_updates)
+    batches = training_batches(module, data, learning_samples, specialise.BATCH_SIZE) if specialise_updates else []
     hard = specialise.specialise(module, budget, batches, specialise_updates, report=reports[0])
     hard = replace(hard, compute=hard.compute | module.router.dead(hard.compute))  # not in the file's rows
-    batches = training_batches(module, data, num_samples, fills.BATCH_SIZE) if tune_updates else []
+    batches = training_batches(module, data, learning_samples, fills.BATCH_SIZE) if tune_updates else []
     return hard, fills.tune_fills(module, hard, batches, tune_updates, report=reports[1])
 
 
-def check_counts(num_samples: int, specialise_updates: int, tune_updates: int) -> None:
+def check_counts(learning_samples: int, specialise_updates: int, tune_updates: int) -> None:
     """Raises ValueError where a number is out of range."""
-    if num_samples < 1:
+    if learning_samples < 1:
         raise ValueError(
-            f"num_samples is {num_samples}; it must be at least 1. For no learning at export set specialise_updates "
-            "and tune_updates to 0."
+            f"learning_samples is {learning_samples}; it must be at least 1. For no learning at export set "
+            "specialise_updates and tune_updates to 0."
         )
     for name, number in (("specialise_updates", specialise_updates), ("tune_updates", tune_updates)):
         if number < 0:
             raise ValueError(f"{name} is {number}; it must be 0 (none) or more.")
 
 
-def training_batches(module: RouterModule, data: Any, num_samples: int, batch_size: int) -> list[dict[str, Any]]:
+def training_batches(module: RouterModule, data: Any, learning_samples: int, batch_size: int) -> list[dict[str, Any]]:
     """The first samples of the training's own data, on the module's device."""
     loader = DataLoader(data.train_dataloader().dataset, batch_size)
-    batches = itertools.islice(loader, math.ceil(num_samples / batch_size))
+    batches = itertools.islice(loader, math.ceil(learning_samples / batch_size))
     return [module.transfer_batch_to_device(batch, module.device, 0) for batch in batches]
 
 

@@ -99,8 +99,8 @@ def test_a_quarter_judges() -> None:
 
 def test_numbers_out_of_range_are_refused(shared_module: RouterModule) -> None:
     data = SceneDataModule(num_train=4, num_val=2)
-    good = {"num_samples": 4, "specialise_updates": 0, "tune_updates": 0}
-    for name, number in (("num_samples", 0), ("specialise_updates", -1), ("tune_updates", -1)):
+    good = {"learning_samples": 4, "specialise_updates": 0, "tune_updates": 0}
+    for name, number in (("learning_samples", 0), ("specialise_updates", -1), ("tune_updates", -1)):
         with pytest.raises(ValueError, match=f"{name} is {number}; it must be"):
             decide(shared_module, data, BUDGET, **(good | {name: number}))
     assert [len(batch["text"]) for batch in training_batches(shared_module, data, 3, 2)] == [2, 2]

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=0.5, help="fraction of the full MACs to keep (default 0.5)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     parser.add_argument(
-        "--num_samples", type=int, default=64, help="training samples that the following learn from (default 64)"
+        "--learning_samples", type=int, default=64, help="training samples that the following learn from (default 64)"
     )
     parser.add_argument(
         "--specialise_updates",
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         args.ckpt_path,
         args.output,
         args.budget,
-        num_samples=args.num_samples,
+        learning_samples=args.learning_samples,
         specialise_updates=args.specialise_updates,
         tune_updates=args.tune_updates,
     )

@@ -12,7 +12,7 @@ def learned(
     *,
     ckpt_path: str = "",
     budget: float = 0.5,
-    num_samples: int = 64,
+    learning_samples: int = 64,
     specialise_updates: int = 192,
     tune_updates: int = 128,
 ) -> Draft:
@@ -21,19 +21,19 @@ def learned(
     Args:
         ckpt_path: checkpoint of `train.py fit`.
         budget: fraction of the full MACs to keep.
-        num_samples: of the training's own samples that both of the following learn from.
+        learning_samples: of the training's own samples that both of the following learn from.
         specialise_updates: of the router, for this budget alone; 0 for none.
         tune_updates: steps of learning how the schedule fills in what it skips; 0 for none.
     """
     from hgc_learn.export import check_counts, decide, load_trained
 
-    check_counts(num_samples, specialise_updates, tune_updates)
+    check_counts(learning_samples, specialise_updates, tune_updates)
     module, data = load_trained(setting, ckpt_path, "learned")
     _, draft = decide(
         module,
         data,
         budget,
-        num_samples=num_samples,
+        learning_samples=learning_samples,
         specialise_updates=specialise_updates,
         tune_updates=tune_updates,
     )
