@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from hgc_learn import __version__
+from hgc_learn.files import printable
 
 COMMANDS = ["demo", "compare", "export", "policies", "schedule", "macs", "sites", "inspect", "report"]
 
@@ -73,11 +74,6 @@ def guarded(run: Callable[[], object]) -> int:
         print(f"hgc_learn: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
-
-
-def printable(text: str) -> str:
-    """`text` on one line, without control characters: names in files may come from a stranger."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

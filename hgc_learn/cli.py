@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from hgc_learn import data  # noqa: F401  (makes the data modules known to the command line by their short names)
+from hgc_learn.files import write_atomically
 from hgc_learn.monitoring import ScheduleMonitor
-from hgc_learn.schedule import write_atomically
 from hgc_learn.training import RouterModule
 
 
@@ -39,7 +39,6 @@ class AtomicCheckpoints(TorchCheckpointIO):
             return
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), buffer.getbuffer())
 
 

@@ -103,12 +103,11 @@ def decide(
     reports: tuple[Report, Report] = (lambda *_: None, lambda *_: None),
 ) -> tuple[HardSchedule, Draft]:
     """The gates of a trained router at a budget, and the draft that they make with fill-ins learned; both learn from
-    the first samples of the training's own data. Arguments as of `export`.
+    the first samples of the training's own data. Arguments as of `export`, checked.
 
     Raises:
-        ValueError: a budget that cannot be met, or a number out of range.
+        ValueError: a budget that cannot be met.
     """
-    check_counts(learning_samples, specialise_updates, tune_updates)
     batches = training_batches(module, data, learning_samples, specialise.BATCH_SIZE) if specialise_updates else []
     hard = specialise.specialise(module, budget, batches, specialise_updates, report=reports[0])
     hard = replace(hard, compute=hard.compute | module.router.dead(hard.compute))  # not in the file's rows

@@ -2,7 +2,7 @@
 
 `RoutedForwards` stands where the models' own `forward` stood, keeps count of the step, notices when inputs change in
 mid-run, and leaves to a subclass what is executed: the plan of a schedule (`inference`) or every node with gates in
-between (`rollout`). Nothing is read back from the device during a run.
+between (`probe`). Nothing is read back from the device in mid-run, but in inference mode (see `_Signature`).
 """
 
 from __future__ import annotations

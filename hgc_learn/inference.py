@@ -2,7 +2,7 @@
 
 The forward of the UNet and of each ControlNet is replaced by one that walks the schedule's plan: the live nodes
 run through the models' own submodules, reused sites are read from the cache, all else is skipped. Nothing is read
-back from the device during a run. Needs torch, diffusers and safetensors only.
+back from the device in mid-run. Needs torch, diffusers and safetensors only.
 """
 
 from __future__ import annotations

@@ -92,6 +92,15 @@ class Router(nn.Module):
             low, high = (low, middle) if fits else (middle, high)
         return float(levels[high])
 
+    def check_gradients(self) -> None:
+        """Raises ValueError where one is not finite, before it reaches the router."""
+        for name, parameter in self.named_parameters():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                raise ValueError(
+                    f"The gradient of the router's {name} is not finite; the router stays as it was. The models may "
+                    "overflow: train with --model.dtype=float32."
+                )
+
     def clamp(self) -> None:
         """Keeps the logits where gates can still change their mind."""
         self.logits.data.clamp_(-MAX_LOGIT, MAX_LOGIT)

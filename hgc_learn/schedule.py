@@ -20,6 +20,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hgc_learn.files import write_atomically
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.plan import COMPUTE, check_codes
 from hgc_learn.predictors import BY_CODE
@@ -214,7 +215,6 @@ class HGCSchedule:
         """Writes the file, and its tensors beside it if it has any; each appears under its name only when it is
         complete."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
         if self.tensors:
             write_atomically(tensor_path(path), self._tensor_bytes())
@@ -287,20 +287,6 @@ class HGCSchedule:
 def tensor_path(path: str | os.PathLike[str]) -> Path:
     """Where the tensors of the schedule at `path` are: the same name with the ending `.safetensors`."""
     return Path(path).with_suffix(".safetensors")
-
-
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """The file appears under its name only when it is complete and on the disk, whatever happens in between."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def _read(path: Path, max_bytes: int) -> bytes:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hgc_learn.__main__ import printable
+from hgc_learn.files import printable
 
 if TYPE_CHECKING:
     from hgc_learn.schedule import HGCSchedule

@@ -1,12 +1,11 @@
 """Specialises a trained router in one budget: more updates at that budget alone, from ever colder draws.
 
 Training shares its updates among all budgets, and one set of logits holds a schedule for each. What is exported is one
-of them, and what it gains when the updates go on for it alone is more than what other trainings differ by.
+of them, which gains when the updates go on for it alone.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +44,7 @@ def specialise(
         num_updates: of Adam, each on one batch; the batches are taken in turns.
 
     Raises:
-        ValueError: a budget that cannot be met.
+        ValueError: a budget that cannot be met, or a gradient that is not finite.
     """
     objective, router = module.objective, module.router
     start = router.threshold(budget)
@@ -64,9 +63,10 @@ def specialise(
             for group in optimizer.param_groups:
                 group["lr"] = objective.learning_rate * (1 - progress)
             logs = objective.gradients(module, learned[update % len(learned)], budget)
+            router.check_gradients()
             optimizer.step()
             router.clamp()
-            report(update, math.log(logs["loss"]))
+            report(update, float(logs["loss"].clamp_min(1e-30).log()))
         end = router.threshold(budget)
         spent = router.spend(end, budget)
     finally:

@@ -170,12 +170,7 @@ class RouterModule(L.LightningModule):
         of the training."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
-        for name, parameter in self.router.named_parameters():
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
-                raise ValueError(
-                    f"Step {self.global_step}: the gradient of the router's {name} is not finite; the router stays as "
-                    "it was. The models may overflow: try --model.dtype=float32."
-                )
+        self.router.check_gradients()
         if learning_rate is not None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate

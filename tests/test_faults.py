@@ -48,7 +48,7 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch:
 SAVE_FOR_EVER = """
 import itertools, sys
 from pathlib import Path
-from hgc_learn.schedule import write_atomically
+from hgc_learn.files import write_atomically
 for i in itertools.count():
     write_atomically(Path(sys.argv[1]), bytes([i % 256]) * 3_000_000)
     print(i, flush=True)

@@ -9,7 +9,7 @@ import torch
 from training_fixtures import BUDGET
 
 from hgc_learn.data import SceneDataModule, hold_out
-from hgc_learn.export import decide, training_batches
+from hgc_learn.export import check_counts, training_batches
 from hgc_learn.objectives import Rollout
 from hgc_learn.specialise import specialise
 from hgc_learn.training import RouterModule
@@ -92,17 +92,43 @@ def test_what_other_samples_do_not_confirm_is_left(
     assert torch.equal(found.weights, start.weights)
 
 
+def test_nothing_to_gain_at_the_full_budget(module: RouterModule, batch: dict[str, Any]) -> None:
+    """The error is 0 there."""
+    errors: list[float] = []
+    found = specialise(module, 1.0, [batch], 1, report=lambda update, error: errors.append(error))
+    assert found.compute.all()
+    assert errors[0] < -25
+
+
+def test_a_gradient_that_is_not_finite_is_refused(
+    module: RouterModule, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients = Rollout.gradients
+
+    def overflow(self: Rollout, module: RouterModule, *args: Any) -> dict[str, Any]:
+        logs = gradients(self, module, *args)
+        assert module.router.logits.grad is not None
+        module.router.logits.grad[1, 0] = float("nan")
+        return logs
+
+    monkeypatch.setattr(Rollout, "gradients", overflow)
+    before = module.router.logits.detach().clone()
+    with pytest.raises(ValueError, match="not finite"):
+        specialise(module, BUDGET, [batch], 1)
+    assert torch.equal(module.router.logits, before)
+
+
 def test_a_quarter_judges() -> None:
     assert hold_out(list(range(8))) == ([0, 1, 2, 3, 4, 5], [6, 7])
     assert hold_out([0, 1, 2]) == ([0, 1, 2], [0, 1, 2])
 
 
 def test_numbers_out_of_range_are_refused(shared_module: RouterModule) -> None:
-    data = SceneDataModule(num_train=4, num_val=2)
     good = {"learning_samples": 4, "specialise_updates": 0, "tune_updates": 0}
     for name, number in (("learning_samples", 0), ("specialise_updates", -1), ("tune_updates", -1)):
         with pytest.raises(ValueError, match=f"{name} is {number}; it must be"):
-            decide(shared_module, data, BUDGET, **(good | {name: number}))
+            check_counts(**(good | {name: number}))
+    data = SceneDataModule(num_train=4, num_val=2)
     assert [len(batch["text"]) for batch in training_batches(shared_module, data, 3, 2)] == [2, 2]
 
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hgc_learn.__main__ import printable
+    from hgc_learn.files import printable
     from hgc_learn.schedule import HGCSchedule
 
     schedule = HGCSchedule.from_pretrained(args.file)

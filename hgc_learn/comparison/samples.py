@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -13,13 +12,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hgc_learn.comparison.metrics import Batch, Samples
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.evaluation import decode
+from hgc_learn.files import write_atomically
 from hgc_learn.inference import apply_schedule, remove_schedule
 from hgc_learn.rollout import SamplingConfig, generate
 from hgc_learn.schedule import HGCSchedule
@@ -67,18 +67,12 @@ def full_samples(
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Writes a safetensors file that appears under its name only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata)
-    partial.replace(path)
+    write_atomically(path, save({name: value.contiguous() for name, value in tensors.items()}, metadata))
 
 
 def save_json(path: Path, value: Any) -> None:
     """Writes a JSON file that appears under its name only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

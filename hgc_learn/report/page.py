@@ -13,7 +13,7 @@ import jinja2
 from PIL import Image
 from torch import Tensor
 
-from hgc_learn.__main__ import printable
+from hgc_learn.files import printable
 from hgc_learn.graph import Graph
 from hgc_learn.macs import NodeCost
 from hgc_learn.report import pareto

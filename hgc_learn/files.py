@@ -1,0 +1,28 @@
+"""Files: written whole or not at all, and their text shown safely."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """The file appears under its name only when it is complete and on the disk, whatever happens in between. Its folder
+    is made if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def printable(text: str) -> str:
+    """`text` on one line, without control characters: names in files may come from a stranger."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
