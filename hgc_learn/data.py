@@ -214,12 +214,12 @@ class _TrainLoader(DataLoader[dict[str, Any]]):
     saved: a resumed run sees the batches that an unbroken one sees. Lightning saves and restores its state."""
 
     def __init__(self, data: Dataset[dict[str, Any]], batch_size: int, module: L.LightningDataModule):
-        if len(data) < batch_size:  # type: ignore[arg-type]
-            raise ValueError(
-                f"{len(data)} training samples are less than one batch of {batch_size}: "  # type: ignore[arg-type]
-                "raise num_train or lower batch_size."
-            )
         sampler: DistributedSampler[dict[str, Any]] = DistributedSampler(data, num_replicas=1, rank=0)
+        if len(sampler) < batch_size:
+            raise ValueError(
+                f"{len(sampler)} training samples are less than one batch of {batch_size}: raise num_train or lower "
+                "batch_size."
+            )
         super().__init__(data, batch_size, sampler=sampler, drop_last=True)
         self.module, self.num_done = module, 0
 
