@@ -240,3 +240,13 @@ def test_the_module_runs_and_its_errors_have_no_traceback(tmp_path: Path) -> Non
     )
     assert done.returncode == 2
     assert done.stderr == f"hgc_learn: {tmp_path / 'none.json'}: cannot be read (No such file or directory).\n"
+
+
+def test_the_demo_refuses_an_impossible_budget_before_it_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--budget", "7", "--output", str(tmp_path)]) == 2
+    output = capsys.readouterr()
+    assert "hgc_learn: A budget of 7.0 cannot be met" in output.err.splitlines()[-1]
+    assert "exporting" not in output.out
+    assert not list(tmp_path.rglob("*.ckpt"))

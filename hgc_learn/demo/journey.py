@@ -41,7 +41,7 @@ def run_demo(
     console.rule("1. training the router")
     ckpt_path = output / "checkpoints" / "last.ckpt"
     arguments = ["fit", "--config", str(config), "--checkpoint.dirpath", str(ckpt_path.parent)]
-    arguments += ["--trainer.default_root_dir", str(output), *(training_arguments or [])]
+    arguments += [f"--model.budgets=[{budget}]", "--trainer.default_root_dir", str(output), *(training_arguments or [])]
     if resume and ckpt_path.is_file():
         arguments += ["--ckpt_path", str(ckpt_path)]
     elif ckpt_path.is_file():
