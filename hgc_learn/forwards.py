@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hgc_learn import ops
 from hgc_learn.graph import Graph, controlnet_list
+from hgc_learn.takeover import give_back, owner_of_forward, take_over
 
 _ALL_CONTROLNETS = "controlnet"  # the name that a single one has
 _SLOT = "_hgc_forwards"
@@ -73,9 +74,7 @@ class RoutedForwards:
                 )
         for model, module in self.models.items():
             forward = self.unet_forward if model == "unet" else partial(self.controlnet_forward, model)
-            slot = _forward_slot(module)
-            self.replaced[model] = module.__dict__.get(slot)
-            setattr(module, slot, forward)
+            self.replaced[model] = take_over(module, forward)
             setattr(module, _SLOT, self)
         if len(self.models) > 2:
             controlnets = self.pipe.controlnet
@@ -90,18 +89,13 @@ class RoutedForwards:
         if RoutedForwards.installed_on(self.models["unet"]) is not self:
             return
         for model, module in self.models.items():
-            forward = module.__dict__.get(_forward_slot(module))
-            if getattr(getattr(forward, "func", forward), "__self__", None) is not self:
+            if owner_of_forward(module) is not self:
                 raise ValueError(
                     f"The forward of the {model} has been wrapped since the schedule was applied (by another cache, a "
                     "profiler, group offload, ...). Undo that first, then remove the schedule."
                 )
         for model, module in self.models.items():
-            slot, forward = _forward_slot(module), self.replaced.pop(model)
-            if forward is None and slot == "forward":
-                del module.forward  # the class's own shows again
-            else:
-                setattr(module, slot, forward or partial(type(module).forward, module))
+            give_back(module, self.replaced.pop(model))
             delattr(module, _SLOT)
         if self.multi_hook is not None:
             self.multi_hook.remove()
@@ -114,7 +108,6 @@ class RoutedForwards:
     # Where the run stands
 
     def new_run(self) -> None:
-        self.cache: dict[Any, Tensor] = {}
         self.num_calls = dict.fromkeys([*self.models, _ALL_CONTROLNETS], 0)
         self.seen: dict[str, _Signature] = {}
         self.refreshed: set[int] = set()
@@ -199,11 +192,6 @@ def routed_models(pipe: Any) -> dict[str, Any]:
     for i, net in enumerate(nets):
         models["controlnet" if len(nets) == 1 else f"controlnet.nets.{i}"] = net
     return {name: getattr(model, "_orig_mod", model) for name, model in models.items()}
-
-
-def _forward_slot(module: nn.Module) -> str:
-    """accelerate's offload hooks keep the forward they wrap in `_old_forward` and put it back when they go."""
-    return "_old_forward" if hasattr(module, "_old_forward") else "forward"
 
 
 @apply_lora_scale("cross_attention_kwargs")

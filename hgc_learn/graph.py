@@ -46,6 +46,11 @@ class Node:
     inputs: tuple[str, ...]
     run: Callable[..., Tensor]
 
+    @property
+    def reads_latents(self) -> bool:
+        """Whether it looks at the values of the latents that its model is called with, not just at their shape."""
+        return getattr(self.run, "func", None) in (ops.unet_conv_in, ops.controlnet_conv_in)
+
 
 @dataclass
 class Graph:

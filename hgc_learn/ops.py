@@ -189,6 +189,21 @@ def control_residual(net: ControlNetModel, n: int, total: int, call: Call, x: Te
     return torch.mean(x, dim=(2, 3), keepdim=True) if net.config.global_pool_conditions else x
 
 
+def control_shapes(net: ControlNetModel, sample: Tensor) -> list[tuple[int, ...]]:
+    """The shapes of all residuals, in order, for latents [batch, channels, height, width]."""
+    height, width = sample.shape[-2:]
+    shapes = [(net.config.block_out_channels[0], height, width)]
+    for channels, block in zip(net.config.block_out_channels, net.down_blocks, strict=True):
+        shapes += [(channels, height, width)] * len(block.resnets)
+        if block.downsamplers is not None:
+            height, width = (height + 1) // 2, (width + 1) // 2
+            shapes.append((channels, height, width))
+    shapes.append((net.config.block_out_channels[-1], height, width))
+    if net.config.global_pool_conditions:
+        shapes = [(channels, 1, 1) for channels, _, _ in shapes]
+    return [(len(sample), *shape) for shape in shapes]
+
+
 # Blocks
 
 

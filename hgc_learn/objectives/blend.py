@@ -32,6 +32,10 @@ class BlendedForwards(RoutedForwards):
         self.calls: dict[str, ops.Call] = {}
         self.visit_step: VisitStep | None = None
 
+    def new_run(self) -> None:
+        super().new_run()
+        self.cache: dict[str, Tensor] = {}
+
     def follow(self, sampling: SamplingConfig, batch: dict[str, Any], visit_step: VisitStep) -> Tensor:
         """Runs the pipeline on a batch (as for `generate`), step by step; returns its final latents."""
         self.visit_step = visit_step

@@ -1,0 +1,81 @@
+"""What does not change within a run is computed once: savings that are exact and need no schedule.
+
+The keys and values of the text's cross-attention are made of the prompt alone, the ControlNet's condition embedding of
+the control image alone, and both are the same at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.controlnets.controlnet import ControlNetModel
+from torch import Tensor, nn
+
+from hgc_learn.takeover import give_back, owner_of_forward, take_over
+
+MAX_KEPT = 2
+"""Per module: for the whole batch and for its guided half."""
+
+
+class Once:
+    """Keeps what some modules of the models give, for as long as it is asked for the same tensor. A tensor is the same
+    if it has the same memory and version: nothing is read from the device. Where gradients are recorded, under
+    `torch.inference_mode` and inside of compiled regions the modules run as ever.
+
+    Args:
+        models: UNet and ControlNets.
+    """
+
+    def __init__(self, models: Iterable[nn.Module]):
+        self.modules = [module for model in models for module in _constant_modules(model)]
+        self.replaced: dict[nn.Module, Any] = {}  # the forward that stood in the instance, if any
+        self.kept: dict[nn.Module, dict[Any, tuple[Tensor, Tensor]]] = {}
+
+    def install(self) -> None:
+        for module in self.modules:
+            self.replaced[module] = take_over(module, partial(self._forward, module))
+
+    def uninstall(self) -> None:
+        """Leaves alone what others have wrapped since: it stays right."""
+        self.clear()
+        for module, replaced in self.replaced.items():
+            if owner_of_forward(module) is self:
+                give_back(module, replaced)
+
+    def clear(self) -> None:
+        """A new run begins, or what the outputs depend on has changed."""
+        self.kept = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what is kept."""
+        return sum(output.nbytes for kept in self.kept.values() for _, output in kept.values())
+
+    def _forward(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        forward = self.replaced[module] or partial(type(module).forward, module)
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or args or kwargs or x.is_inference():
+            return forward(x, *args, **kwargs)
+        kept = self.kept.setdefault(module, {})
+        key = x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.device
+        found = kept.get(key)
+        if found is None:
+            while len(kept) >= MAX_KEPT:
+                del kept[next(iter(kept))]
+            # The input is held, so that no other tensor can take its place in memory.
+            kept[key] = found = (x, forward(x))
+        return found[1]
+
+
+def _constant_modules(model: nn.Module) -> list[nn.Module]:
+    """Those whose only input is the prompt or the control image as the pipeline gives it."""
+    found: list[nn.Module] = []
+    if isinstance(model, ControlNetModel):
+        found.append(model.controlnet_cond_embedding)
+    for module in model.modules():
+        if isinstance(module, Attention) and module.is_cross_attention and module.norm_cross is None:
+            found += [layer for layer in (module.to_k, module.to_v) if layer is not None]
+    return found

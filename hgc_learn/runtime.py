@@ -1,0 +1,299 @@
+"""One schedule on one pipeline: runs the nodes of its plan, keeps and loads what it reuses."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from hgc_learn import ops
+from hgc_learn.ahead import find_batches, stack_call, stack_steps, unstack_steps
+from hgc_learn.architectures import Architecture
+from hgc_learn.cache import Cache
+from hgc_learn.forwards import RoutedForwards, routed_models
+from hgc_learn.graph import Graph
+from hgc_learn.once import Once
+from hgc_learn.plan import Plan, StepPlan, compile_plan
+from hgc_learn.program import Program, compile_program, run_checkpointed, run_program
+from hgc_learn.schedule import HGCSchedule, ScheduleError
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How a schedule is run; what it gives is the same but for rounding.
+
+    Attributes:
+        resample: accept runs with other timesteps.
+        exact_savings: compute once per run what does not change in it, and no ControlNet whose scale is 0.
+        max_steps_at_once: how many steps that do not depend on each other's latents may run as one batch.
+    """
+
+    resample: bool = False
+    exact_savings: bool = True
+    max_steps_at_once: int = 4
+
+
+class Runtime(RoutedForwards):
+    """Runs the models of a pipeline as a schedule says.
+
+    Args:
+        schedule: None computes everything, at any number of steps.
+        graph: the models' dataflow, with every site of the schedule in it.
+    """
+
+    def __init__(self, pipe: Any, schedule: HGCSchedule | None, graph: Graph, options: RuntimeOptions):
+        self.original, self.options = schedule, options
+        self.once = Once(routed_models(pipe).values()) if options.exact_savings else None
+        self.cache = Cache(Plan(()), {}, {})
+        super().__init__(pipe, graph, 0 if schedule is None else schedule.num_inference_steps)
+        self.follow(schedule)
+
+    def follow(self, schedule: HGCSchedule | None) -> None:
+        graph, self.schedule = self.graph, schedule
+        if schedule is not None:
+            self.num_steps = schedule.num_inference_steps
+        self.rows = {} if schedule is None else schedule.sites
+        self.plan = plan = compile_plan(graph, self.rows, self.num_steps)
+        # A refresh computes everything and keeps whatever any later step may load.
+        loaded = {name for step in plan.steps for name in step.loaded}
+        everything = tuple(name for name in graph.nodes if name != graph.guidance or name in loaded)
+        refresh = StepPlan(everything, (), store=tuple(name for name in everything if name in loaded))
+        self.programs = {m: [compile_program(graph, step, m) for step in plan.steps] for m in self.models}
+        self.refresh = {m: compile_program(graph, refresh, m) for m in self.models}
+        self.batches = {
+            first: (length, compile_program(graph, _union(plan.steps[first : first + length]), "unet"))
+            for first, length in find_batches(graph, plan, self.options.max_steps_at_once).items()
+        }
+        self.use_tensors({} if schedule is None else schedule.tensors)
+
+    def use_tensors(self, tensors: Mapping[str, Tensor], *, gradient_checkpointing: bool = False) -> None:
+        self.gradient_checkpointing = gradient_checkpointing
+        self.cache = Cache(self.plan, self.rows, tensors)
+
+    # A run
+
+    def install(self) -> None:
+        super().install()
+        if self.once is not None:
+            self.once.install()
+
+    def uninstall(self) -> None:
+        super().uninstall()
+        if self.once is not None:
+            self.once.uninstall()
+
+    def new_run(self) -> None:
+        super().new_run()
+        self.ahead: dict[int, dict[str, Tensor]] = {}  # by step: what has been computed before its turn
+        self.may_run_ahead = True
+        self.cache.values.clear()
+        if self.once is not None:
+            self.once.clear()
+
+    def runs_half(self, step: int) -> bool:
+        return self.plan.steps[step].is_half and step not in self.refreshed
+
+    def check_run(self, timesteps: Tensor) -> None:
+        """Compares the run with the schedule, once."""
+        if self.original is None:
+            if self.num_steps != len(timesteps):
+                self.num_steps = len(timesteps)
+                self.follow(None)
+            return
+        scheduler = type(self.pipe.scheduler).__name__
+        expected, actual = self.original.timesteps, tuple(float(t) for t in timesteps.tolist())
+        is_same = len(actual) == len(expected) and all(map(_is_close, actual, expected))
+        if scheduler != self.original.scheduler:
+            raise ScheduleError(
+                f"scheduler: the schedule was made for {self.original.scheduler}, the pipeline has {scheduler}. "
+                "Set pipe.scheduler accordingly or train a schedule for it."
+            )
+        if is_same:
+            if self.schedule is not self.original:
+                self.follow(self.original)
+        elif self.options.resample:
+            warnings.warn(
+                f"timesteps: this run visits {len(actual)} ({_brief(actual)}), the schedule was made for "
+                f"{len(expected)} ({_brief(expected)}). It is resampled: each step does what the schedule does at the "
+                "nearest timestep; what was measured of it, quality and savings, does not carry over.",
+                stacklevel=2,
+            )
+            if self.schedule is None or self.schedule.timesteps != actual:
+                self.follow(self.original.resampled(actual))
+        elif len(actual) != len(expected):
+            raise ScheduleError(
+                f"num_inference_steps: the schedule has {len(expected)} steps, this run {len(actual)}. Call the "
+                f"pipeline with num_inference_steps={len(expected)}, or apply_schedule(..., resample=True)."
+            )
+        else:
+            raise ScheduleError(
+                f"timesteps: this run visits {_brief(actual)}, the schedule was made for {_brief(expected)}. Use the "
+                "scheduler settings (timestep_spacing, ...) it was made with, or apply_schedule(..., resample=True)."
+            )
+        guidance_scale = getattr(self.pipe, "_guidance_scale", None)
+        if guidance_scale is not None and abs(guidance_scale - self.original.guidance_scale) > 1e-6:
+            warnings.warn(
+                f"guidance_scale is {guidance_scale}, the schedule was made for {self.original.guidance_scale}: "
+                "its measured quality does not carry over.",
+                stacklevel=2,
+            )
+
+    # A step
+
+    def execute(self, model: str, step: int, call: ops.Call, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        is_refresh = step in self.refreshed
+        if is_refresh and self.once is not None:
+            self.once.clear()  # what it depends on may have changed
+        program = self.refresh[model] if is_refresh else self.programs[model][step]
+        has_halves = self.is_guided and not call.guess_mode
+        is_half = has_halves and self.runs_half(step)
+        if model != "unet":
+            self.may_run_ahead &= not call.guess_mode
+            if self.options.exact_savings and _is_off(call.conditioning_scale):
+                values = self._zero_controls(model, program, call)
+                return self._keep(model, step, program, values, is_refresh)
+        elif step in self.ahead and not is_refresh:
+            return self.ahead.pop(step)
+        elif not is_refresh and step in self.batches and self.may_run_ahead and not call.cross_attention_kwargs:
+            return self._execute_ahead(step, *self.batches[step], call, given, has_halves)
+        values = given
+        for load in program.load:
+            if has_halves:
+                num_guided = len(call.sample) if is_half else len(call.sample) // 2
+                values[load.site] = self.cache.load_halves(load, step, num_guided, is_half)
+            elif load.site != self.graph.guidance:
+                values[load.site] = self.cache.load(load, step)
+        # Where guidance has been switched off there is no difference to compute.
+        self._run(program, call, values, None if has_halves else self.graph.guidance)
+        return self._keep(model, step, program, values, is_refresh)
+
+    def _run(self, program: Program, call: ops.Call, values: dict[str, Tensor], skip: str | None) -> None:
+        run = run_checkpointed if self.gradient_checkpointing else run_program
+        run(program, call, values, skip)
+
+    def _keep(
+        self, model: str, step: int, program: Program, values: dict[str, Tensor], is_refresh: bool
+    ) -> dict[str, Tensor]:
+        kept = self.cache.values
+        if is_refresh:
+            self._keep_for_all(model, step, values)
+        else:
+            for name in program.store:
+                if name in values:
+                    kept[name, step] = values[name]
+            for key in program.free:
+                kept.pop(key, None)
+        if step == self.num_steps - 1 and model == "unet" and self.once is not None:
+            self.once.clear()
+        return values
+
+    def _keep_for_all(self, model: str, step: int, values: dict[str, Tensor]) -> None:
+        """After a refresh the fresh value stands for every older one that a later step would load."""
+        kept = self.cache.values
+        for site, i in list(kept):
+            if self.graph.nodes[site].model == model:
+                del kept[site, i]
+        later = {key for plan in self.plan.steps[step + 1 :] for load in plan.load for key in load.keys}
+        for site, i in later:
+            if i <= step and site in values and self.graph.nodes[site].model == model:
+                kept[site, i] = values[site]
+        self.ahead.clear()
+
+    def _zero_controls(self, model: str, program: Program, call: ops.Call) -> dict[str, Tensor]:
+        """What a ControlNet gives whose scale is 0: those residuals that are read."""
+        shapes = ops.control_shapes(self.models[model], call.sample)
+        read = {op.name for op in program.ops} | {load.site for load in program.load}
+        return {
+            name: call.sample.new_zeros(shape)
+            for name, shape in zip(self.residuals[model], shapes, strict=True)
+            if name in read
+        }
+
+    def _execute_ahead(
+        self,
+        first: int,
+        num_steps: int,
+        program: Program,
+        call: ops.Call,
+        given: dict[str, Tensor],
+        has_halves: bool,
+    ) -> dict[str, Tensor]:
+        """Runs the UNet for `num_steps` steps from `first` on at once. They load what is kept already, from the
+        ControlNets too."""
+        graph, is_half = self.graph, has_halves and self.runs_half(first)
+        num_halves = 2 if has_halves and not is_half else 1
+        num_samples = len(call.sample) // num_halves
+        steps = range(first, first + num_steps)
+        by_step = [given]
+        for step in steps:
+            values = by_step[step - first] if step == first else {}
+            for load in self.plan.steps[step].load:
+                if has_halves:
+                    values[load.site] = self.cache.load_halves(load, step, num_samples, is_half)
+                elif load.site != graph.guidance:
+                    values[load.site] = self.cache.load(load, step)
+            if step > first:
+                for name in self.plan.steps[step].run:
+                    if name in graph.residuals:
+                        values[name] = ops.add_all(call, *[values[control] for control in graph.nodes[name].inputs])
+                by_step.append(values)
+        read = {name for op in program.ops for name in op.inputs}
+        stacked = {
+            name: stack_steps([values[name] for values in by_step], num_halves) for name in by_step[0] if name in read
+        }
+        timesteps = self.pipe.scheduler.timesteps[first : first + num_steps]
+        self._run(program, stack_call(call, timesteps, num_halves), stacked, None if has_halves else graph.guidance)
+        results = {
+            name: unstack_steps(stacked[name], 1 if name == graph.guidance else num_halves, num_steps)
+            for name in program.results
+            if name in stacked
+        }
+        for step in steps:
+            values = {name: result[step - first] for name, result in results.items()}
+            if is_half:
+                values[graph.guidance] = by_step[step - first][graph.guidance]
+            self.ahead[step] = self._keep("unet", step, self.programs["unet"][step], values, False)
+        return self.ahead.pop(first)
+
+    def stats(self) -> dict[str, Any]:
+        schedule = self.schedule
+        unet, *controlnets = self.models.values()
+        architecture = replace(Architecture.of(self.pipe), unet=unet, controlnet=controlnets)
+        size = architecture.default_size if schedule is None else (schedule.height, schedule.width)
+        batch = 2 if schedule is None else schedule.batch_size
+        graph, costs = architecture.measure(size)
+        plan = compile_plan(graph, self.rows, self.num_steps)
+        full = compile_plan(graph, {}, self.num_steps)
+        result: dict[str, Any] = {"num_inference_steps": self.num_steps}
+        for suffix, attention in (("", False), ("_attention", True)):
+            macs_full = full.macs(costs, batch_size=batch, attention=attention)
+            macs_cached = plan.macs(costs, batch_size=batch, attention=attention)
+            result[f"macs_full{suffix}"] = macs_full
+            result[f"macs_cached{suffix}"] = macs_cached
+            result[f"macs_reduction{suffix}"] = 1 - macs_cached / macs_full
+        result["cache_bytes"] = plan.cache_bytes(costs, batch_size=batch, itemsize=self.pipe.unet.dtype.itemsize)
+        result["steps_run"] = self.num_calls["unet"]
+        result["steps_refreshed"] = len(self.refreshed)
+        return result
+
+
+def _union(steps: Sequence[StepPlan]) -> StepPlan:
+    """Of steps that run the same: what any of them keeps is kept."""
+    kept = {name for step in steps for name in step.store}
+    return replace(steps[0], store=tuple(name for name in steps[0].run if name in kept))
+
+
+def _is_off(conditioning_scale: Any) -> bool:
+    """A tensor is not looked at: nothing is read from the device."""
+    return isinstance(conditioning_scale, int | float) and conditioning_scale == 0
+
+
+def _is_close(actual: float, expected: float) -> bool:
+    return abs(actual - expected) <= 1e-3 * max(1.0, abs(expected))
+
+
+def _brief(timesteps: Any) -> str:
+    return ", ".join(f"{t:g}" for t in timesteps[:3]) + f", ... {timesteps[-1]:g}"
