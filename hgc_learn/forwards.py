@@ -286,6 +286,8 @@ def _controlnet_forward(
     values = forwards.execute(model, step, call, {})
     empty = sample.new_empty(0)
     *down, mid = [values.get(name, empty) for name in forwards.residuals[model]]
+    if len(forwards.models) > 2:
+        mid = mid.clone()  # MultiControlNetModel adds the others' to it in place, and it may be kept
     if not return_dict:
         return down, mid
     return ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=mid)

@@ -100,19 +100,19 @@ def remove_schedule(pipe: Any) -> None:
 
 
 class ScheduleHandle:
-    """What `apply_schedule` returns."""
+    """What `apply_schedule` returns. `runtime` is what runs in the place of the models' forwards."""
 
     def __init__(self, pipe: Any, runtime: Runtime):
         self.pipe = pipe
-        self._runtime = runtime
+        self.runtime = runtime
 
     @property
     def schedule(self) -> HGCSchedule | None:
-        return self._runtime.schedule
+        return self.runtime.schedule
 
     @property
     def plan(self) -> Plan:
-        return self._runtime.plan
+        return self.runtime.plan
 
     def stats(self) -> dict[str, Any]:
         """What the schedule saves by its plan, and what the latest run did.
@@ -121,7 +121,7 @@ class ScheduleHandle:
         (attention matmuls not counted) and the same with `_attention`; `cache_bytes` at its peak; `steps_run` and
         `steps_refreshed` of the latest run (a step is refreshed when its inputs changed in mid-run).
         """
-        return self._runtime.stats()
+        return self.runtime.stats()
 
     def use_tensors(self, tensors: Mapping[str, Tensor], *, gradient_checkpointing: bool = False) -> None:
         """Fills in with these numbers from now on instead of the schedule's own: for those who learn them.
@@ -130,10 +130,10 @@ class ScheduleHandle:
             tensors: as `schedule.tensors`; gradients reach them in runs that keep the autograd graph.
             gradient_checkpointing: keep only what nodes give for the backward pass, and run each again in it.
         """
-        self._runtime.use_tensors(tensors, gradient_checkpointing=gradient_checkpointing)
+        self.runtime.use_tensors(tensors, gradient_checkpointing=gradient_checkpointing)
 
     def remove(self) -> None:
-        self._runtime.uninstall()
+        self.runtime.uninstall()
 
     def __enter__(self) -> ScheduleHandle:
         return self

@@ -133,7 +133,7 @@ def test_stats(own: TinyPipeline) -> None:
 def test_cache_is_empty_after_a_run(tiny: TinyPipeline) -> None:
     handle = apply_schedule(tiny.pipe, tiny.schedule(some_rows(tiny)))
     tiny()
-    assert not handle._runtime.cache.values
+    assert not handle.runtime.cache.values
 
 
 def test_deepcopy_of_a_scheduled_pipeline(own: TinyPipeline) -> None:

@@ -1,0 +1,198 @@
+"""Time schedules at real size beside the plain pipeline: speedup against MACs, overhead, memory.
+
+Weights are random, for neither time nor memory depends on them. Runs of the plain pipeline and of the schedules take
+turns in one process, and each is compared with its neighbour. Run again with the same --output, it adds rounds.
+
+  hgc_learn bench --arch sd15-controlnet --size 512 --policy deepcache:interval=3,branch=0 --output speed.json
+  hgc_learn bench --arch sd15-controlnet --size 512 --schedule hgc_schedule.json --peers --output speed.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hgc_learn.commands.macs import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, finite
+
+if TYPE_CHECKING:
+    from hgc_learn.schedule import HGCSchedule
+    from hgc_learn.setting import Setting
+    from hgc_learn.speed import Candidate
+
+PEERS = {"DeepCache package I3B0": (3, 0)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--arch", default="sd15-controlnet", metavar="NAME", help="a well-known architecture (default %(default)s)")
+    add("--size", type=int, default=512, help="of the square image, in pixels (default %(default)s)")
+    add("--steps", type=int, default=DEFAULT_STEPS, help="UniPC steps (default %(default)s)")
+    add("--guidance_scale", type=finite, default=DEFAULT_GUIDANCE_SCALE, help="1 or less: none (default %(default)s)")
+    add("--policy", action="append", default=[], metavar="NAME[:KNOB=VALUE,...]", help="a policy's schedule; repeat")
+    add(
+        "--schedule",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a file's rows, whatever model they are for, if that has the same sites and steps; repeat",
+    )
+    add("--peers", action="store_true", help="also other packages, if installed: DeepCache")
+    add("--rounds", type=int, default=5, help="to add (default %(default)s)")
+    add("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    add("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    add("--output", type=Path, required=True, metavar="FILE", help="JSON list of rows")
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+    from rich.progress import track
+
+    from hgc_learn import speed
+    from hgc_learn.random_pipeline import random_arguments, random_pipeline
+    from hgc_learn.rollout import SamplingConfig
+    from hgc_learn.setting import Setting
+
+    if args.rounds < 1 or args.steps < 2:
+        raise ValueError(f"--rounds is {args.rounds} and --steps {args.steps}; at least 1 and 2 are needed.")
+    device = torch.device(args.device)
+    pipe = random_pipeline(args.arch, getattr(torch, args.dtype), device)
+    if args.size < 1 or args.size % (8 * pipe.vae_scale_factor):
+        raise ValueError(f"--size is {args.size}; it must be a multiple of {8 * pipe.vae_scale_factor}.")
+    call = random_arguments(pipe, size=args.size, num_inference_steps=args.steps, guidance_scale=args.guidance_scale)
+    sampling = SamplingConfig(args.steps, args.guidance_scale, args.size, args.size)
+    setting = Setting.of_pipeline(pipe, sampling)
+    candidates = _candidates(pipe, setting, args)
+    common = {"machine": speed.machine(device), "arch": args.arch, "size": args.size, "dtype": args.dtype}
+    common |= {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    rows = speed.read_rows(args.output)
+
+    def generate() -> None:
+        pipe(**call)
+
+    about = {name: common | {"schedule": name} for name in candidates}
+    keys = {name: tuple(setting[field] for field in speed.SETTING) for name, setting in about.items()}
+    pairs = {name: [*map(tuple, rows[key]["pairs"])] if key in rows else [] for name, key in keys.items()}
+    of_plain = speed.measure_once(generate, speed.plain, device)
+    once = {}
+    for name, candidate in track(candidates.items(), description="counting MACs and memory"):
+        once[name] = speed.measure_once(generate, candidate, device)
+    for _ in track(range(args.rounds), description="timing"):
+        for neighbours in _in_pairs(candidates):  # each beside a run of the plain pipeline
+            first, *second = neighbours
+            seconds = {first: speed.time_once(generate, candidates[first], device)}
+            plain_seconds = speed.time_once(generate, speed.plain, device)
+            seconds |= {name: speed.time_once(generate, candidates[name], device) for name in second}
+            for name in neighbours:
+                pairs[name].append((plain_seconds, seconds[name]))
+                rows[keys[name]] = speed.row(about[name], of_plain, once[name], pairs[name])
+            speed.save_rows(args.output, rows)
+    print(_table([rows[key] for key in keys.values()]))
+
+
+def _in_pairs(names: Iterable[str]) -> Iterator[list[str]]:
+    remaining = iter(names)
+    while pair := list(itertools.islice(remaining, 2)):
+        yield pair
+
+
+def _candidates(pipe: Any, setting: Setting, args: argparse.Namespace) -> dict[str, Candidate]:
+    from hgc_learn.inference import apply_exact_savings, apply_schedule
+    from hgc_learn.policies import POLICIES
+    from hgc_learn.schedule import HGCSchedule
+    from hgc_learn.setting import Draft
+
+    computes = setting.schedule(Draft({}), policy="all-compute", settings={})
+    found: dict[str, Candidate] = {
+        "all-compute": partial(apply_schedule, pipe, computes, exact_savings=False),
+        "exact savings": partial(apply_exact_savings, pipe),
+    }
+    for spec in args.policy:
+        name, _, knobs = spec.partition(":")
+        if name not in POLICIES:
+            raise ValueError(f"--policy: there is no policy {name!r}; there are {', '.join(sorted(POLICIES))}.")
+        found[spec] = partial(apply_schedule, pipe, POLICIES[name].schedule(setting, **_knobs(spec, knobs)))
+    for file in args.schedule:
+        found[Path(file).name] = partial(apply_schedule, pipe, _adapted(HGCSchedule.load(file), file, pipe, setting))
+    if args.peers:
+        for name, (interval, branch) in PEERS.items():
+            found[name] = partial(_by_deepcache_package, pipe, interval, branch)
+    return found
+
+
+def _knobs(spec: str, text: str) -> dict[str, Any]:
+    knobs = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"--policy {spec!r}: {part!r} is not KNOB=VALUE.")
+        try:
+            knobs[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            knobs[name] = value
+    return knobs
+
+
+def _adapted(schedule: HGCSchedule, file: str, pipe: Any, setting: Setting) -> HGCSchedule:
+    """The rows of a schedule for this pipeline, whatever it was made for; numbers of channels are repeated. What it
+    gives is not looked at here."""
+    import torch
+
+    if schedule.num_inference_steps != setting.num_steps:
+        raise ValueError(f"{file} has {schedule.num_inference_steps} steps; say --steps accordingly.")
+    for site in schedule.sites:
+        if site not in setting.graph.nodes:
+            raise ValueError(f"{file}: this architecture has no site {site!r}.")
+    tensors = {}
+    for name, tensor in schedule.tensors.items():
+        channels = setting.costs[name.rpartition("/")[0]].channels
+        if tensor.ndim == 2 and tensor.shape[1] != channels:
+            tensor = tensor[:, torch.arange(channels) % tensor.shape[1]].contiguous()
+        tensors[name] = tensor
+    return replace(
+        schedule,
+        tensors=tensors,
+        timesteps=setting.timesteps,
+        scheduler=type(pipe.scheduler).__name__,
+        guidance_scale=setting.sampling.guidance_scale,
+        height=setting.sampling.height,
+        width=setting.sampling.width,
+        model=setting.fingerprint,
+    )
+
+
+@contextmanager
+def _by_deepcache_package(pipe: Any, interval: int, branch: int) -> Iterator[None]:
+    try:
+        from DeepCache import DeepCacheSDHelper
+    except ImportError:
+        raise ValueError("--peers: install DeepCache (pip install DeepCache).") from None
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=interval, cache_branch_id=branch)
+    helper.enable()
+    try:
+        yield
+    finally:
+        helper.disable()
+        for module in (pipe.unet, *pipe.unet.modules()):  # the package leaves its own behind
+            module.__dict__.pop("forward", None)
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'schedule':<44}{'MACs':>8}{'speedup':>24}{'efficiency':>24}{'memory':>8}"]
+    for row in rows:
+        figures = [
+            f"{row[n]:.3f} [{row[n + '_interval'][0]:.3f}, {row[n + '_interval'][1]:.3f}]"
+            for n in ("speedup", "efficiency")
+        ]
+        lines.append(
+            f"{row['schedule']:<44}{row['macs_ratio']:>7.2f}x{figures[0]:>24}{figures[1]:>24}"
+            f"{row['peak_memory_ratio']:>7.3f}x"
+        )
+    return "\n".join(lines)

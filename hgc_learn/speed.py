@@ -1,0 +1,170 @@
+"""Wall-clock time of schedules and of other packages beside the plain pipeline: interleaved, in one process, paired."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from hgc_learn.files import write_atomically
+from hgc_learn.inference import ScheduleHandle
+
+Candidate = Callable[[], AbstractContextManager[ScheduleHandle | None]]
+"""Sets the pipeline up for one run, and back."""
+
+SETTING = ("machine", "arch", "size", "dtype", "num_inference_steps", "guidance_scale", "schedule")
+"""What a row is about; all else in it are figures."""
+
+
+@dataclass(frozen=True)
+class Once:
+    """What is measured once: MACs (attention matmuls counted), peak memory in bytes, and the bytes that are kept from
+    step to step, by the plan and at the measured peak."""
+
+    macs: int
+    peak_bytes: int
+    cache_bytes: int = 0
+    predicted_cache_bytes: int = 0
+
+
+def measure_once(run: Callable[[], object], candidate: Candidate, device: torch.device) -> Once:
+    """Runs twice; that warms up, too."""
+    with candidate() as handle:
+        with _watched_cache(handle) as kept, _counter() as counter:
+            run()
+        predicted = 0 if handle is None else handle.stats()["cache_bytes"]
+    with candidate():
+        peak_bytes = _peak_memory(run, device)
+    return Once(counter.get_total_flops() // 2, peak_bytes, max(kept, default=0), predicted)
+
+
+def time_once(run: Callable[[], object], candidate: Candidate, device: torch.device) -> float:
+    """Seconds of one run, without setting up."""
+    with candidate():
+        _synchronize(device)
+        start = time.perf_counter()
+        run()
+        _synchronize(device)
+        return time.perf_counter() - start
+
+
+def plain() -> AbstractContextManager[None]:
+    """The pipeline as it is."""
+    return nullcontext()
+
+
+def row(setting: dict[str, Any], of_plain: Once, once: Once, pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Figures of one candidate: medians over rounds of the ratios to the plain pipeline's run of the same round, with
+    95 % bootstrap intervals of these (`<figure>_interval`).
+
+    Args:
+        pairs: seconds of the plain pipeline and of the candidate, per round.
+    """
+    plain_seconds, seconds = np.array(pairs).T
+    speedups = plain_seconds / seconds
+    macs_ratio = of_plain.macs / once.macs
+    result = dict(setting)
+    result |= {"macs_ratio": round(macs_ratio, 4), "macs_ratio_interval": None, "macs": once.macs}
+    result |= {"plain_macs": of_plain.macs}
+    result |= _with_interval("speedup", speedups) | _with_interval("efficiency", speedups / macs_ratio)
+    if setting["schedule"].startswith("all-compute"):
+        result |= _with_interval("overhead", 1 / speedups - 1)
+    result["peak_memory_ratio"] = round(once.peak_bytes / of_plain.peak_bytes, 4)
+    result["peak_memory_ratio_interval"] = None  # measured once, as MACs are
+    result |= {"peak_bytes": once.peak_bytes, "plain_peak_bytes": of_plain.peak_bytes}
+    result |= {"cache_bytes": once.cache_bytes, "predicted_cache_bytes": once.predicted_cache_bytes}
+    result["pairs"] = [[round(x, 4) for x in pair] for pair in pairs]
+    return result
+
+
+def read_rows(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """By what they are about; none if there is no file."""
+    rows = json.loads(path.read_text()) if path.is_file() else []
+    return {tuple(row[name] for name in SETTING): row for row in rows}
+
+
+def save_rows(path: Path, rows: dict[tuple[Any, ...], dict[str, Any]]) -> None:
+    write_atomically(path, (json.dumps([*rows.values()], indent=1) + "\n").encode())
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    model = names[0].partition(":")[2].strip() if names else platform.processor()
+    return f"CPU, {platform.machine()}, {model}, {torch.get_num_threads()} threads"
+
+
+def _with_interval(name: str, values: np.ndarray) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    medians = np.median(random.choice(values, (2000, len(values))), axis=1)
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return {name: round(float(np.median(values)), 4), f"{name}_interval": [round(float(low), 4), round(float(high), 4)]}
+
+
+def _counter() -> FlopCounterMode:
+    def attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={on_cpu: attention})
+
+
+@contextmanager
+def _watched_cache(handle: ScheduleHandle | None) -> Iterator[list[int]]:
+    """The bytes that the cache holds after each model call."""
+    seen: list[int] = []
+    if handle is None:
+        yield seen
+        return
+    runtime: Any = handle.runtime
+    execute = runtime.execute
+
+    def watched(*args: Any) -> Any:
+        values = execute(*args)
+        seen.append(runtime.cache.num_bytes)
+        return values
+
+    runtime.execute = watched
+    try:
+        yield seen
+    finally:
+        del runtime.execute
+
+
+def _peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes: of the allocator on CUDA; elsewhere what is resident of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:
+        return 0
+    run()
+    peak = next(line for line in _lines("/proc/self/status") if line.startswith("VmHWM"))
+    return 1024 * int(peak.split()[1])
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,197 @@
+"""What the runtime saves beyond the schedule: what does not change is computed once, independent steps run at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+from tiny_models import NUM_STEPS, TinyPipeline, build_pipeline
+from torch import Tensor, nn
+
+from hgc_learn.inference import apply_exact_savings, apply_schedule, remove_schedule
+from hgc_learn.policies import POLICIES
+from hgc_learn.rollout import SamplingConfig
+from hgc_learn.setting import Setting
+
+
+@contextmanager
+def counted(module: nn.Module) -> Iterator[list[int]]:
+    """Batch sizes of the calls of a layer that is run by its weights: what other forwards call, too."""
+    calls: list[int] = []
+    hook = module.register_forward_hook(lambda _, inputs, output: calls.append(len(inputs[0])))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def test_exact_savings_are_exact_and_compute_once(tiny: TinyPipeline) -> None:
+    """The first convolution of the condition embedding, and the matrix product behind a cross-attention's keys."""
+    expected = tiny()
+    handle = apply_exact_savings(tiny.pipe)
+    with counted(tiny.pipe.controlnet.controlnet_cond_embedding.conv_in) as calls:
+        assert torch.equal(tiny(), expected)
+        assert torch.equal(tiny(num_inference_steps=NUM_STEPS - 2), tiny(num_inference_steps=NUM_STEPS - 2))
+    assert calls == [2, 2, 2]  # once per run
+    handle.remove()
+    with counted(tiny.pipe.controlnet.controlnet_cond_embedding.conv_in) as calls:
+        assert torch.equal(tiny(), expected)
+    assert len(calls) == NUM_STEPS
+
+
+def test_keys_and_values_of_the_prompt_are_computed_once(own: TinyPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    attentions = [m for m in own.pipe.unet.modules() if getattr(m, "is_cross_attention", False)]
+    weights = {id(layer.weight) for attention in attentions for layer in (attention.to_k, attention.to_v)}
+    linear, products = nn.functional.linear, []
+
+    def counting(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        if id(weight) in weights:
+            products.append(1)
+        return linear(x, weight, *args)
+
+    monkeypatch.setattr(nn.functional, "linear", counting)
+    expected = own()
+    assert len(products) == NUM_STEPS * len(weights)
+    products.clear()
+    apply_schedule(own.pipe, own.schedule())
+    assert torch.equal(own(), expected)
+    assert len(products) == len(weights)
+
+
+def test_nothing_is_kept_over_a_change_of_the_prompt(own: TinyPipeline) -> None:
+    def callback(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        if step == 2:
+            inputs["prompt_embeds"] = inputs["prompt_embeds"].flip(1)
+        if step == 3:
+            inputs["prompt_embeds"].mul_(0.5)  # in place: the same memory
+        return inputs
+
+    kwargs = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    expected = own(**kwargs)
+    assert not torch.equal(expected, own())
+    apply_exact_savings(own.pipe)
+    assert torch.equal(own(**kwargs), expected)
+
+
+def test_memory_is_given_back_after_a_run(own: TinyPipeline) -> None:
+    handle = apply_exact_savings(own.pipe)
+    own()
+    assert handle.runtime.once is not None
+    assert handle.runtime.once.num_bytes == 0
+
+
+@pytest.mark.parametrize("num_controlnets", [1, 2])
+def test_no_controlnet_runs_while_its_scale_is_zero(num_controlnets: int) -> None:
+    tiny = build_pipeline("sd15", num_controlnets=num_controlnets)
+    first = getattr(tiny.pipe.controlnet, "nets", [tiny.pipe.controlnet])[0]
+    kwargs: dict[str, Any] = {"control_guidance_start": 0.3, "control_guidance_end": 0.7}
+    if num_controlnets == 2:
+        image = tiny.arguments()["image"]
+        kwargs = {"image": [image, image.flip(2)], "control_guidance_end": [0.5, 1.0], "control_guidance_start": [0, 0]}
+    expected = tiny(**kwargs)
+    apply_exact_savings(tiny.pipe)
+    with counted(first.conv_in) as calls:
+        assert torch.equal(tiny(**kwargs), expected)
+    assert 0 < len(calls) < NUM_STEPS
+    remove_schedule(tiny.pipe)
+    row = "C-C-C-"
+    sites = {name: row for name in tiny.sites() if ":control" in name}
+    apply_schedule(tiny.pipe, tiny.schedule(sites))
+    everything_fresh = tiny(**kwargs)
+    apply_schedule(tiny.pipe, tiny.schedule(sites), exact_savings=False)
+    assert torch.equal(everything_fresh, tiny(**kwargs))
+
+
+class Decoders:
+    """Faster-Diffusion on a tiny pipeline, its key steps 0 and 5 of 6."""
+
+    def __init__(self, tiny: TinyPipeline, **kwargs: Any):
+        self.tiny, self.kwargs = tiny, kwargs
+        arguments = tiny.arguments()
+        sampling = SamplingConfig(NUM_STEPS, arguments["guidance_scale"], arguments["height"], arguments["width"])
+        self.schedule = POLICIES["faster_diffusion"].schedule(Setting.of_pipeline(tiny.pipe, sampling), keys=(0, 5))
+
+    def run(self, **call: Any) -> tuple[Tensor, list[int]]:
+        with (
+            apply_schedule(self.tiny.pipe, self.schedule, **self.kwargs),
+            counted(self.tiny.pipe.unet.up_blocks[-1].resnets[-1].conv1) as calls,
+        ):
+            return self.tiny(**call), calls
+
+
+def test_independent_steps_run_as_one_batch(tiny: TinyPipeline) -> None:
+    latents, calls = Decoders(tiny).run()
+    one_by_one, single_calls = Decoders(tiny, max_steps_at_once=1).run()
+    assert calls == [2, 8, 2]
+    assert single_calls == [2] * NUM_STEPS
+    assert (latents - one_by_one).norm() < 1e-5 * one_by_one.norm()
+    _, calls = Decoders(tiny, max_steps_at_once=3).run()
+    assert calls == [2, 6, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"guidance_scale": 1.0},
+        {"num_images_per_prompt": 2},
+        {"guess_mode": True},
+        {"cross_attention_kwargs": {"scale": 0.5}},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:guidance_scale is")
+def test_batches_of_steps_give_what_single_ones_give(own: TinyPipeline, call: dict[str, Any]) -> None:
+    own.pipe.to(torch.float64)
+    if "cross_attention_kwargs" in call:
+        call = {"control_guidance_end": 0.9}
+    latents, _ = Decoders(own).run(**call)
+    one_by_one, _ = Decoders(own, max_steps_at_once=1).run(**call)
+    assert (latents - one_by_one).norm() < 1e-9 * one_by_one.norm()
+
+
+def test_a_change_in_mid_batch_is_noticed(own: TinyPipeline) -> None:
+    own.pipe.to(torch.float64)
+
+    def callback(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_embeds": inputs["prompt_embeds"].flip(1)} if step == 2 else inputs
+
+    call = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    latents, calls = Decoders(own).run(**call)
+    one_by_one, _ = Decoders(own, max_steps_at_once=1).run(**call)
+    assert len(calls) > 3
+    assert (latents - one_by_one).norm() < 1e-9 * one_by_one.norm()
+
+
+def test_several_controlnets_and_a_sampler_with_scaled_latents() -> None:
+    tiny = build_pipeline("sd15", num_controlnets=2, scheduler=EulerDiscreteScheduler())
+    tiny.pipe.to(torch.float64)
+    image = tiny.arguments()["image"]
+    latents, calls = Decoders(tiny).run(image=[image, image.flip(2)])
+    one_by_one, _ = Decoders(tiny, max_steps_at_once=1).run(image=[image, image.flip(2)])
+    assert max(calls) == 8
+    assert (latents - one_by_one).norm() < 1e-9 * one_by_one.norm()
+
+
+def test_predicted_cache_bytes_are_the_measured_ones(own: TinyPipeline) -> None:
+    for name in ("deepcache", "faster_diffusion", "tgate", "hgc"):
+        arguments = own.arguments()
+        sampling = SamplingConfig(NUM_STEPS, arguments["guidance_scale"], arguments["height"], arguments["width"])
+        policy = POLICIES[name]
+        knobs = {"gate": 4} if "gate" in policy.knobs else {}
+        schedule = policy.schedule(Setting.of_pipeline(own.pipe, sampling), **knobs)
+        handle = apply_schedule(own.pipe, schedule)
+        runtime: Any = handle.runtime
+        execute, seen = runtime.execute, []
+
+        def watched(*args: Any, runtime: Any = runtime, execute: Any = execute, seen: Any = seen) -> Any:
+            values = execute(*args)
+            seen.append(runtime.cache.num_bytes)
+            return values
+
+        runtime.execute = watched
+        own()
+        assert max(seen) == pytest.approx(handle.stats()["cache_bytes"], rel=0.05), name
+        handle.remove()
