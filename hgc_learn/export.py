@@ -32,6 +32,7 @@ def export(
     learning_samples: int = 64,
     specialise_updates: int = 192,
     tune_updates: int = 128,
+    max_patterns: int | None = None,
 ) -> Path:
     """Writes `hgc_schedule.json` and a picture of it.
 
@@ -43,6 +44,7 @@ def export(
         specialise_updates: of the router, for this budget alone; 0 for none. Only `Rollout` does that, other objectives
             are exported as they are.
         tune_updates: steps of learning how the schedule fills in what it skips; 0 for none. `Rollout` only too.
+        max_patterns: how many different steps the schedule may have, for `torch.compile` makes one graph for each.
 
     Raises:
         ValueError: the checkpoint cannot be found or read, the budget cannot be met, or a number out of range.
@@ -69,6 +71,7 @@ def export(
             learning_samples=learning_samples,
             specialise_updates=specialise_updates,
             tune_updates=tune_updates,
+            max_patterns=max_patterns,
             reports=(
                 reporter("specialising the router", specialise_updates),
                 reporter("learning to fill in", tune_updates),
@@ -82,6 +85,7 @@ def export(
         "learning_samples": learning_samples,
         "specialise_updates": specialise_updates,
         "tune_updates": tune_updates,
+        "max_patterns": max_patterns,
         **module.hparams,
     }
     schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
@@ -100,6 +104,7 @@ def decide(
     learning_samples: int,
     specialise_updates: int,
     tune_updates: int,
+    max_patterns: int | None = None,
     reports: tuple[Report, Report] = (lambda *_: None, lambda *_: None),
 ) -> tuple[HardSchedule, Draft]:
     """The gates of a trained router at a budget, and the draft that they make with fill-ins learned; both learn from
@@ -109,7 +114,9 @@ def decide(
         ValueError: a budget that cannot be met.
     """
     batches = training_batches(module, data, learning_samples, specialise.BATCH_SIZE) if specialise_updates else []
-    hard = specialise.specialise(module, budget, batches, specialise_updates, report=reports[0])
+    hard = specialise.specialise(
+        module, budget, batches, specialise_updates, max_patterns=max_patterns, report=reports[0]
+    )
     hard = replace(hard, compute=hard.compute | module.router.dead(hard.compute))  # not in the file's rows
     batches = training_batches(module, data, learning_samples, fills.BATCH_SIZE) if tune_updates else []
     return hard, fills.tune_fills(module, hard, batches, tune_updates, report=reports[1])

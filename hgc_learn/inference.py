@@ -132,6 +132,16 @@ class ScheduleHandle:
         """
         self.runtime.use_tensors(tensors, gradient_checkpointing=gradient_checkpointing)
 
+    def compile(self, **options: Any) -> None:
+        """Compiles what the schedule runs: one graph per model for each different set of nodes that a step runs
+        (`stats()["num_patterns"]` of them in the UNet at most; export with `--max_patterns` for few). Each is compiled
+        when it is first met. Steps that are refreshed, and those that run as one batch, are not compiled.
+
+        Args:
+            options: of `torch.compile` (mode, fullgraph, dynamic, backend, ...).
+        """
+        self.runtime.compile(**options)
+
     def remove(self) -> None:
         self.runtime.uninstall()
 

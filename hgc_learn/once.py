@@ -31,13 +31,20 @@ class Once:
     """
 
     def __init__(self, models: Iterable[nn.Module]):
-        self.modules = [module for model in models for module in _constant_modules(model)]
+        self.models = list(models)
+        self.modules = [module for model in self.models for module in _constant_modules(model)]
         self.replaced: dict[nn.Module, Any] = {}  # the forward that stood in the instance, if any
         self.kept: dict[nn.Module, dict[Any, tuple[Tensor, Tensor]]] = {}
 
-    def install(self) -> None:
-        for module in self.modules:
-            self.replaced[module] = take_over(module, partial(self._forward, module))
+    def prepare(self) -> None:
+        """For a new run: takes the modules' places, or leaves them if some are compiled block by block, for one graph
+        is to serve many blocks."""
+        is_compiled = any(part._compiled_call_impl is not None for model in self.models for part in model.modules())
+        if is_compiled:
+            self.uninstall()
+        elif not self.replaced:
+            for module in self.modules:
+                self.replaced[module] = take_over(module, partial(self._forward, module))
 
     def uninstall(self) -> None:
         """Leaves alone what others have wrapped since: it stays right."""
@@ -45,6 +52,7 @@ class Once:
         for module, replaced in self.replaced.items():
             if owner_of_forward(module) is self:
                 give_back(module, replaced)
+        self.replaced = {}
 
     def clear(self) -> None:
         """A new run begins, or what the outputs depend on has changed."""
@@ -56,7 +64,7 @@ class Once:
         return sum(output.nbytes for kept in self.kept.values() for _, output in kept.values())
 
     def _forward(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        forward = self.replaced[module] or partial(type(module).forward, module)
+        forward = self.replaced.get(module) or partial(type(module).forward, module)
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or args or kwargs or x.is_inference():
             return forward(x, *args, **kwargs)
         kept = self.kept.setdefault(module, {})

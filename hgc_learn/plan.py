@@ -98,8 +98,10 @@ class Plan:
         return itemsize * peak
 
     def num_patterns(self) -> int:
-        """How many different sets of running nodes there are: the graphs that torch.compile would make."""
-        return len({(step.run, step.is_half) for step in self.steps})
+        """How many different sets of running nodes there are, the guidance difference not counted: the graphs that
+        torch.compile makes."""
+        runs = (tuple(name for name in step.run if not name.endswith(":guidance")) for step in self.steps)
+        return len(set(zip(runs, (step.is_half for step in self.steps), strict=True)))
 
 
 @dataclass(frozen=True)

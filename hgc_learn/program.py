@@ -33,11 +33,6 @@ class Program:
     free: tuple[tuple[str, int], ...]
     results: frozenset[str]
 
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Equal where the same is run from the same inputs."""
-        return tuple(op.name for op in self.ops), self.results & {op.name for op in self.ops}
-
 
 def compile_program(graph: Graph, step: StepPlan, model: str) -> Program:
     """The part of a step that runs in the forward of `model`."""

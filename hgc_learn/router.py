@@ -61,7 +61,7 @@ class Router(nn.Module):
         """
         uniform = torch.rand(self.logits.shape, generator=generator, device=self.logits.device)
         noisy = self.logits + self.temperature * uniform.clamp(1e-6, 1 - 1e-6).logit()
-        price = self._price(noisy, budget)
+        price = self.price(budget, noisy)
         return self.hard(noisy >= price), price
 
     def hard(self, compute: Tensor) -> HardSchedule:
@@ -73,16 +73,14 @@ class Router(nn.Module):
         """Expected fraction of the full run's MACs, differentiable; `p_compute` [steps, sites]."""
         return self._expected(p_compute).mean()
 
-    def price(self, budget: float) -> float:
-        """The lowest logit that computes when the highest do that the budget allows.
+    def price(self, budget: float, logits: Tensor | None = None) -> float:
+        """The lowest logit that computes when the highest do that the budget allows, of other logits if given.
 
         Raises:
             ValueError: a budget that cannot be met.
         """
-        return self._price(self.logits.detach(), budget)
-
-    def _price(self, logits: Tensor, budget: float) -> float:
         self.check_budget(budget)
+        logits = self.logits.detach() if logits is None else logits
         levels = logits[1:].flatten().unique()
         levels = torch.cat([levels, levels[-1:] + 1])
         low, high = -1, len(levels) - 1  # gates at or above levels[high] fit; at or above levels[low] they do not
@@ -129,6 +127,11 @@ class Router(nn.Module):
     def _live(self, row: Iterable[bool]) -> Liveness:
         """Of a step whose gates compute as `row` says, one entry per site."""
         return live_step(self._graph, {name for name, computes in zip(self.sites, row, strict=True) if not computes})
+
+    def pattern(self, row: Iterable[bool]) -> tuple[tuple[str, ...], bool]:
+        """What a step runs whose gates compute as `row` says: equal for steps that one compiled graph serves."""
+        live = self._live(row)
+        return live.run, live.is_half
 
     def dead(self, compute: Tensor) -> Tensor:
         """Gates whose choice makes no difference, because nothing reads their site at that step: bool [steps, sites].

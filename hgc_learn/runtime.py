@@ -13,6 +13,7 @@ from hgc_learn import ops
 from hgc_learn.ahead import find_batches, stack_call, stack_steps, unstack_steps
 from hgc_learn.architectures import Architecture
 from hgc_learn.cache import Cache
+from hgc_learn.compiled import CompiledPrograms
 from hgc_learn.forwards import RoutedForwards, routed_models
 from hgc_learn.graph import Graph
 from hgc_learn.once import Once
@@ -46,6 +47,8 @@ class Runtime(RoutedForwards):
 
     def __init__(self, pipe: Any, schedule: HGCSchedule | None, graph: Graph, options: RuntimeOptions):
         self.original, self.options = schedule, options
+        self.compile_options: dict[str, Any] | None = None
+        self.compiled: CompiledPrograms | None = None
         self.once = Once(routed_models(pipe).values()) if options.exact_savings else None
         self.cache = Cache(Plan(()), {}, {})
         super().__init__(pipe, graph, 0 if schedule is None else schedule.num_inference_steps)
@@ -68,17 +71,24 @@ class Runtime(RoutedForwards):
             for first, length in find_batches(graph, plan, self.options.max_steps_at_once).items()
         }
         self.use_tensors({} if schedule is None else schedule.tensors)
+        if self.compile_options is not None:
+            self.compile(**self.compile_options)
+
+    def compile(self, **options: Any) -> None:
+        """Runs its programs by torch.compile from now on, but for refreshed steps and batches of steps."""
+        programs = [
+            (program, step.is_half)
+            for of_model in self.programs.values()
+            for program, step in zip(of_model, self.plan.steps, strict=True)
+        ]
+        self.compile_options = options
+        self.compiled = CompiledPrograms(programs, self.graph.guidance, options)
 
     def use_tensors(self, tensors: Mapping[str, Tensor], *, gradient_checkpointing: bool = False) -> None:
         self.gradient_checkpointing = gradient_checkpointing
         self.cache = Cache(self.plan, self.rows, tensors)
 
     # A run
-
-    def install(self) -> None:
-        super().install()
-        if self.once is not None:
-            self.once.install()
 
     def uninstall(self) -> None:
         super().uninstall()
@@ -98,6 +108,8 @@ class Runtime(RoutedForwards):
 
     def check_run(self, timesteps: Tensor) -> None:
         """Compares the run with the schedule, once."""
+        if self.once is not None:
+            self.once.prepare()
         if self.original is None:
             if self.num_steps != len(timesteps):
                 self.num_steps = len(timesteps)
@@ -166,8 +178,13 @@ class Runtime(RoutedForwards):
                 values[load.site] = self.cache.load_halves(load, step, num_guided, is_half)
             elif load.site != self.graph.guidance:
                 values[load.site] = self.cache.load(load, step)
-        # Where guidance has been switched off there is no difference to compute.
-        self._run(program, call, values, None if has_halves else self.graph.guidance)
+        guidance = self.graph.guidance
+        if self.compiled is not None and not is_refresh and not self.gradient_checkpointing:
+            self.compiled.run(program, is_half, call, values)
+            if has_halves and any(op.name == guidance for op in program.ops):
+                values[guidance] = ops.guidance(call, values[self.graph.output])
+        else:  # where guidance has been switched off there is no difference to compute
+            self._run(program, call, values, None if has_halves else guidance)
         return self._keep(model, step, program, values, is_refresh)
 
     def _run(self, program: Program, call: ops.Call, values: dict[str, Tensor], skip: str | None) -> None:
@@ -274,6 +291,7 @@ class Runtime(RoutedForwards):
             result[f"macs_full{suffix}"] = macs_full
             result[f"macs_cached{suffix}"] = macs_cached
             result[f"macs_reduction{suffix}"] = 1 - macs_cached / macs_full
+        result["num_patterns"] = plan.num_patterns()
         result["cache_bytes"] = plan.cache_bytes(costs, batch_size=batch, itemsize=self.pipe.unet.dtype.itemsize)
         result["steps_run"] = self.num_calls["unet"]
         result["steps_refreshed"] = len(self.refreshed)

@@ -15,6 +15,7 @@ from hgc_learn.data import hold_out
 from hgc_learn.fills import Report
 from hgc_learn.hard import HardSchedule
 from hgc_learn.objectives import Rollout
+from hgc_learn.patterns import threshold
 
 if TYPE_CHECKING:
     from hgc_learn.training import RouterModule
@@ -32,6 +33,7 @@ def specialise(
     batches: Sequence[dict[str, Any]],
     num_updates: int,
     *,
+    max_patterns: int | None = None,
     report: Report = lambda *_: None,
 ) -> HardSchedule:
     """The hard schedule of the router at a budget, after more updates for it: the highest logits compute, or what the
@@ -42,12 +44,13 @@ def specialise(
         budget: fraction of the full MACs to keep.
         batches: training batches; a quarter of them, the last, judge.
         num_updates: of Adam, each on one batch; the batches are taken in turns.
+        max_patterns: how many different steps the schedule may have (`hgc_learn.patterns`).
 
     Raises:
         ValueError: a budget that cannot be met, or a gradient that is not finite.
     """
     objective, router = module.objective, module.router
-    start = router.threshold(budget)
+    start = threshold(router, budget, max_patterns)
     if not num_updates:
         return start
     assert isinstance(objective, Rollout)
@@ -67,8 +70,8 @@ def specialise(
             optimizer.step()
             router.clamp()
             report(update, float(logs["loss"].clamp_min(1e-30).log()))
-        end = router.threshold(budget)
-        spent = router.spend(end, budget)
+        end = threshold(router, budget, max_patterns)
+        spent = router.spend(end, budget) if max_patterns is None else end
     finally:
         router.load_state_dict(trained)
         router.temperature = temperature

@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=128,
         help="steps of learning how to fill in what is skipped; 0 for none (default 128)",
     )
+    parser.add_argument(
+        "--max_patterns",
+        type=int,
+        metavar="N",
+        help="at most so many different steps, for torch.compile makes one graph for each (default: no limit)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -42,5 +48,6 @@ def run(args: argparse.Namespace) -> None:
         learning_samples=args.learning_samples,
         specialise_updates=args.specialise_updates,
         tune_updates=args.tune_updates,
+        max_patterns=args.max_patterns,
     )
     print(f"wrote {path}")

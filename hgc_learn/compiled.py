@@ -1,0 +1,60 @@
+"""Programs by torch.compile: one graph for each different set of nodes that a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hgc_learn import ops
+from hgc_learn.program import Op, Program
+
+Run = Callable[[ops.Call, dict[str, Tensor]], dict[str, Tensor]]
+
+
+class CompiledPrograms:
+    """Compiles what programs run when it is first asked for.
+
+    Args:
+        programs: all that will be run, with whether on the guided half alone.
+        options: of `torch.compile`.
+    """
+
+    def __init__(self, programs: Iterable[tuple[Program, bool]], guidance: str, options: dict[str, Any]):
+        self.guidance, self.options = guidance, options
+        self.results: dict[Any, set[str]] = {}  # by pattern: what any step needs of it
+        self.compiled: dict[Any, Run] = {}
+        for program, is_half in programs:
+            self.results.setdefault(self._key(program, is_half), set()).update(program.results)
+
+    def run(self, program: Program, is_half: bool, call: ops.Call, values: dict[str, Tensor]) -> None:
+        """Adds to `values` what the nodes give that is read afterwards."""
+        key = self._key(program, is_half)
+        pattern = key[0]
+        if not pattern:
+            return
+        if key not in self.compiled:
+            own = [op for op in program.ops if op.name != self.guidance]
+            self.compiled[key] = torch.compile(_function(own, self.results[key], len(self.compiled)), **self.options)
+        made = set(pattern)
+        inputs = {name: values[name] for op in program.ops for name in op.inputs if name not in made}
+        values.update(self.compiled[key](call, inputs))
+
+    def _key(self, program: Program, is_half: bool) -> tuple[tuple[str, ...], bool]:
+        # The difference of the halves runs where a later step loads it: no reason for a graph of its own.
+        return tuple(op.name for op in program.ops if op.name != self.guidance), is_half
+
+
+def _function(program: list[Op], results: set[str], number: int) -> Run:
+    def run(call: ops.Call, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        values = dict(inputs)
+        for op in program:
+            values[op.name] = op.run(call, *[values[name] for name in op.inputs])
+        return {name: values[name] for name in values if name in results and name not in inputs}
+
+    # torch counts recompilations by code object, and falls back to eager after a few: each function gets its own.
+    code = run.__code__.replace(co_name=f"pattern_{number}")
+    return FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)

@@ -1,0 +1,50 @@
+"""Few distinct steps: torch.compile makes one graph for every different set of nodes that run."""
+
+from __future__ import annotations
+
+import torch
+from scipy.cluster.hierarchy import fcluster, linkage
+from torch import Tensor
+
+from hgc_learn.hard import HardSchedule
+from hgc_learn.router import Router
+
+
+def threshold(router: Router, budget: float, max_patterns: int | None = None) -> HardSchedule:
+    """The hard schedule that computes as many of the highest logits as the budget allows; with a cap on how many
+    different steps it may have, the first included, steps that want nearly the same share their mean logits.
+
+    Raises:
+        ValueError: a budget that cannot be met, or a cap below 2: the first step computes everything.
+    """
+    if max_patterns is None:
+        return router.threshold(budget)
+    if max_patterns < 2:
+        raise ValueError(f"max_patterns is {max_patterns}; it must be at least 2: the first step computes everything.")
+    logits = router.logits.detach()
+    wanted = torch.sigmoid((logits[1:] - router.price(budget)) / router.temperature)
+    tree = linkage(wanted.cpu().double().numpy(), method="ward")
+    for num_groups in range(max_patterns - 1, 0, -1):
+        groups = torch.from_numpy(fcluster(tree, num_groups, criterion="maxclust")).to(logits.device)
+        schedule = router.hard(_threshold(router, _shared(logits, groups), budget))
+        if count(router, schedule) <= max_patterns:
+            return schedule
+    raise AssertionError("one group and the first step are two patterns")
+
+
+def count(router: Router, schedule: HardSchedule) -> int:
+    """How many different steps a schedule has."""
+    return len({router.pattern(row) for row in schedule.compute.tolist()})
+
+
+def _shared(logits: Tensor, groups: Tensor) -> Tensor:
+    """Every step's logits [steps, sites] replaced by the mean of its group; `groups` [steps - 1] without the first."""
+    result = logits.clone()
+    for group in groups.unique():
+        members = groups == group
+        result[1:][members] = logits[1:][members].mean(0)
+    return result
+
+
+def _threshold(router: Router, logits: Tensor, budget: float) -> Tensor:
+    return logits >= router.price(budget, logits)

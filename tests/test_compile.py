@@ -1,0 +1,92 @@
+"""torch.compile: one graph for each different set of nodes, and schedules with few of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import NUM_STEPS, TinyPipeline, build_pipeline
+from torch._dynamo.testing import CompileCounter
+from training_fixtures import BUDGET
+
+from hgc_learn import patterns
+from hgc_learn.inference import apply_schedule
+from hgc_learn.plan import compile_plan
+from hgc_learn.setting import Setting
+from hgc_learn.training import RouterModule
+
+ROWS = {"unet:guidance": "CC----", "unet.up_blocks.1.attentions.0:out": "C-C-C-"}
+
+
+def num_graphs(tiny: TinyPipeline, rows: dict[str, str]) -> int:
+    """By the definition: different sets of nodes and sizes of batch, model by model."""
+    handle = apply_schedule(tiny.pipe, tiny.schedule(rows))
+    graph, guidance = handle.runtime.graph, handle.runtime.graph.guidance
+    given = {*graph.residuals, guidance}
+    found = set()
+    for step in handle.plan.steps:
+        for model in handle.runtime.models:
+            run = tuple(name for name in step.run if graph.nodes[name].model == model and name not in given)
+            if run:
+                found.add((model, run, step.is_half))
+    return len(found)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def test_one_graph_per_pattern_and_the_same_latents() -> None:
+    tiny = build_pipeline("small")
+    expected_graphs = num_graphs(tiny, ROWS)
+    handle = apply_schedule(tiny.pipe, tiny.schedule(ROWS))
+    eager = tiny()
+    counter = CompileCounter()
+    handle.compile(backend=counter, fullgraph=True)
+    assert torch.equal(tiny(), eager)
+    assert torch.equal(tiny(), eager)
+    assert counter.frame_count == expected_graphs
+    assert expected_graphs <= 2 * handle.stats()["num_patterns"]
+
+
+def test_more_patterns_than_torch_recompiles_one_function() -> None:
+    tiny = build_pipeline("small")
+    rows = {"unet.up_blocks.0.resnets.0:out": "CC-CCC", "unet.up_blocks.1.resnets.0:out": "CCC-CC"}
+    handle = apply_schedule(tiny.pipe, tiny.schedule(rows))
+    eager, counter = tiny(), CompileCounter()
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        handle.compile(backend=counter, fullgraph=True)
+        assert torch.equal(tiny(), eager)
+    assert counter.frame_count == num_graphs(tiny, rows) > 3
+
+
+def test_regional_compilation_is_one_graph_per_kind_of_block() -> None:
+    tiny = build_pipeline("sd15")
+    rows = {"unet.up_blocks.2.attentions.1:out": "C-C-C-", "unet.mid_block.resnets.0:out": "CC-C-C"}
+    apply_schedule(tiny.pipe, tiny.schedule(rows))
+    eager, counter = tiny(), CompileCounter()
+    tiny.pipe.unet.compile_repeated_blocks(backend=counter, fullgraph=True)
+    assert (tiny() - eager).norm() < 1e-5 * eager.norm()
+    first = counter.frame_count
+    tiny()
+    assert 0 < first == counter.frame_count < NUM_STEPS
+
+
+@pytest.mark.parametrize("max_patterns", [2, 3, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_patterns_are_capped_within_the_budget(module: RouterModule, max_patterns: int, seed: int) -> None:
+    router = module.router
+    generator = torch.Generator().manual_seed(seed)
+    router.logits.data.copy_(torch.randn(router.logits.shape, generator=generator))
+    assert patterns.count(router, patterns.threshold(router, BUDGET)) > 3
+    schedule = patterns.threshold(router, BUDGET, max_patterns)
+    assert patterns.count(router, schedule) <= max_patterns
+    assert BUDGET - 0.3 < router.kept(schedule.compute) <= BUDGET
+    setting: Setting = module.setting
+    rows = {site: row for site, row in module.draft(schedule).sites.items() if set(row) != {"C"}}
+    assert compile_plan(setting.graph, rows, setting.num_steps).num_patterns() <= max_patterns
+
+
+def test_an_impossible_cap_is_refused(module: RouterModule) -> None:
+    with pytest.raises(ValueError, match="max_patterns is 1; it must be at least 2"):
+        patterns.threshold(module.router, BUDGET, 1)
