@@ -135,7 +135,7 @@ class RoutedForwards:
             raise ValueError(_foreign(f"The {model}, at step {step} of {self.num_steps},"))
         if model == "unet" and step == self.first_step and self.is_guided:
             _check_halves(sample)
-        signature = _Signature((sample.shape, sample.dtype, sample.device, inputs, self.settings.read()))
+        signature = _Signature((sample.shape, sample.dtype, sample.device, inputs), self.settings.read())
         if model in self.seen and not signature.equals(self.seen[model]):
             if model == "unet" and step not in self.refreshed and len(self.models) > 1:
                 self.timesteps = None
@@ -344,27 +344,41 @@ class _Settings:
         self.adapted = [m for m in modules if hasattr(m, "merged_adapters")]
         self.blocks = [m for m in modules if hasattr(m, "resolution_idx")]
 
-    def read(self) -> list[Any]:
-        return [
-            [(m.processor, getattr(m.processor, "scale", None)) for m in self.attentions],
-            [(m.scaling, m.active_adapters, m.merged_adapters, m.disable_adapters) for m in self.adapted],
-            [[getattr(m, name, None) for name in _FREEU] for m in self.blocks],
-            [list(getattr(m, "peft_config", ())) for m in self.models],
-        ]
+    def read(self) -> tuple[Any, ...]:
+        """At every model call, so in plain values: what may be changed in place is copied."""
+        processors = [m.processor for m in self.attentions]
+        scales = [getattr(processor, "scale", None) for processor in processors]
+        return (
+            processors,
+            [tuple(scale) if isinstance(scale, list) else scale for scale in scales],
+            [
+                (dict(m.scaling), tuple(m.active_adapters), tuple(m.merged_adapters), m.disable_adapters)
+                for m in self.adapted
+            ],
+            [getattr(m, name, None) for m in self.blocks for name in _FREEU],
+            [tuple(getattr(m, "peft_config", ())) for m in self.models],
+        )
 
 
 class _Signature:
     """Identity of everything that must stay the same for kept tensors to be right. Tensors are compared by memory
     and version, not by value, so that nothing is read from the device; they are held so that no other tensor can
-    take their place in memory. Those made in inference mode have no version, so of them the values are compared."""
+    take their place in memory. Those made in inference mode have no version, so of them the values are compared.
 
-    def __init__(self, inputs: Any):
+    Args:
+        inputs: what a model is called with, nested.
+        settings: compared as they are.
+    """
+
+    def __init__(self, inputs: Any, settings: tuple[Any, ...]):
+        self.settings = settings
         self.held: list[Tensor] = []
         self.copies: list[Tensor] = []
         self.key = self._key(inputs)
 
     def equals(self, other: _Signature) -> bool:
-        return self.key == other.key and all(map(torch.equal, self.copies, other.copies))
+        is_same = self.key == other.key and self.settings == other.settings
+        return is_same and all(map(torch.equal, self.copies, other.copies))
 
     def _key(self, value: Any) -> Any:
         if isinstance(value, Tensor):
