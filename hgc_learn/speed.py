@@ -38,13 +38,11 @@ class Once:
 
 
 def measure_once(run: Callable[[], object], candidate: Candidate, device: torch.device) -> Once:
-    """Runs twice; that warms up, too."""
+    """In one run, which warms up, too."""
     with candidate() as handle:
         with _watched_cache(handle) as kept, _counter() as counter:
-            run()
+            peak_bytes = _peak_memory(run, device)
         predicted = 0 if handle is None else handle.stats()["cache_bytes"]
-    with candidate():
-        peak_bytes = _peak_memory(run, device)
     return Once(counter.get_total_flops() // 2, peak_bytes, max(kept, default=0), predicted)
 
 
