@@ -13,30 +13,57 @@ import platform
 import resource
 import tempfile
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UniPCMultistepScheduler
-from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from hgc_learn.architectures import build_architecture
-from hgc_learn.demo.teacher import build_tokenizer, build_vae
+from hgc_learn.demo.teacher import build_tokenizer
 from hgc_learn.objectives import Rollout
+from hgc_learn.random_pipeline import random_pipeline
 from hgc_learn.rollout import SamplingConfig
 from hgc_learn.training import RouterModule
 
 
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make while it is entered, and that are not freed yet: what an
+    allocator without waste would need besides the weights, on any device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, int] = {}
+        self.num_bytes = self.peak_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in before and id(storage) not in self.held:
+                    self.held[id(storage)] = storage.nbytes()
+                    self.num_bytes += storage.nbytes()
+                    weakref.finalize(storage, self._freed, id(storage))
+        self.peak_bytes = max(self.peak_bytes, self.num_bytes)
+        return outputs
+
+    def _freed(self, key: int) -> None:
+        self.num_bytes -= self.held.pop(key)
+
+
 def save_random_pipeline(folder: Path, arch: str, dtype: torch.dtype) -> None:
-    """A pipeline folder of an architecture with a ControlNet, with random weights."""
-    architecture = build_architecture(arch)
+    """A pipeline folder of an architecture of SD1.5's kind with a ControlNet, with random weights."""
+    pipe = random_pipeline(arch, dtype, torch.device("cpu"))
     tokenizer = build_tokenizer()
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=architecture.unet.config.cross_attention_dim,
+            hidden_size=pipe.unet.config.cross_attention_dim,
             num_hidden_layers=1,
             max_position_embeddings=77,
             bos_token_id=tokenizer.bos_token_id,
@@ -44,32 +71,8 @@ def save_random_pipeline(folder: Path, arch: str, dtype: torch.dtype) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    assert isinstance(architecture.controlnet, ControlNetModel)
-    unet, controlnet = (
-        randomized(model.to_empty(device="cpu").to(dtype)) for model in (architecture.unet, architecture.controlnet)
-    )
-    StableDiffusionControlNetPipeline(
-        vae=build_vae((8, 8, 8, 8)).to(dtype),
-        text_encoder=text_encoder.to(dtype),
-        tokenizer=tokenizer,
-        unet=unet,
-        controlnet=controlnet,
-        scheduler=UniPCMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-
-
-@torch.no_grad()
-def randomized(model: nn.Module) -> Any:
-    """Small normal weights, so that nothing overflows."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=0.5 * parameter[0].numel() ** -0.5)
-        else:
-            parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return model
+    pipe.register_modules(text_encoder=text_encoder.to(dtype), tokenizer=tokenizer)
+    pipe.save_pretrained(folder)
 
 
 def measure(folder: Path, args: argparse.Namespace, num_steps: int) -> dict[str, Any]:
@@ -98,7 +101,8 @@ def measure(folder: Path, args: argparse.Namespace, num_steps: int) -> dict[str,
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.monotonic()
-    logs = objective.gradients(module, batch, budget)
+    with LiveTensors() as tensors:
+        logs = objective.gradients(module, batch, budget)
     kept = float(logs["sampled_macs"])
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -118,6 +122,7 @@ def measure(folder: Path, args: argparse.Namespace, num_steps: int) -> dict[str,
         "teacher_seconds": round(teacher_seconds, 1),
         "update_seconds": round(time.monotonic() - start, 1),
         "weights_gib": round(weights / 2**30, 3),
+        "tensors_gib": round((weights + tensors.peak_bytes) / 2**30, 3),
         "peak_gib": round(peak / 2**30, 3),
     }
 
