@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from hgc_learn.architectures import build_architecture
 from hgc_learn.demo.teacher import build_tokenizer
 from hgc_learn.objectives import Rollout
 from hgc_learn.random_pipeline import random_pipeline
@@ -58,7 +59,7 @@ class LiveTensors(TorchDispatchMode):
 
 def save_random_pipeline(folder: Path, arch: str, dtype: torch.dtype) -> None:
     """A pipeline folder of an architecture of SD1.5's kind with a ControlNet, with random weights."""
-    pipe = random_pipeline(arch, dtype, torch.device("cpu"))
+    pipe = random_pipeline(build_architecture(arch), dtype, torch.device("cpu"))
     tokenizer = build_tokenizer()
     text_encoder = CLIPTextModel(
         CLIPTextConfig(

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
-    ControlNetModel,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
@@ -16,26 +15,25 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from hgc_learn.architectures import build_architecture
+from hgc_learn.architectures import Architecture
 from hgc_learn.graph import controlnet_list
 
 
-def random_pipeline(arch: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """A pipeline of one of `hgc_learn.architectures.ARCHITECTURES` without text encoders, and with a VAE of a few
-    channels: call it by `random_arguments`.
-
-    Raises:
-        ValueError: an unknown architecture.
-    """
-    architecture = build_architecture(arch)
+def random_pipeline(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Any:
+    """A pipeline of an architecture (on the meta device, as `hgc_learn.architectures` builds them) without text
+    encoders, and with a VAE of a few channels: call it by `random_arguments`."""
     nets = controlnet_list(architecture.controlnet)
-    unet, *controlnets = (randomized(model.to_empty(device=device).to(dtype)) for model in (architecture.unet, *nets))
+    # The models' own `to` warns of layers that pretrained weights need in float32.
+    models = [nn.Module.to(model.to_empty(device=device), dtype) for model in (architecture.unet, *nets)]
+    unet, *controlnets = map(randomized, models)
+    num_levels = architecture.vae_scale_factor.bit_length()
     vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
+        block_out_channels=(8,) * num_levels,
         norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    ).to(device, dtype)
+        down_block_types=("DownEncoderBlock2D",) * num_levels,
+        up_block_types=("UpDecoderBlock2D",) * num_levels,
+    )
+    nn.Module.to(vae, device, dtype)
     scheduler = UniPCMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     parts: dict[str, Any] = {
         "vae": vae,
@@ -46,7 +44,7 @@ def random_pipeline(arch: str, dtype: torch.dtype, device: torch.device) -> Any:
         "feature_extractor": None,
     }
     if controlnets:
-        parts["controlnet"] = controlnets[0]
+        parts["controlnet"] = controlnets[0] if len(controlnets) == 1 else controlnets
     kind: Any
     if unet.config.addition_embed_type == "text_time":
         kind = StableDiffusionXLControlNetPipeline if controlnets else StableDiffusionXLPipeline
@@ -86,11 +84,13 @@ def random_arguments(pipe: Any, *, size: int, num_inference_steps: int, guidance
         "width": size,
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
-        "latents": random(4, size // pipe.vae_scale_factor, size // pipe.vae_scale_factor),
+        "latents": random(pipe.unet.config.in_channels, size // pipe.vae_scale_factor, size // pipe.vae_scale_factor),
         "output_type": "latent",
     }
-    if isinstance(getattr(pipe, "controlnet", None), ControlNetModel):
-        arguments["image"] = torch.rand(1, 3, size, size, generator=generator)
+    nets = controlnet_list(getattr(pipe, "controlnet", None))
+    if nets:
+        image = torch.rand(1, 3, size, size, generator=generator)
+        arguments["image"] = image if len(nets) == 1 else [image] * len(nets)
     if pipe.unet.config.addition_embed_type == "text_time":
         pooled = pipe.unet.config.projection_class_embeddings_input_dim - 6 * pipe.unet.config.addition_time_embed_dim
         arguments |= {"pooled_prompt_embeds": random(pooled), "negative_pooled_prompt_embeds": random(pooled)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import platform
 import time
@@ -92,7 +93,34 @@ def read_rows(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
 
 
 def save_rows(path: Path, rows: dict[tuple[Any, ...], dict[str, Any]]) -> None:
+    """And beside it, ending in .md, the table of them."""
     write_atomically(path, (json.dumps([*rows.values()], indent=1) + "\n").encode())
+    write_atomically(path.with_suffix(".md"), (markdown([*rows.values()]) + "\n").encode())
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A table per setting: medians, with 95 % intervals where runs were repeated."""
+    parts = []
+    for setting, group in itertools.groupby(rows, lambda row: tuple(row[name] for name in SETTING[:-1])):
+        machine, arch, size, dtype, steps, guidance_scale = setting
+        parts += [f"{arch}, {size} px, {steps} steps, guidance scale {guidance_scale:g}, {dtype}. {machine}.", ""]
+        parts += [
+            "| schedule | rounds | fewer MACs | faster | efficiency | peak memory | cache, MB: planned, measured |"
+        ]
+        parts += ["|---|---|---|---|---|---|---|"]
+        for row in group:
+            cache = f"{row['predicted_cache_bytes'] / 1e6:.1f}, {row['cache_bytes'] / 1e6:.1f}"
+            parts.append(
+                f"| `{row['schedule']}` | {len(row['pairs'])} | {row['macs_ratio']:.2f}x | {_shown(row, 'speedup')}x | "
+                f"{_shown(row, 'efficiency')} | {row['peak_memory_ratio']:.3f}x | {cache} |"
+            )
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
+def _shown(row: dict[str, Any], name: str) -> str:
+    low, high = row[f"{name}_interval"]
+    return f"{row[name]:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def machine(device: torch.device) -> str:

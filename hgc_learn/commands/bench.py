@@ -31,11 +31,19 @@ PEERS = {"DeepCache package I3B0": (3, 0)}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--arch", default="sd15-controlnet", metavar="NAME", help="a well-known architecture (default %(default)s)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--arch", metavar="NAME", help="a well-known architecture: sd15-controlnet, sdxl, ...")
+    source.add_argument("--model", metavar="DIR", help="folder of a diffusers pipeline; only its configs are read")
     add("--size", type=int, default=512, help="of the square image, in pixels (default %(default)s)")
     add("--steps", type=int, default=DEFAULT_STEPS, help="UniPC steps (default %(default)s)")
     add("--guidance_scale", type=finite, default=DEFAULT_GUIDANCE_SCALE, help="1 or less: none (default %(default)s)")
-    add("--policy", action="append", default=[], metavar="NAME[:KNOB=VALUE,...]", help="a policy's schedule; repeat")
+    add(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="NAME[:KNOB=VALUE,...]",
+        help="a policy's schedule; or all-compute, what the runtime itself costs; or exact-savings; repeat",
+    )
     add(
         "--schedule",
         action="append",
@@ -55,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
     from rich.progress import track
 
     from hgc_learn import speed
+    from hgc_learn.architectures import build_architecture, load_architecture
     from hgc_learn.random_pipeline import random_arguments, random_pipeline
     from hgc_learn.rollout import SamplingConfig
     from hgc_learn.setting import Setting
@@ -62,14 +71,15 @@ def run(args: argparse.Namespace) -> None:
     if args.rounds < 1 or args.steps < 2:
         raise ValueError(f"--rounds is {args.rounds} and --steps {args.steps}; at least 1 and 2 are needed.")
     device = torch.device(args.device)
-    pipe = random_pipeline(args.arch, getattr(torch, args.dtype), device)
+    architecture = build_architecture(args.arch) if args.arch else load_architecture(args.model)
+    pipe = random_pipeline(architecture, getattr(torch, args.dtype), device)
     if args.size < 1 or args.size % (8 * pipe.vae_scale_factor):
         raise ValueError(f"--size is {args.size}; it must be a multiple of {8 * pipe.vae_scale_factor}.")
     call = random_arguments(pipe, size=args.size, num_inference_steps=args.steps, guidance_scale=args.guidance_scale)
     sampling = SamplingConfig(args.steps, args.guidance_scale, args.size, args.size)
     setting = Setting.of_pipeline(pipe, sampling)
     candidates = _candidates(pipe, setting, args)
-    common = {"machine": speed.machine(device), "arch": args.arch, "size": args.size, "dtype": args.dtype}
+    common = {"machine": speed.machine(device), "arch": args.arch or args.model, "size": args.size, "dtype": args.dtype}
     common |= {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     rows = speed.read_rows(args.output)
 
@@ -93,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
                 pairs[name].append((plain_seconds, seconds[name]))
                 rows[keys[name]] = speed.row(about[name], of_plain, once[name], pairs[name])
             speed.save_rows(args.output, rows)
-    print(_table([rows[key] for key in keys.values()]))
+    print(speed.markdown([rows[key] for key in keys.values()]))
 
 
 def _in_pairs(names: Iterable[str]) -> Iterator[list[str]]:
@@ -109,12 +119,16 @@ def _candidates(pipe: Any, setting: Setting, args: argparse.Namespace) -> dict[s
     from hgc_learn.setting import Draft
 
     computes = setting.schedule(Draft({}), policy="all-compute", settings={})
-    found: dict[str, Candidate] = {
+    special: dict[str, Candidate] = {
         "all-compute": partial(apply_schedule, pipe, computes, exact_savings=False),
-        "exact savings": partial(apply_exact_savings, pipe),
+        "exact-savings": partial(apply_exact_savings, pipe),
     }
+    found: dict[str, Candidate] = {}
     for spec in args.policy:
         name, _, knobs = spec.partition(":")
+        if spec in special:
+            found[spec] = special[spec]
+            continue
         if name not in POLICIES:
             raise ValueError(f"--policy: there is no policy {name!r}; there are {', '.join(sorted(POLICIES))}.")
         found[spec] = partial(apply_schedule, pipe, POLICIES[name].schedule(setting, **_knobs(spec, knobs)))
@@ -123,7 +137,7 @@ def _candidates(pipe: Any, setting: Setting, args: argparse.Namespace) -> dict[s
     if args.peers:
         for name, (interval, branch) in PEERS.items():
             found[name] = partial(_by_deepcache_package, pipe, interval, branch)
-    return found
+    return found or special
 
 
 def _knobs(spec: str, text: str) -> dict[str, Any]:
@@ -182,17 +196,3 @@ def _by_deepcache_package(pipe: Any, interval: int, branch: int) -> Iterator[Non
         helper.disable()
         for module in (pipe.unet, *pipe.unet.modules()):  # the package leaves its own behind
             module.__dict__.pop("forward", None)
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'schedule':<44}{'MACs':>8}{'speedup':>24}{'efficiency':>24}{'memory':>8}"]
-    for row in rows:
-        figures = [
-            f"{row[n]:.3f} [{row[n + '_interval'][0]:.3f}, {row[n + '_interval'][1]:.3f}]"
-            for n in ("speedup", "efficiency")
-        ]
-        lines.append(
-            f"{row['schedule']:<44}{row['macs_ratio']:>7.2f}x{figures[0]:>24}{figures[1]:>24}"
-            f"{row['peak_memory_ratio']:>7.3f}x"
-        )
-    return "\n".join(lines)

@@ -1,0 +1,68 @@
+"""`hgc_learn bench`: what it measures of real runs, and the tables made of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hgc_learn import speed
+from hgc_learn.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+TEACHER = ROOT / "hgc_learn/demo/teacher"
+FIGURES = sorted((ROOT / "benchmarks/speed").glob("*.json"))
+
+
+def bench(output: Path, *arguments: str) -> dict[str, dict]:
+    assert main(["bench", "--model", str(TEACHER), "--size", "64", "--output", str(output), *arguments]) == 0
+    return {row["schedule"]: row for row in json.loads(output.read_text())}
+
+
+def test_rows_of_policies_files_and_peers(tmp_path: Path) -> None:
+    pytest.importorskip("DeepCache")
+    rule, file = "deepcache:interval=2,control=fresh", tmp_path / "uniform.json"
+    assert main(["schedule", "uniform", "--model", str(TEACHER), "--steps", "4", "--output", str(file)]) == 0
+    more = ["--steps", "4", "--policy", "all-compute", "--policy", rule, "--schedule", str(file), "--peers"]
+    more += ["--rounds", "1"]
+    rows = bench(tmp_path / "speed.json", *more)
+    assert list(rows) == ["all-compute", rule, "uniform.json", "DeepCache package I3B0"]
+    assert rows["uniform.json"]["macs_ratio"] > 1.3
+    computes, cached = rows["all-compute"], rows[rule]
+    assert computes["macs_ratio"] == 1
+    assert computes["overhead"] == pytest.approx(1 / computes["speedup"] - 1, abs=1e-3)
+    assert cached["macs_ratio"] > 1.3
+    assert cached["efficiency"] == pytest.approx(cached["speedup"] / cached["macs_ratio"], abs=1e-3)
+    assert cached["predicted_cache_bytes"] == cached["cache_bytes"] > 0
+    assert len(cached["pairs"]) == 1
+    again = bench(tmp_path / "speed.json", *more)
+    assert len(again[rule]["pairs"]) == 2
+    assert again[rule]["pairs"][0] == cached["pairs"][0]
+    assert f"| `{rule}` | 2 |" in (tmp_path / "speed.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy", "nonsense"], "there is no policy 'nonsense'"),
+        (["--policy", "deepcache:interval"], "is not KNOB=VALUE"),
+        (["--rounds", "0"], "--rounds is 0"),
+        (["--size", "50"], "must be a multiple of"),
+        (["--schedule", str(ROOT / "examples/demo_schedule.json"), "--steps", "3"], "say --steps accordingly"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "speed.json")
+    assert main(["bench", "--model", str(TEACHER), "--size", "64", "--output", output, *arguments]) != 0
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
+def test_committed_tables_are_made_of_the_committed_figures(path: Path) -> None:
+    rows = [*speed.read_rows(path).values()]
+    assert path.with_suffix(".md").read_text() == speed.markdown(rows) + "\n"
