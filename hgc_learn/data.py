@@ -86,26 +86,8 @@ class ControlDataModule(L.LightningDataModule):
     def _read(self, split: str, num_rows: int) -> Any:
         """`num_rows` rows of a split or more, with the columns that are used."""
         hp = self.hparams
-        name = hp["dataset"]
-        columns = _columns(hp)
-        try:
-            rows = _load(name, split, hp["streaming"])
-            names = rows.column_names or []
-            for column in columns:
-                if column not in names:
-                    raise ValueError(
-                        f"there is no column {column!r}, only {', '.join(names)}; set conditioning_image_column, "
-                        "image_column and text_column, or condition: canny to make control images from photographs"
-                    )
-            rows = rows.select_columns(columns).cast_column(columns[0], datasets.Image())
-            rows = list(rows.take(num_rows)) if hp["streaming"] else rows
-        except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f"{name}, split {split!r}: {' '.join(str(error).split())}") from None
-        if not len(rows):
-            raise ValueError(f"{name}, split {split!r}: it is empty; set train_split and val_split.")
-        if len(rows) < num_rows:
-            raise ValueError(f"{name}, split {split!r}: has {len(rows)} rows, num_train + num_val asks for {num_rows}.")
-        return rows
+        picture, text = _columns(hp)
+        return read_rows(hp["dataset"], split, [picture], text, num_rows, streaming=hp["streaming"])
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         return _TrainLoader(self.train_data, self.hparams["batch_size"], self)
@@ -117,6 +99,41 @@ class ControlDataModule(L.LightningDataModule):
 def _columns(hparams: Any) -> list[str]:
     """Of the picture and of the prompt."""
     return [hparams["image_column" if hparams["condition"] else "conditioning_image_column"], hparams["text_column"]]
+
+
+def read_rows(
+    name: str, split: str, picture_columns: Sequence[str], text_column: str, num_rows: int, *, streaming: bool = False
+) -> Any:
+    """`num_rows` rows of a split or more, with these columns.
+
+    Args:
+        name: folder of pictures with `metadata.jsonl`, folder of parquet files, or id on the hub.
+        split: of it; a slice, such as `train[:80%]`, if not streaming.
+
+    Raises:
+        ValueError: they cannot be read, or are too few; in one line that says what to do.
+    """
+    columns = [*picture_columns, text_column]
+    try:
+        rows = _load(name, split, streaming)
+        names = rows.column_names or []
+        for column in columns:
+            if column not in names:
+                raise ValueError(
+                    f"there is no column {column!r}, only {', '.join(names)}; set conditioning_image_column, "
+                    "image_column and text_column, or condition: canny to make control images from photographs"
+                )
+        rows = rows.select_columns(columns)
+        for column in picture_columns:
+            rows = rows.cast_column(column, datasets.Image())
+        rows = list(rows.take(num_rows)) if streaming else rows
+    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{name}, split {split!r}: {' '.join(str(error).split())}") from None
+    if not len(rows):
+        raise ValueError(f"{name}, split {split!r}: it is empty; set train_split and val_split.")
+    if len(rows) < num_rows:
+        raise ValueError(f"{name}, split {split!r}: has {len(rows)} rows, num_train + num_val asks for {num_rows}.")
+    return rows
 
 
 def _load(name: str, split: str, streaming: bool) -> Any:
@@ -148,7 +165,7 @@ class _Samples(Dataset[dict[str, Any]]):
         picture, text = self._row(index)
         picture = self.processor.resize(picture.convert("RGB"), hp["height"], hp["width"])
         if hp["condition"] == "canny":
-            picture = _canny(picture)
+            picture = canny(picture)
         seed = self.seed + index
         is_dropped = random.Random(f"prompt {seed}").random() < self.prompt_dropout
         return {
@@ -160,15 +177,9 @@ class _Samples(Dataset[dict[str, Any]]):
     def _row(self, index: int) -> tuple[Image.Image, str]:
         """The picture and the prompt, checked."""
         hp = self.hparams
+        picture_column, text_column = _columns(hp)
         where = f"{hp['dataset']}, row {index}"
-        try:
-            picture, text = (self.rows[index][column] for column in _columns(hp))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{where}: its picture cannot be read ({error}). Mend or remove it.") from None
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: {hp['text_column']} is {type(text).__name__}, not a text.")
-        if picture is None:
-            raise ValueError(f"{where}: it has no picture. Add or remove it.")
+        (picture,), text = read_row(self.rows, index, [picture_column], text_column, where)
         distortion = picture.width / picture.height * hp["height"] / hp["width"]
         if not 1 / MAX_DISTORTION <= distortion <= MAX_DISTORTION:
             raise ValueError(
@@ -178,7 +189,27 @@ class _Samples(Dataset[dict[str, Any]]):
         return picture, text
 
 
-def _canny(picture: Image.Image) -> Image.Image:
+def read_row(
+    rows: Any, index: int, picture_columns: Sequence[str], text_column: str, where: str
+) -> tuple[list[Image.Image], str]:
+    """Pictures and prompt of a row of `read_rows`.
+
+    Raises:
+        ValueError: one of them is missing or cannot be read; the message starts with `where`.
+    """
+    try:
+        row = rows[index]
+        pictures, text = [row[column] for column in picture_columns], row[text_column]
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{where}: its picture cannot be read ({error}). Mend or remove it.") from None
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: {text_column} is {type(text).__name__}, not a text.")
+    if None in pictures:
+        raise ValueError(f"{where}: it has no picture. Add or remove it.")
+    return pictures, text
+
+
+def canny(picture: Image.Image) -> Image.Image:
     """White edges on black, with the thresholds that ControlNets are trained with."""
     try:
         import cv2

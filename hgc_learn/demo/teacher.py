@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,12 +16,15 @@ from diffusers import (
 )
 from tokenizers import Tokenizer as BpeTokenizer
 from tokenizers import models, trainers
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hgc_learn.demo.scenes import COLORS, CONNECTIVES, IMAGE_SIZE, KINDS, TEMPLATES
 
 TEACHER_DIR = Path(__file__).parent / "teacher"
+SCENE_WORDS = sorted({*KINDS, *COLORS, *CONNECTIVES, "an", *" ".join(TEMPLATES).replace("{}", "").split()})
+SCENE_ALPHABET = [*"abcdefghijklmnopqrstuvwxyz", ","]
 MAX_TOKENS = 16  # the longest caption has 14 words and commas, plus start and end
 HIDDEN_SIZE = 64  # of the text encoder
 LATENT_CHANNELS = 4
@@ -40,21 +43,36 @@ ZERO_CONVOLUTION_STD = 0.05
 GUIDANCE_SCALE = 7.5  # as for SD1.5; lower values obey as well but hardly bend the sampler's path
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the captions is one token; other words fall apart into letters."""
-    words = sorted({*KINDS, *COLORS, *CONNECTIVES, "an", *" ".join(TEMPLATES).replace("{}", "").split()})
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+def build_tokenizer(
+    words: Iterable[str] = SCENE_WORDS, alphabet: Sequence[str] = SCENE_ALPHABET, max_tokens: int = MAX_TOKENS
+) -> CLIPTokenizer:
+    """A CLIP tokenizer in which every one of `words` is one token; other words fall apart into letters of the
+    `alphabet`."""
     bpe = BpeTokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
     trainer = trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=1, initial_alphabet=[*letters, ","], end_of_word_suffix="</w>",
+        vocab_size=10_000, min_frequency=1, initial_alphabet=[*alphabet], end_of_word_suffix="</w>",
         continuing_subword_prefix="", show_progress=False,
     )  # fmt: skip
-    bpe.train_from_iterator([*words, *letters, ","], trainer)
+    bpe.train_from_iterator([*words, *alphabet], trainer)
     merges = [tuple(merge) for merge in _merges(bpe)]
     vocabulary = sorted(bpe.get_vocab(), key=lambda token: (len(token), token))
-    vocabulary += [letter for letter in (f"{letter}</w>" for letter in letters) if letter not in vocabulary]
+    known = set(vocabulary)
+    vocabulary += [f"{letter}</w>" for letter in alphabet if f"{letter}</w>" not in known]
     ids = {token: index for index, token in enumerate([*vocabulary, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=max_tokens)
+
+
+def build_caption_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer in which every word of the captions is one token and the longest caption fits, up to CLIP's own
+    77 tokens."""
+    alphabet = sorted(ByteLevel.alphabet())
+    rules = build_tokenizer([], alphabet).backend_tokenizer
+    parts = [
+        [word for word, _ in rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(caption))]
+        for caption in captions
+    ]
+    max_tokens = min(77, 2 + max(map(len, parts)))  # with start and end
+    return build_tokenizer(sorted({word for words in parts for word in words}), alphabet, max_tokens)
 
 
 def _merges(bpe: BpeTokenizer) -> Iterable[list[str]]:
@@ -72,7 +90,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             projection_dim=HIDDEN_SIZE,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
+            max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -148,7 +166,7 @@ def build_pipeline(
     unet: UNet2DConditionModel,
     controlnet: ControlNetModel,
 ) -> StableDiffusionControlNetPipeline:
-    """Put the parts together, without a safety checker (the teacher only draws geometric figures)."""
+    """Put the parts together, without a safety checker (the teacher draws only what its few training pictures show)."""
     return StableDiffusionControlNetPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -163,9 +181,9 @@ def build_pipeline(
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """Token ids of the captions, padded: int64 [len(captions), MAX_TOKENS]."""
+    """Token ids of the captions, padded: int64 [len(captions), tokenizer.model_max_length]."""
     return tokenizer(
-        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     ).input_ids
 
 

@@ -98,10 +98,12 @@ def encode_training_scenes(folder: Path, vae: AutoencoderKL, batch_size: int = 6
 
 
 class PictureDataset(Dataset[torch.Tensor]):
-    """Drawn pictures, float32 [3, 64, 64] in [-1, 1], mirrored and turned at random: eight times as many."""
+    """Drawn pictures, float32 [3, 64, 64] in [-1, 1], mirrored at random and, where `turned`, turned: scenes have no
+    top."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, turned: bool = True) -> None:
         self.images = np.load(folder / "images.npy", mmap_mode="r")
+        self.turned = turned
 
     def __len__(self) -> int:
         return len(self.images)
@@ -109,22 +111,25 @@ class PictureDataset(Dataset[torch.Tensor]):
     def __getitem__(self, index: int) -> torch.Tensor:
         picture = torch.from_numpy(self.images[index].copy()).permute(2, 0, 1).float() / 127.5 - 1
         turn, mirror = torch.randint(4, ()).item(), torch.randint(2, ()).item()
-        picture = torch.rot90(picture, int(turn), (1, 2))
+        if self.turned:
+            picture = torch.rot90(picture, int(turn), (1, 2))
         return picture.flip(2) if mirror else picture
 
 
 class LatentDataset(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
-    """Scaled latents float32 [4, 16, 16], label maps uint8 [64, 64] and token ids int64 [MAX_TOKENS].
+    """Scaled latents float32 [4, 16, 16], controls uint8 (label maps [64, 64] or pictures [64, 64, 3]) and token ids
+    int64 [max_tokens].
 
     Args:
         folder: of :func:`encode_training_scenes`.
-        token_ids: of all captions, int64 [N, MAX_TOKENS].
+        controls: name of the file of the controls, `label_maps` or `controls`.
+        token_ids: of all captions, int64 [N, max_tokens].
         scaling_factor: of the VAE.
     """
 
-    def __init__(self, folder: Path, token_ids: torch.Tensor, scaling_factor: float) -> None:
+    def __init__(self, folder: Path, controls: str, token_ids: torch.Tensor, scaling_factor: float) -> None:
         self.latents = np.load(folder / "latents.npy", mmap_mode="r")
-        self.label_maps = np.load(folder / "label_maps.npy", mmap_mode="r")
+        self.controls = np.load(folder / f"{controls}.npy", mmap_mode="r")
         self.token_ids = token_ids
         self.scaling_factor = scaling_factor
 
@@ -133,4 +138,4 @@ class LatentDataset(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         latents = torch.from_numpy(self.latents[index].astype(np.float32)) * self.scaling_factor
-        return latents, torch.from_numpy(self.label_maps[index].copy()), self.token_ids[index]
+        return latents, torch.from_numpy(self.controls[index].copy()), self.token_ids[index]

@@ -22,6 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
 from hgc_learn.demo.scenes import COLORS, KINDS, label_map_to_conditioning
 from hgc_learn.demo.teacher import SCHEDULER_CONFIG, build_pipeline, sample_pictures, tokenize
+from hgc_learn.evaluation import picture_psnr
 
 
 def warmup_stable_decay(step: int, *, num_steps: int, num_warmup_steps: int, decay_share: float) -> float:
@@ -95,6 +96,29 @@ class CaptionModule(_Stage):
         return loss
 
 
+class WordsModule(_Stage):
+    """Pretrains the text encoder on captions of any kind: at their end it must tell, linearly, which tokens they have.
+
+    Args:
+        text_encoder: trained in place.
+    """
+
+    learning_rate = 2e-3
+    decay_share = 0.5
+
+    def __init__(self, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.head = nn.Linear(text_encoder.config.hidden_size, text_encoder.config.vocab_size)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """`batch`: token ids, int64 [B, max_tokens]."""
+        logits = self.head(self.text_encoder(batch).pooler_output)
+        loss = F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits).scatter(1, batch, 1.0))
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+
 def _gradient_difference(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean absolute difference between the image gradients: blurred edges are what an L1 loss forgives."""
     error = prediction - target
@@ -111,7 +135,6 @@ class AutoencoderModule(_Stage):
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae = vae
-        self.control_miou = ControlMeanIoU()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """`batch`: pictures, float32 [B, 3, H, W] in [-1, 1]."""
@@ -124,11 +147,10 @@ class AutoencoderModule(_Stage):
         return loss + self.kl_weight * kl
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """`batch`: items of :class:`~hgc_learn.demo.scenes.SceneDataset`."""
+        """`batch`: `image`, pictures as in training."""
         reconstruction = self.vae.decode(self.vae.encode(batch["image"]).latent_dist.mean).sample
-        pictures = (reconstruction / 2 + 0.5).clamp(0, 1)
-        self.control_miou.update(pictures, batch["label_map"], batch["object_colors"])
-        self.log("control_miou", self.control_miou, prog_bar=True)
+        pictures, originals = ((values / 2 + 0.5).clamp(0, 1) for values in (reconstruction, batch["image"]))
+        self.log("val_psnr", picture_psnr(pictures, originals).mean(), batch_size=len(pictures), prog_bar=True)
 
 
 def _average(
@@ -175,12 +197,9 @@ class DenoiserModule(_Stage):
     learning_rate = 1e-3
     num_warmup_steps = 200
     decay_share = 0.28
-    num_validation_steps = 20
     # Timesteps are 1000 u^power, u uniform. A power below 1 favours the noisy end, where layout is decided.
     timestep_power = 0.85
-    # Objects cover a fifth of the picture but hold nearly all that can be controlled. Where a known map weights the
-    # error only the speed of learning changes; the best prediction at each place stays the same.
-    object_weight = 2.0
+    validation_timesteps = (100, 300, 500, 700, 900)
 
     empty_ids: Tensor
 
@@ -203,8 +222,6 @@ class DenoiserModule(_Stage):
         self.caption_dropout = caption_dropout
         self.noise_scheduler = DDPMScheduler(**SCHEDULER_CONFIG)
         self.register_buffer("empty_ids", tokenize(tokenizer, [""])[0], persistent=False)
-        self.control_miou = ControlMeanIoU()
-        self.color_accuracy = ColorAccuracy()
 
     def on_train_epoch_start(self) -> None:
         """Keep the frozen text encoder free of dropout."""
@@ -212,7 +229,7 @@ class DenoiserModule(_Stage):
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """`batch`: items of :class:`~hgc_learn.demo.teacher_data.LatentDataset`."""
-        latents, label_maps, token_ids = batch
+        latents, controls, token_ids = batch
         dropped = torch.rand(len(latents), 1, device=self.device) < self.caption_dropout
         with torch.no_grad():
             text = self.text_encoder(torch.where(dropped, self.empty_ids, token_ids)).last_hidden_state
@@ -222,13 +239,18 @@ class DenoiserModule(_Stage):
         noise = torch.randn_like(latents)
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
         target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
-        prediction = self.denoiser(noisy, timesteps, text, label_map_to_conditioning(label_maps))
+        prediction = self.denoiser(noisy, timesteps, text, self.conditioning(controls))
         errors = (prediction - target).pow(2).mean(1)
-        objects = F.adaptive_avg_pool2d((label_maps > 0).float(), errors.shape[1:])
-        weights = 1 + self.object_weight * objects
         self.log("loss", errors.mean(), prog_bar=True)
-        self.log("loss_objects", (objects * errors).sum() / objects.sum(), prog_bar=True)
-        return (weights * errors).sum() / weights.sum()
+        return self.weigh(errors, controls)
+
+    def conditioning(self, controls: Tensor) -> Tensor:
+        """Control pictures, uint8 [B, 64, 64, 3], as the ControlNet reads them: float32 [B, 3, 64, 64] in [0, 1]."""
+        return controls.permute(0, 3, 1, 2).float() / 255
+
+    def weigh(self, errors: Tensor, controls: Tensor) -> Tensor:
+        """The loss, from squared errors [B, 16, 16]: their mean."""
+        return errors.mean()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then update the average. Here, because checkpoints are written before `on_train_batch_end`."""
@@ -246,6 +268,51 @@ class DenoiserModule(_Stage):
             unet=denoiser.unet,
             controlnet=denoiser.controlnet,
         )
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """The averaged weights' loss with the control of the picture and with that control mirrored: the more the
+        second is above the first, the more the control says where things are.
+
+        `batch`: `image` [B, 3, 64, 64] in [-1, 1], `conditioning_image` [B, 3, 64, 64] in [0, 1], `text`, `seed`.
+        """
+        latents = self.vae.encode(batch["image"]).latent_dist.mean * self.vae.config.scaling_factor
+        text = self.text_encoder(tokenize(self.tokenizer, batch["text"]).to(self.device)).last_hidden_state
+        generators = [torch.Generator().manual_seed(seed) for seed in batch["seed"].tolist()]
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+        noise, given = noise.to(latents), batch["conditioning_image"]
+        for name, control in (("val_loss", given), ("val_loss_mirrored_control", given.flip(3))):
+            losses = []
+            for step in self.validation_timesteps:
+                timesteps = torch.full((len(latents),), step, device=self.device)
+                noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
+                target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
+                losses.append(F.mse_loss(self.averaged(noisy, timesteps, text, control), target))
+            self.log(name, torch.stack(losses).mean(), batch_size=len(latents), prog_bar=True)
+
+
+class SceneDenoiserModule(DenoiserModule):
+    """On drawn scenes: controls are label maps, objects weigh more, and pictures are made and judged."""
+
+    num_validation_steps = 20
+    # Objects cover a fifth of the picture but hold nearly all that can be controlled. Where a known map weights the
+    # error only the speed of learning changes; the best prediction at each place stays the same.
+    object_weight = 2.0
+
+    def __init__(self, unet: UNet2DConditionModel, controlnet: ControlNetModel, **options: Any) -> None:
+        super().__init__(unet, controlnet, **options)
+        self.control_miou = ControlMeanIoU()
+        self.color_accuracy = ColorAccuracy()
+
+    def conditioning(self, controls: Tensor) -> Tensor:
+        """Label maps, uint8 [B, 64, 64] -> float32 [B, 3, 64, 64] in [0, 1]."""
+        return label_map_to_conditioning(controls)
+
+    def weigh(self, errors: Tensor, controls: Tensor) -> Tensor:
+        """The mean in which objects weigh more."""
+        objects = F.adaptive_avg_pool2d((controls > 0).float(), errors.shape[-1])
+        weights = 1 + self.object_weight * objects
+        self.log("loss_objects", (objects * errors).sum() / objects.sum(), prog_bar=True)
+        return (weights * errors).sum() / weights.sum()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """`batch`: items of :class:`~hgc_learn.demo.scenes.SceneDataset`."""

@@ -1,7 +1,10 @@
 """Train the demonstration teacher from nothing: `python -m hgc_learn.demo.train_teacher --output DIR`.
 
-The stages, each resumable (interrupt with Ctrl-C, run the same command again): draw scenes, text encoder, VAE,
-encode scenes, UNet together with ControlNet. The pipeline folder is `DIR/pipeline`.
+With `--data FOLDER`, a small teacher on the photographs, control images and captions of an imagefolder instead.
+
+The stages, each resumable (interrupt with Ctrl-C, run the same command again): draw scenes or cut photographs, text
+encoder, VAE, encode the pictures, UNet together with ControlNet. The pipeline folder is `DIR/pipeline`; after every
+validation of the last stage it is in `DIR/pipeline-early`, and its pictures are in `DIR/pictures.png`.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionControlNetPipeline
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -23,25 +27,24 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from hgc_learn.demo.scenes import COLORS, KINDS, SceneDataset
+from hgc_learn.demo.material import Material, PhotographMaterial, SceneMaterial
+from hgc_learn.demo.photographs import Photographs
 from hgc_learn.demo.teacher import (
     BLOCK_CHANNELS,
+    GUIDANCE_SCALE,
     LAYERS_PER_BLOCK,
     build_controlnet,
     build_text_encoder,
-    build_tokenizer,
     build_unet,
     build_vae,
+    sample_pictures,
     tokenize,
 )
-from hgc_learn.demo.teacher_data import (
-    LatentDataset,
-    PictureDataset,
-    draw_training_scenes,
-    encode_training_scenes,
-    read_captions,
-)
-from hgc_learn.demo.teacher_modules import AutoencoderModule, CaptionModule, DenoiserModule
+from hgc_learn.demo.teacher_data import LatentDataset, PictureDataset, encode_training_scenes, read_captions
+from hgc_learn.demo.teacher_modules import AutoencoderModule, DenoiserModule
+from hgc_learn.figures import picture_grid
+
+NUM_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,23 @@ class TeacherArguments:
     Steps are optimizer steps, batch sizes are totals over all processes.
 
     Attributes:
+        data: photographs to train on instead of drawn scenes: folder with `metadata.jsonl` or hub id, with the columns
+            `image`, `text` and, unless `condition` is set, `conditioning_image`.
+        condition: `canny` makes the control images from the photographs.
+        train_split: of `data`, to train on.
+        val_split: of `data`, held out.
+        num_scenes: scenes to draw, or crops of the photographs to cut.
+        validation_scenes: scenes, or photographs, of a validation.
         parts: pipeline folder to take tokenizer, text encoder and VAE from, instead of training them.
         block_out_channels: width of the UNet's and the ControlNet's four levels.
         layers_per_block: their depth.
     """
 
     output: Path
+    data: str | None = None
+    condition: str | None = None
+    train_split: str = "train[:90%]"
+    val_split: str = "train[90%:]"
     parts: Path | None = None
     block_out_channels: tuple[int, ...] = BLOCK_CHANNELS
     layers_per_block: int = LAYERS_PER_BLOCK
@@ -74,8 +88,18 @@ class TeacherArguments:
 
     @property
     def scenes(self) -> Path:
-        """Folder of the drawn and encoded scenes."""
+        """Folder of the pictures, drawn or cut, and of their latents."""
         return self.output / "scenes"
+
+    @property
+    def material(self) -> Material:
+        """What is trained on."""
+        if self.data is None:
+            return SceneMaterial()
+        train, held_out = (
+            Photographs(self.data, split, self.condition) for split in (self.train_split, self.val_split)
+        )
+        return PhotographMaterial(train, held_out)
 
 
 def save_folder(save: Callable[[Path], object], folder: Path) -> None:
@@ -158,16 +182,12 @@ def train_text_encoder(args: TeacherArguments) -> None:
     folder = args.output / "text_encoder"
     if folder.exists():
         return
-    tokenizer = build_tokenizer()
+    captions = read_captions(args.scenes)
+    tokenizer = args.material.tokenizer(captions)
     save_folder(lambda path: tokenizer.save_pretrained(path), args.output / "tokenizer")
-    stage = CaptionModule(
-        build_text_encoder(tokenizer),
-        [tokenizer.get_vocab()[f"{kind}</w>"] for kind in KINDS],
-        [tokenizer.get_vocab()[f"{color}</w>"] for color in COLORS],
-    )
-    token_ids = tokenize(tokenizer, read_captions(args.scenes))
+    stage = args.material.text_stage(build_text_encoder(tokenizer), tokenizer)
     fit(
-        stage, _Tokens(token_ids), args, name="text_encoder",
+        stage, _Tokens(tokenize(tokenizer, captions)), args, name="text_encoder",
         num_steps=args.text_encoder_steps, batch_size=args.text_encoder_batch_size,
     )  # fmt: skip
     save_folder(lambda path: stage.text_encoder.save_pretrained(path), folder)
@@ -185,12 +205,12 @@ def train_vae(args: TeacherArguments) -> None:
         return
     stage = AutoencoderModule(build_vae())
     fit(
-        stage, PictureDataset(args.scenes), args, name="vae",
+        stage, PictureDataset(args.scenes, args.material.turned), args, name="vae",
         num_steps=args.vae_steps, batch_size=args.vae_batch_size, num_processes=args.num_processes,
-        validation=SceneDataset("validation", args.validation_scenes), validation_interval=max(1, args.vae_steps // 4),
+        validation=args.material.validation(args.validation_scenes), validation_interval=max(1, args.vae_steps // 4),
     )  # fmt: skip
     vae = stage.vae.eval()
-    dataset = SceneDataset("validation", 4 * args.validation_scenes)
+    dataset: Any = args.material.validation(4 * args.validation_scenes)
     with torch.inference_mode():
         pictures = torch.stack([dataset[index]["image"] for index in range(len(dataset))])
         latents = vae.encode(pictures).latent_dist.mean
@@ -199,16 +219,37 @@ def train_vae(args: TeacherArguments) -> None:
 
 
 class ExportPipeline(Callback):
-    """Write the teacher as it stands to `folder` after every validation."""
+    """Write the teacher as it stands to `DIR/pipeline-early` after every validation, and pictures that it makes."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, output: Path, samples: Dataset[dict[str, Any]]) -> None:
+        self.output, self.samples = output, samples
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Called by Lightning."""
         if trainer.is_global_zero:
             assert isinstance(pl_module, DenoiserModule)
-            save_folder(pl_module.pipeline().save_pretrained, self.folder)
+            pipeline = pl_module.pipeline()
+            save_folder(pipeline.save_pretrained, self.output / "pipeline-early")
+            save_pictures(pipeline, self.samples, self.output / "pictures.png")
+
+
+def save_pictures(
+    pipeline: StableDiffusionControlNetPipeline,
+    samples: Dataset[dict[str, Any]],
+    path: Path,
+    guidance_scale: float = GUIDANCE_SCALE,
+) -> None:
+    """Save what a teacher makes of the first samples, and of their controls mirrored with the same captions and noise:
+    what the control decides is mirrored too."""
+    batch = next(iter(DataLoader(samples, NUM_SHOWN)))
+    rows = {}
+    for name, control in (("", batch["conditioning_image"]), ("mirrored\n", batch["conditioning_image"].flip(3))):
+        rows[f"{name}control"] = control
+        rows[f"{name}picture"] = sample_pictures(
+            pipeline, captions=batch["text"], conditioning_images=control, seeds=batch["seed"].tolist(),
+            guidance_scale=guidance_scale,
+        )  # fmt: skip
+    picture_grid(rows, batch["text"]).savefig(path, dpi=110)
 
 
 def train_denoiser(args: TeacherArguments) -> None:
@@ -219,7 +260,9 @@ def train_denoiser(args: TeacherArguments) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(args.output / "tokenizer")
     vae = AutoencoderKL.from_pretrained(args.output / "vae")
     encode_training_scenes(args.scenes, vae)
-    stage = DenoiserModule(
+    material = args.material
+    validation = material.validation(args.validation_scenes)
+    stage = material.denoiser(
         build_unet(args.block_out_channels, args.layers_per_block),
         build_controlnet(args.block_out_channels, args.layers_per_block),
         tokenizer=tokenizer,
@@ -227,11 +270,12 @@ def train_denoiser(args: TeacherArguments) -> None:
         vae=vae,
     )
     token_ids = tokenize(tokenizer, read_captions(args.scenes))
+    latents = LatentDataset(args.scenes, material.controls, token_ids, vae.config.scaling_factor)
     fit(
-        stage, LatentDataset(args.scenes, token_ids, vae.config.scaling_factor), args, name="denoiser",
+        stage, latents, args, name="denoiser",
         num_steps=args.denoiser_steps, batch_size=args.denoiser_batch_size, num_processes=args.num_processes,
-        validation=SceneDataset("validation", args.validation_scenes), validation_interval=args.validation_interval,
-        callbacks=[ExportPipeline(args.output / "pipeline-early")],
+        validation=validation, validation_interval=args.validation_interval,
+        callbacks=[ExportPipeline(args.output, validation)],
     )  # fmt: skip
     pipeline = stage.pipeline()
     # The tiny text encoder stays in float32: transformers loads models in the precision of the file, diffusers in
@@ -244,7 +288,7 @@ def train_denoiser(args: TeacherArguments) -> None:
 def train_teacher(args: TeacherArguments) -> None:
     """Run all stages that are not done yet."""
     L.seed_everything(args.seed)
-    draw_training_scenes(args.scenes, args.num_scenes)
+    args.material.prepare(args.scenes, args.num_scenes)
     train_text_encoder(args)
     train_vae(args)
     train_denoiser(args)
@@ -254,6 +298,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--data", help="train on these photographs: folder with metadata.jsonl, or hub id")
+    parser.add_argument("--condition", choices=("canny",), help="make control images from the photographs")
+    parser.add_argument("--train_split", default="train[:90%%]", help="of the data, to train on")
+    parser.add_argument("--val_split", default="train[90%%:]", help="of the data, held out")
     parser.add_argument("--parts", type=Path, help="pipeline folder to take tokenizer, text encoder and VAE from")
     parser.add_argument("--block_out_channels", type=int, nargs=4, default=BLOCK_CHANNELS)
     for name, field in TeacherArguments.__dataclass_fields__.items():
@@ -266,6 +314,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         build_unet(args.block_out_channels, args.layers_per_block)
         if args.parts:
             take_parts(args.parts, args.output)
+        if args.data:
+            args.material.validation(1)
     except ValueError as error:
         parser.error(str(error))
     train_teacher(args)
