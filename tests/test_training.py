@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from test_data import write_folder
 from training_fixtures import BUDGET, SAMPLING, changed, fit, random_schedule
 
 from hgc_learn.__main__ import guarded, main
-from hgc_learn.cli import train
 from hgc_learn.export import export
 from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import HGCSchedule, apply_schedule
@@ -22,11 +17,6 @@ from hgc_learn.objectives import Rollout
 from hgc_learn.plan import compile_plan
 from hgc_learn.rollout import generate
 from hgc_learn.training import RouterModule
-
-CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
-CONFIGS = [
-    path for folder in (CONFIG_FOLDER, CONFIG_FOLDER / "compare/train") for path in sorted(folder.glob("*.yaml"))
-]
 
 
 def test_the_price_is_the_lowest_that_keeps_to_the_budget(module: RouterModule) -> None:
@@ -187,68 +177,3 @@ def test_training_refuses_in_one_line(
     lines = capsys.readouterr().err.strip().splitlines()
     assert message in lines[-1]
     assert not any("Traceback" in line for line in lines)
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_parses_and_prints_readably(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        train(["fit", "--config", str(config), "--print_config"])
-    assert exit_info.value.code in (None, 0)
-    printed = capsys.readouterr().out
-    assert "num_inference_steps" in printed
-    assert "budgets" in printed
-
-
-RECIPES = ["custom", "sd15_canny", "sd15_segmentation", "sd15_depth", "sdxl_canny"]
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_say_what_to_fill_in(name: str) -> None:
-    """Model, ControlNet and data are marked; sizes agree; each has a folder of its own."""
-    text = (CONFIG_FOLDER / f"{name}.yaml").read_text()
-    assert f"python train.py fit --config configs/{name}.yaml" in text
-    marked = [line.split(":")[0].strip() for line in text.splitlines()[1:] if "# <-" in line]
-    assert marked == ["model", "controlnet", "dataset"]
-    config = yaml.safe_load(text)
-    sampling, data = config["model"]["sampling"], config["data"]["init_args"]
-    assert (sampling["height"], sampling["width"]) == (data["height"], data["width"])
-    assert (data.get("condition") == "canny") == ("canny" in name)
-    assert (
-        config["checkpoint"]["dirpath"]
-        == f"{config['trainer']['default_root_dir']}/checkpoints"
-        == f"runs/{name}/checkpoints"
-    )
-
-
-def test_a_recipe_trains_on_a_folder_of_photographs(teacher: Path, tmp_path: Path) -> None:
-    """The recipe for canny with pipeline, ControlNet and data filled in, made small."""
-    plain = tmp_path / "plain"
-    shutil.copytree(teacher, plain, ignore=shutil.ignore_patterns("controlnet"))
-    index = json.loads((plain / "model_index.json").read_text()) | {"_class_name": "StableDiffusionPipeline"}
-    del index["controlnet"]
-    index["image_encoder"] = [None, None]
-    (plain / "model_index.json").write_text(json.dumps(index))
-    arguments = {
-        "model.model": plain,
-        "model.controlnet": teacher / "controlnet",
-        "model.dtype": "float32",
-        "model.sampling.num_inference_steps": 4,
-        "model.sampling.height": 64,
-        "model.sampling.width": 64,
-        "model.objective.num_warm_start_batches": 1,
-        "model.budgets": "[0.7]",
-        "data.dataset": write_folder(tmp_path / "photographs", 4),
-        "data.height": 64,
-        "data.width": 64,
-        "data.num_train": 2,
-        "data.num_val": 1,
-        "trainer.max_steps": 1,
-        "trainer.accelerator": "cpu",
-        "trainer.limit_val_batches": 0,
-        "trainer.default_root_dir": tmp_path,
-        "checkpoint.dirpath": tmp_path / "checkpoints",
-    }
-    train(["fit", f"--config={CONFIG_FOLDER / 'sd15_canny.yaml'}", *(f"--{k}={v}" for k, v in arguments.items())])
-    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == 1
-    assert "condition: canny" in checkpoint["config"]

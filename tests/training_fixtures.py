@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 from tiny_models import UNET_CONFIGS, build_models
+from transformers import CLIPTextModelWithProjection
 
 from hgc_learn.demo.teacher import HIDDEN_SIZE, build_text_encoder, build_tokenizer
 from hgc_learn.hard import HardSchedule
@@ -25,32 +29,68 @@ BUDGET = 0.5
 SAMPLING = SamplingConfig(num_inference_steps=5, guidance_scale=3.0, height=64, width=64)
 
 
-def save_tiny_teacher(folder: Path) -> None:
-    """Saves an SD1.5-shaped pipeline for 64x64 pictures with random weights."""
-    unet, _ = build_models(UNET_CONFIGS["sd15"] | {"cross_attention_dim": HIDDEN_SIZE, "sample_size": 8})
+def build_tiny_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
+    """For control images of eight times the UNet's size, with random weights."""
     controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 4, 4, 8))
     for parameter in controlnet.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
-    vae = AutoencoderKL(
+    return controlnet
+
+
+def build_tiny_vae() -> AutoencoderKL:
+    """Of factor 8."""
+    return AutoencoderKL(
         block_out_channels=(4, 4, 4, 4),
         norm_num_groups=2,
         latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
     )
+
+
+def save_tiny_teacher(folder: Path) -> None:
+    """Saves an SD1.5-shaped pipeline for 64x64 pictures with random weights."""
+    unet, _ = build_models(UNET_CONFIGS["sd15"] | {"cross_attention_dim": HIDDEN_SIZE, "sample_size": 8})
     tokenizer = build_tokenizer()
     StableDiffusionControlNetPipeline(
-        vae=vae,
+        vae=build_tiny_vae(),
         text_encoder=build_text_encoder(tokenizer),
         tokenizer=tokenizer,
         unet=unet,
-        controlnet=controlnet,
+        controlnet=build_tiny_controlnet(unet),
         scheduler=UniPCMultistepScheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+
+
+def save_tiny_models(folder: Path, shape: str) -> None:
+    """Saves a pipeline for 64x64 pictures and, as on the hub, a ControlNet of its own: `folder/model` and
+    `folder/controlnet`. `shape` is `small` (of SD1.5) or `small_sdxl`."""
+    is_sdxl = "sdxl" in shape
+    hidden_size = 2 * HIDDEN_SIZE if is_sdxl else HIDDEN_SIZE  # SDXL's prompts are those of two encoders side by side
+    sizes = {"projection_class_embeddings_input_dim": 6 * 4 + HIDDEN_SIZE} if is_sdxl else {}
+    unet, _ = build_models(UNET_CONFIGS[shape] | {"cross_attention_dim": hidden_size, "sample_size": 8} | sizes)
+    build_tiny_controlnet(unet).save_pretrained(folder / "controlnet")
+    tokenizer = build_tokenizer()
+    encoder = build_text_encoder(tokenizer)
+    parts: dict[str, Any] = {
+        "vae": build_tiny_vae(),
+        "text_encoder": encoder,
+        "tokenizer": tokenizer,
+        "unet": unet,
+        "scheduler": UniPCMultistepScheduler(steps_offset=1),
+        "feature_extractor": None,
+    }
+    pipe: Any
+    if is_sdxl:
+        parts |= {"text_encoder_2": CLIPTextModelWithProjection(encoder.config), "tokenizer_2": tokenizer}
+        pipe = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        pipe = StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
+    pipe.save_pretrained(folder / "model")
 
 
 def random_schedule(module: RouterModule, share: float, seed: int) -> HardSchedule:

@@ -1,0 +1,113 @@
+"""Every recipe in configs/ is read, agrees with itself, and trains through the command line, made small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_data import write_folder
+from training_fixtures import save_tiny_models
+
+from hgc_learn.cli import train
+from hgc_learn.comparison.config import read_config
+
+ROOT = Path(__file__).parent.parent
+RECIPES = [path for folder in ("configs", "configs/compare/train") for path in sorted((ROOT / folder).glob("*.yaml"))]
+TO_FILL_IN = ["custom", "sd15_canny", "sd15_segmentation", "sd15_depth", "sdxl_canny"]
+NUM_STEPS = 3
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`sd15` and `sdxl`, each with a pipeline in `model` and a ControlNet in `controlnet`."""
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_models(folder / "sd15", "small")
+    save_tiny_models(folder / "sdxl", "small_sdxl")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("photographs"), 3)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The 'train_dataloader' does not have many workers",
+    "ignore:You are trying to `self.log",
+)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_trains(recipe: Path, models: Path, photographs: Path, tmp_path: Path) -> None:
+    """One update on a small model of the recipe's shape: dtype, sites, objective and data are the recipe's own."""
+    config = yaml.safe_load(recipe.read_text())
+    family = models / ("sdxl" if "sdxl" in recipe.stem else "sd15")
+    arguments = {
+        "model.model": family / "model",
+        "model.controlnet": family / "controlnet",
+        "model.sampling.num_inference_steps": NUM_STEPS,
+        "model.sampling.height": 64,
+        "model.sampling.width": 64,
+        "model.budgets": "[0.7]",
+        "data.num_train": 2,
+        "data.num_val": 1,
+        "data.batch_size": 1,
+        "trainer.max_steps": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.limit_val_batches": 0,
+        "trainer.default_root_dir": tmp_path,
+        "checkpoint.dirpath": tmp_path / "checkpoints",
+    }
+    objective = config["model"].get("objective", {"class_path": "Rollout"})["class_path"]
+    if objective == "Rollout":
+        arguments["model.objective.num_warm_start_batches"] = 1
+    if config["data"]["class_path"] == "ControlDataModule":
+        arguments |= {"data.dataset": photographs, "data.height": 64, "data.width": 64}
+    train(["fit", f"--config={recipe}", *(f"--{name}={value}" for name, value in arguments.items())])
+    checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 1
+    logits = checkpoint["state_dict"]["router.logits"]
+    assert len(logits) == NUM_STEPS
+    assert logits.isfinite().all()
+    assert logits.std() > 0
+    kept = yaml.safe_load(checkpoint["config"])
+    assert kept["model"]["objective"]["class_path"].endswith(objective)
+    assert kept["model"]["dtype"] == config["model"].get("dtype", "float32")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_prints_readably(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        train(["fit", "--config", str(recipe), "--print_config"])
+    assert exit_info.value.code in (None, 0)
+    printed = capsys.readouterr().out
+    assert "num_inference_steps" in printed
+    assert "budgets" in printed
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/compare").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_comparison_parses(path: Path) -> None:
+    assert f"python -m hgc_learn compare --config configs/compare/{path.name}" in path.read_text()
+    assert read_config(path).budgets
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_says_how_it_is_run_and_has_its_own_folder(recipe: Path) -> None:
+    text = recipe.read_text()
+    assert f"python train.py fit --config {recipe.relative_to(ROOT)}" in text
+    config = yaml.safe_load(text)
+    folder = config["trainer"]["default_root_dir"]
+    assert folder == f"runs/{recipe.stem}"
+    assert config["checkpoint"]["dirpath"] == f"{folder}/checkpoints"
+
+
+@pytest.mark.parametrize("name", TO_FILL_IN)
+def test_recipes_say_what_to_fill_in(name: str) -> None:
+    """Model, ControlNet and data are marked; sizes agree."""
+    text = (ROOT / f"configs/{name}.yaml").read_text()
+    marked = [line.split(":")[0].strip() for line in text.splitlines()[1:] if "# <-" in line]
+    assert marked == ["model", "controlnet", "dataset"]
+    config = yaml.safe_load(text)
+    sampling, data = config["model"]["sampling"], config["data"]["init_args"]
+    assert (sampling["height"], sampling["width"]) == (data["height"], data["width"])
+    assert (data.get("condition") == "canny") == ("canny" in name)
