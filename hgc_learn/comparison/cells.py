@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.metrics import (
@@ -20,7 +21,7 @@ from hgc_learn.comparison.metrics import (
     closeness_figures,
     optional_metric,
 )
-from hgc_learn.comparison.samples import draw_batches, full_samples, render
+from hgc_learn.comparison.samples import full_samples, read_batches, render
 from hgc_learn.comparison.trained import checkpoint
 from hgc_learn.comparison.tune import Candidate, Candidates, best, count_rollouts, list_candidates, plain, shortlist
 from hgc_learn.evaluation import picture_psnr
@@ -65,6 +66,7 @@ def protocol(config: CompareConfig, sampler: str) -> dict[str, Any]:
     return plain(
         {
             "model": config.model,
+            **({"data": asdict(config.data)} if config.data else {}),
             "sampling": asdict(config.sampling(sampler)),
             "num_test": config.samplers[sampler].num_test,
             "test_offset": config.test_offset,
@@ -81,10 +83,12 @@ class Bench:
         self.config, self.sampler = config, sampler
         self.sampling = config.sampling(sampler)
         self.pipe = load_pipeline(config.model, self.sampling)
-        calibration = draw_batches("train", config.tuning.num_calibration, config.batch_size)
+        calibration = read_batches(config, "train", config.tuning.num_calibration, config.batch_size)
         self.setting = Setting.of_pipeline(self.pipe, self.sampling, calibration)
-        self.test = draw_batches("test", config.samplers[sampler].num_test, config.batch_size, config.test_offset)
-        self.tuning = draw_batches("validation", config.tuning.num_scenes, config.tuning.num_scenes)
+        self.test = read_batches(
+            config, "test", config.samplers[sampler].num_test, config.batch_size, config.test_offset
+        )
+        self.tuning = read_batches(config, "validation", config.tuning.num_scenes, config.tuning.num_scenes)
         self.optional = {name: optional_metric(name) for name in config.optional_metrics}
 
     def _full(self, name: str, split: str, batches: list[dict[str, Any]]) -> Samples:
@@ -121,6 +125,13 @@ class Bench:
             "color_accuracy": figures["color_accuracy"],
             "fid": self.fid(self.test_full.pictures),
         }
+
+    def scene_figures(self, pictures: Tensor) -> dict[str, Any]:
+        """Obedience and realism, which only drawn scenes have a measure of: their shapes and colours are known."""
+        if self.config.data is not None:
+            return {}
+        figures = Obedience.of(pictures, self.test).figures(self.full_obedience)
+        return figures | {"fid": self.fid(pictures), "fid_num_samples": len(pictures), "full": self.full_figures}
 
     def tuning_psnr(self, candidate: Candidate, policy: Policy, num_scenes: int) -> float:
         """Mean PSNR on the first tuning scenes."""
@@ -199,8 +210,7 @@ class PolicyBench:
         samples = render(bench.pipe, bench.sampling, bench.test, schedule)
         per_sample = closeness(samples, bench.test_full)
         figures: dict[str, Any] = closeness_figures(per_sample)
-        figures |= Obedience.of(samples.pictures, bench.test).figures(bench.full_obedience)
-        figures |= {"fid": bench.fid(samples.pictures), "fid_num_samples": len(samples)}
+        figures |= bench.scene_figures(samples.pictures)
         prompts = [prompt for batch in bench.test for prompt in batch["text"]]
         figures |= {name: metric(samples, bench.test_full, prompts) for name, metric in bench.optional.items()}
         figures = _rounded(figures)
@@ -214,7 +224,6 @@ class PolicyBench:
             "kept_macs_attention": round(attention, DIGITS),
             "num_samples": len(samples),
             **figures,
-            "full": _rounded(bench.full_figures),
             "settings": plain({**self.policy.knobs, **chosen.knobs}),
             "samples": {name: _rounded(values.tolist()) for name, values in per_sample.items()},
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hgc_learn.demo.scenes import IMAGE_SIZE
 from hgc_learn.rollout import SamplingConfig
@@ -49,6 +49,31 @@ class TuningConfig:
 
 
 @dataclass
+class DataConfig:
+    """Samples of an imagefolder, of parquet files or of the hub, instead of drawn scenes; as for `ControlDataModule`.
+
+    Args:
+        dataset: folder with `metadata.jsonl` or parquet files, or id on the hub.
+        train_split: for policies that measure before they write a schedule. Slices, as in `train[:80%]`, are splits.
+        validation_split: that knobs are tuned on.
+        test_split: that is judged on.
+        conditioning_image_column: column of the control image.
+        image_column: column of the photograph; read only where control images are made from it.
+        text_column: column of the prompt.
+        condition: `canny` makes the control images from the photographs.
+    """
+
+    dataset: str
+    train_split: str
+    validation_split: str
+    test_split: str
+    conditioning_image_column: str = "conditioning_image"
+    image_column: str = "image"
+    text_column: str = "text"
+    condition: Literal["canny"] | None = None
+
+
+@dataclass
 class GridConfig:
     """The picture that shows the same samples under every policy.
 
@@ -73,6 +98,9 @@ class CompareConfig:
         budgets: fractions of the full MACs to keep.
         grid: what the picture grid shows.
         policies: names of the policies; all if not given.
+        data: what is compared on; the demonstration's drawn scenes if not given.
+        height: of the pictures, in pixels.
+        width: likewise.
         guidance_scale: classifier-free guidance scale.
         test_offset: test scenes left out, those before the first that is judged on.
         batch_size: samples generated at once.
@@ -91,6 +119,9 @@ class CompareConfig:
     budgets: list[float]
     grid: GridConfig
     policies: list[str] | None = None
+    data: DataConfig | None = None
+    height: int = IMAGE_SIZE
+    width: int = IMAGE_SIZE
     guidance_scale: float = 7.5
     test_offset: int = 0
     batch_size: int = 16
@@ -119,6 +150,10 @@ class CompareConfig:
                 raise ValueError(f"samplers: {name!r} names a folder; use letters, digits and dashes.")
             if sampler.num_test < 2:
                 raise ValueError(f"samplers: {name} has num_test {sampler.num_test}; an interval needs at least 2.")
+        if self.data is None and (self.height, self.width) != (IMAGE_SIZE, IMAGE_SIZE):
+            raise ValueError(
+                f"height and width: drawn scenes are {IMAGE_SIZE}x{IMAGE_SIZE}; set data for other samples."
+            )
         for budget in self.budgets:
             if not 0 < budget < 1:
                 raise ValueError(f"budgets: {budget} is not between 0 and 1; it is the fraction of full MACs to keep.")
@@ -134,8 +169,8 @@ class CompareConfig:
         return SamplingConfig(
             num_inference_steps=self.samplers[sampler].num_inference_steps,
             guidance_scale=self.guidance_scale,
-            height=IMAGE_SIZE,
-            width=IMAGE_SIZE,
+            height=self.height,
+            width=self.width,
             scheduler=self.samplers[sampler].scheduler,
         )
 

@@ -39,16 +39,14 @@ def markdown(config: CompareConfig, rankings: Sequence[Ranking], *, command: str
         f"Written by `{command}`; the numbers are in [{config.name}.json]({config.name}.json). Teacher "
         f"`{config.model}`, guidance scale {config.guidance_scale:g}. {samplers}. Every test sample has its own "
         "prompt, control and seed.",
-        f"All knobs are tuned for each cell on {tuning.num_scenes} other scenes: of a policy's candidates within the "
+        f"All knobs are tuned for each cell on {tuning.num_scenes} other samples: of a policy's candidates within the "
         f"budget (+{tuning.tolerance:.1%} of the full MACs) up to {tuning.max_candidates}, closest to it and spread "
-        f"over its variants, are tried on {tuning.num_screening_scenes} scenes, the best {tuning.num_finalists} of "
+        f"over its variants, are tried on {tuning.num_screening_scenes}, the best {tuning.num_finalists} of "
         "them on all; the best mean PSNR wins. MACs do not count attention matmuls.",
         "PSNR, SSIM and latent error (relative L2) are against the uncached picture of the same seed, means over "
         "samples; brackets are 95 % bootstrap intervals over samples. *To best* is the mean paired difference to the "
         "first row: where its interval contains 0, the test set cannot tell the two apart, and both are marked with =. "
-        "mIoU and colour accuracy measure obedience to control and caption. FID is to drawn test pictures, with "
-        "features of the project's own network (`hgc_learn/demo/features.py`) and n as above: compare it within a "
-        "table only.",
+        + _of_obedience(config),
     ]
     if num_missing:
         paragraphs.append(f"**Incomplete: {num_missing} cells have not been run.**")
@@ -61,6 +59,20 @@ def markdown(config: CompareConfig, rankings: Sequence[Ranking], *, command: str
     lines += _tuning_costs(config, rankings)
     lines += ["![PSNR against kept MACs](pareto.png)", "", "![the same samples under every policy](grid.png)", ""]
     return "\n".join(lines)
+
+
+def _of_obedience(config: CompareConfig) -> str:
+    if config.data is not None:
+        return (
+            "Obedience to control and caption is not measured: that takes a network that reads these off pictures. "
+            f"Samples are from `{config.data.dataset}`: tests from `{config.data.test_split}`, tuning from "
+            f"`{config.data.validation_split}`, measuring from `{config.data.train_split}`."
+        )
+    return (
+        "mIoU and colour accuracy measure obedience to control and caption. FID is to drawn test pictures, with "
+        "features of the project's own network (`hgc_learn/demo/features.py`) and n as above: compare it within a "
+        "table only."
+    )
 
 
 def _summary(rankings: Sequence[Ranking]) -> list[str]:
@@ -82,16 +94,19 @@ def _summary(rankings: Sequence[Ranking]) -> list[str]:
 
 def _section(config: CompareConfig, ranking: Ranking) -> list[str]:
     lines = [f"## {ranking.sampler}, {ranking.budget:.0%} of the MACs", ""]
+    is_scenes = config.data is None
     if ranking.cells:
-        full = ranking.cells[0]["full"]
-        lines += [
-            f"{verdict(ranking)[0].upper()}{verdict(ranking)[1:]}",
-            f"Uncached pictures: mIoU {full['control_miou']:.4f}, colour {full['color_accuracy']:.4f}, "
-            f"FID {full['fid']:.2f}.",
-            "",
-        ]
+        lines.append(f"{verdict(ranking)[0].upper()}{verdict(ranking)[1:]}")
+        if is_scenes:
+            full = ranking.cells[0]["full"]
+            lines.append(
+                f"Uncached pictures: mIoU {full['control_miou']:.4f}, colour {full['color_accuracy']:.4f}, "
+                f"FID {full['fid']:.2f}."
+            )
+        lines.append("")
         optional = config.optional_metrics
-        heading = ["", "policy", "PSNR, dB", "to best, dB", "MACs", "latent error", "SSIM", "mIoU", "colour", "FID"]
+        heading = ["", "policy", "PSNR, dB", "to best, dB", "MACs", "latent error", "SSIM"]
+        heading += ["mIoU", "colour", "FID"] if is_scenes else []
         heading += [*optional, "speed", "settings"]
         lines += [_line(heading), "|" + "---|" * len(heading)]
         winners = ranking.winners
@@ -106,9 +121,8 @@ def _section(config: CompareConfig, ranking: Ranking) -> list[str]:
                 f"{row['kept_macs']:.4f}",
                 f"{row['latent_rel_l2']:.4f}",
                 f"{row['ssim']:.4f}",
-                f"{row['control_miou']:.4f}",
-                f"{row['color_accuracy']:.4f}",
-                f"{row['fid']:.2f}",
+                *([f"{row['control_miou']:.4f}", f"{row['color_accuracy']:.4f}"] if is_scenes else []),
+                *([f"{row['fid']:.2f}"] if is_scenes else []),
                 *[f"{row[name]:.4f}" for name in optional],
                 f"{row['wall_clock_speedup']:.2f}x" if "wall_clock_speedup" in row else "-",
                 _settings(row["settings"]),

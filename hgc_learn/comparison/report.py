@@ -14,7 +14,7 @@ from hgc_learn.comparison.cells import cell_files
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.markdown import OURS, markdown, verdict
 from hgc_learn.comparison.ranking import Ranking, Row, collect, public_rows
-from hgc_learn.comparison.samples import draw_batches, render, save_json
+from hgc_learn.comparison.samples import read_batches, render, save_json
 from hgc_learn.figures import picture_grid
 from hgc_learn.rollout import load_pipeline
 from hgc_learn.schedule import HGCSchedule
@@ -87,7 +87,7 @@ def grid_figure(config: CompareConfig, rankings: Sequence[Ranking]) -> Figure | 
     (ranking,) = [r for r in rankings if (r.sampler, r.budget) == (grid.sampler, grid.budget)]
     if not ranking.cells:
         return None
-    (batch,) = draw_batches("test", grid.num_pictures, grid.num_pictures, config.test_offset)
+    (batch,) = read_batches(config, "test", grid.num_pictures, grid.num_pictures, config.test_offset)
     sampling = config.sampling(grid.sampler)
     pipe = load_pipeline(config.model, sampling)
     rows: dict[str, Tensor] = {

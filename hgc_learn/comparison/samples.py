@@ -1,4 +1,4 @@
-"""Scenes to compare on, and what the uncached pipeline makes of them, kept on disk."""
+"""Samples to compare on, drawn scenes or an imagefolder's; what the uncached pipeline makes of them, kept on disk."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
+from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.metrics import Batch, Samples
+from hgc_learn.data import ControlDataModule
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.evaluation import decode
 from hgc_learn.files import write_atomically
@@ -24,10 +26,35 @@ from hgc_learn.inference import apply_schedule, remove_schedule
 from hgc_learn.rollout import SamplingConfig, generate
 from hgc_learn.schedule import HGCSchedule
 
+FIRST_SEEDS = {"train": 0, "validation": 1_000_000, "test": 2_000_000}  # of the noise, where samples have no seeds
+
 
 def draw_batches(split: str, num_scenes: int, batch_size: int, offset: int = 0) -> list[Batch]:
     """The first scenes of a split of `hgc_learn.demo.scenes`, those after `offset`."""
     return list(DataLoader(SceneDataset(split, num_scenes, offset), batch_size))
+
+
+def read_batches(config: CompareConfig, split: str, num_samples: int, batch_size: int, offset: int = 0) -> list[Batch]:
+    """The first samples after `offset` of a split, `train`, `validation` or `test`, of what is compared on.
+
+    Raises:
+        ValueError: the data cannot be read or has too few rows.
+    """
+    data = config.data
+    if data is None:
+        return draw_batches(split, num_samples, batch_size, offset)
+    columns = {name: value for name, value in asdict(data).items() if not name.endswith("_split")}
+    module = ControlDataModule(
+        **columns,
+        height=config.height,
+        width=config.width,
+        train_split=getattr(data, f"{split}_split"),
+        num_train=offset + num_samples,
+        num_val=0,
+        seed=FIRST_SEEDS[split],
+    )
+    module.setup("fit")
+    return list(DataLoader(Subset(module.train_data, range(offset, offset + num_samples)), batch_size))
 
 
 @torch.no_grad()

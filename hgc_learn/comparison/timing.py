@@ -14,7 +14,7 @@ from rich.progress import track
 from hgc_learn.comparison.cells import cell_files
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.run import Selection
-from hgc_learn.comparison.samples import draw_batches, save_json
+from hgc_learn.comparison.samples import read_batches, save_json
 from hgc_learn.inference import apply_schedule, remove_schedule
 from hgc_learn.rollout import generate, load_pipeline
 from hgc_learn.schedule import HGCSchedule
@@ -27,7 +27,7 @@ def time_cells(config: CompareConfig, selection: Selection) -> None:
     """Times every selected cell that has a schedule and no time yet: the median, over pairs of runs in turns, of the
     ratio of the full run's time to the cached run's."""
     torch.set_flush_denormal(True)
-    (batch,) = draw_batches("validation", BATCH_SIZE, BATCH_SIZE)
+    (batch,) = read_batches(config, "validation", BATCH_SIZE, BATCH_SIZE)
     for sampler in selection.samplers:
         cells = [cell_files(config, *cell) for cell in selection.cells() if cell[0] == sampler]
         cells = [files for files in cells if files.schedule.is_file() and not files.timing.is_file()]

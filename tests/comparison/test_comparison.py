@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 from hgc_learn.__main__ import main
 from hgc_learn.comparison.cells import cell_files
 from hgc_learn.comparison.config import CompareConfig, read_config
 from hgc_learn.comparison.ranking import Ranking
 from hgc_learn.comparison.run import Selection, read_cell
-from hgc_learn.comparison.samples import claim
+from hgc_learn.comparison.samples import claim, read_batches
 from hgc_learn.comparison.trained import checkpoint
 from hgc_learn.policies import POLICIES, Policy
 from hgc_learn.schedule import HGCSchedule
@@ -92,6 +94,40 @@ def test_a_comparison_writes_figures_reasons_tables_and_pictures(settings: dict[
 
     assert main(["compare", "--config", str(config), "--timing"]) == 0
     assert rows(settings)["uniform", 0.6]["wall_clock_speedup"] > 0
+
+
+def test_a_comparison_on_ones_own_pictures(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Paired figures only: nothing here reads controls off photographs."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows_of_data = []
+    for i in range(8):
+        Image.new("RGB", (40, 30), (30 * i, 0, 0)).save(folder / f"{i}.png")
+        rows_of_data.append({"file_name": f"{i}.png", "text": f"red {i}"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows_of_data)))
+    settings |= {"policies": ["uniform", "smoothcache"], "budgets": [0.6]}
+    settings["data"] = {"dataset": str(folder), "conditioning_image_column": "image", "train_split": "train[:2]"}
+    settings["data"] |= {"validation_split": "train[2:5]", "test_split": "train[5:]"}
+    config = write(settings, tmp_path)
+    tests = read_batches(read_config(config), "test", 2, 2, offset=1)[0]
+    assert tests["text"] == ["red 6", "red 7"]
+    assert torch.allclose(tests["conditioning_image"][:, 0, 0, 0], torch.tensor([180, 210]) / 255)
+    assert (
+        len({int(read_batches(read_config(config), s, 1, 1)[0]["seed"]) for s in ("train", "validation", "test")}) == 3
+    )
+
+    assert main(["compare", "--config", str(config)]) == 0
+    row = rows(settings)["uniform", 0.6]
+    assert row["num_samples"] == 3
+    assert row["psnr_db"] > 0 and row["ssim"] <= 1
+    assert not {"control_miou", "color_accuracy", "fid", "full"} & set(row)
+    text = (tmp_path / "report" / "tiny.md").read_text()
+    assert "is not measured" in text
+    assert "mIoU" not in text
+    assert (tmp_path / "report" / "grid.png").stat().st_size > 5000
+
+    settings["data"]["test_split"] = "train[6:]"
+    assert main(["compare", "--config", str(write(settings, tmp_path)), "--redo"]) == 2  # two rows for num_test: 3
 
 
 def test_a_killed_comparison_goes_on_where_it_was(settings: dict[str, Any], tmp_path: Path) -> None:
