@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from hgc_learn.architectures import build_architecture
@@ -33,16 +33,27 @@ from hgc_learn.training import RouterModule
 
 class LiveTensors(TorchDispatchMode):
     """Counts the bytes of the tensors that operations make while it is entered, and that are not freed yet: what an
-    allocator without waste would need besides the weights, on any device."""
+    allocator without waste would need besides the weights, on any device.
 
-    def __init__(self) -> None:
+    Args:
+        no_products: convolutions and products of matrices give zeros, of the right shape: the same tensors live in a
+            fraction of the time.
+    """
+
+    def __init__(self, no_products: bool = False) -> None:
         super().__init__()
+        self.no_products = no_products
         self.held: dict[int, int] = {}
         self.num_bytes = self.peak_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        outputs = func(*args, **(kwargs or {}))
+        if self.no_products and func.overloadpacket in PRODUCTS:
+            shapes = func(*tree_map_only(torch.Tensor, _on_meta, args), **tree_map_only(torch.Tensor, _on_meta, kwargs))
+            outputs = tree_map_only(torch.Tensor, lambda t: torch.zeros_like(t, device="cpu"), shapes)
+        else:
+            outputs = func(*args, **kwargs)
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -55,6 +66,21 @@ class LiveTensors(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         self.num_bytes -= self.held.pop(key)
+
+
+PRODUCTS = {
+    torch.ops.aten.convolution,
+    torch.ops.aten.convolution_backward,
+    torch.ops.aten.mm,
+    torch.ops.aten.addmm,
+    torch.ops.aten.bmm,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+}
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def save_random_pipeline(folder: Path, arch: str, dtype: torch.dtype) -> None:
@@ -92,17 +118,21 @@ def measure(folder: Path, args: argparse.Namespace, num_steps: int) -> dict[str,
     assert isinstance(objective, Rollout)
     batch = {"text": ["a red circle"], "seed": [0], "conditioning_image": torch.rand(1, 3, args.size, args.size)}
     with torch.no_grad():
-        module.router.logits[1:].copy_(torch.randn(module.router.logits[1:].shape))
+        generator = torch.Generator().manual_seed(0)
+        module.router.logits[1:].copy_(torch.randn(module.router.logits[1:].shape, generator=generator))
     budget = max(args.budget, 1.001 * module.router.least_budget)
     module.seed(0)
     start = time.monotonic()
-    module.teacher_latents(batch)
+    if args.only_count:
+        module.targets["a red circle", 0] = torch.zeros(4, args.size // 8, args.size // 8, dtype=module.pipe.unet.dtype)
+    else:
+        module.teacher_latents(batch)
     teacher_seconds = time.monotonic() - start
     weights = sum(p.nbytes for net in (module.pipe.unet, module.pipe.controlnet) for p in net.parameters())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.monotonic()
-    with LiveTensors() as tensors:
+    with LiveTensors(args.only_count) as tensors:
         logs = objective.gradients(module, batch, budget)
     kept = float(logs["sampled_macs"])
     if device.type == "cuda":
@@ -120,11 +150,11 @@ def measure(folder: Path, args: argparse.Namespace, num_steps: int) -> dict[str,
         "num_inference_steps": num_steps,
         "kept_macs": round(kept, 4),
         "num_gates": module.router.logits.numel(),
-        "teacher_seconds": round(teacher_seconds, 1),
-        "update_seconds": round(time.monotonic() - start, 1),
+        "teacher_seconds": None if args.only_count else round(teacher_seconds, 1),
+        "update_seconds": None if args.only_count else round(time.monotonic() - start, 1),
         "weights_gib": round(weights / 2**30, 3),
         "tensors_gib": round((weights + tensors.peak_bytes) / 2**30, 3),
-        "peak_gib": round(peak / 2**30, 3),
+        "peak_gib": None if args.only_count else round(peak / 2**30, 3),
     }
 
 
@@ -136,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=0.37)
     parser.add_argument("--num_steps", type=int, default=2, help="of one process: the peak is the process's")
     parser.add_argument("--no_gradient_checkpointing", action="store_true")
+    parser.add_argument("--only_count", action="store_true", help="tensors, without computing what is in them")
     parser.add_argument("--output", type=Path, help="JSON file to add a row to")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:

@@ -86,6 +86,12 @@ def row(setting: dict[str, Any], of_plain: Once, once: Once, pairs: Sequence[tup
     return result
 
 
+def read_once(row: dict[str, Any]) -> tuple[Once, Once]:
+    """What a row has of the plain pipeline and of the candidate."""
+    of_plain = Once(row["plain_macs"], row["plain_peak_bytes"])
+    return of_plain, Once(row["macs"], row["peak_bytes"], row["cache_bytes"], row["predicted_cache_bytes"])
+
+
 def read_rows(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     """By what they are about; none if there is no file."""
     rows = json.loads(path.read_text()) if path.is_file() else []
