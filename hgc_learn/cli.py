@@ -68,7 +68,7 @@ def train(args: Sequence[str] | None = None) -> RouterCLI:
 
 
 def rebuild(config: str) -> RouterCLI:
-    """The objects that the configuration of a run (YAML) describes; nothing is run.
+    """The objects that the configuration of a run (YAML) describes, on this machine; nothing is run.
 
     Raises:
         ArgumentError: of jsonargparse; not a configuration of this version.
@@ -76,6 +76,8 @@ def rebuild(config: str) -> RouterCLI:
     settings = yaml.safe_load(config)
     for key in ("ckpt_path", "weights_only"):  # arguments of `fit`, not of an object
         settings.pop(key, None)
+    for key in ("strategy", "devices", "num_nodes", "accelerator"):  # the machines of the run need not be here
+        settings.get("trainer", {}).pop(key, None)
     return _cli(settings, run=False)
 
 

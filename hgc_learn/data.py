@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from hgc_learn.demo.scenes import SceneDataset
+from hgc_learn.distributed import num_processes, rank
 
 T = TypeVar("T")
 
@@ -241,15 +242,18 @@ class SceneDataModule(L.LightningDataModule):
 
 
 class _TrainLoader(DataLoader[dict[str, Any]]):
-    """Goes through the data in an order that is a function of the epoch alone, and on from where a checkpoint was
-    saved: a resumed run sees the batches that an unbroken one sees. Lightning saves and restores its state."""
+    """Goes through this process's share of the data in an order that is a function of the epoch alone, and on from
+    where a checkpoint was saved: a resumed run sees the batches that an unbroken one sees. Lightning saves and restores
+    its state."""
 
     def __init__(self, data: Dataset[dict[str, Any]], batch_size: int, module: L.LightningDataModule):
-        sampler: DistributedSampler[dict[str, Any]] = DistributedSampler(data, num_replicas=1, rank=0)
+        sampler: DistributedSampler[dict[str, Any]] = DistributedSampler(
+            data, num_replicas=num_processes(), rank=rank(), drop_last=True
+        )
         if len(sampler) < batch_size:
             raise ValueError(
-                f"{len(sampler)} training samples are less than one batch of {batch_size}: raise num_train or lower "
-                "batch_size."
+                f"{len(sampler) * num_processes()} training samples are less than one batch of "
+                f"{batch_size * num_processes()}: raise num_train or lower batch_size."
             )
         super().__init__(data, batch_size, sampler=sampler, drop_last=True)
         self.module, self.num_done = module, 0

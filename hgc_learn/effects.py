@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hgc_learn.distributed import own_noise
 from hgc_learn.plan import COMPUTE, Flips
 from hgc_learn.predictors.fitted import FITTED
 from hgc_learn.probe import REACH, ProbedForwards, fitted_coefficients, latest
@@ -94,7 +95,7 @@ def measure_effects(
         scale = squared.clamp_min(1e-12 * target.square().flatten(1).sum(1)).view(-1, *[1] * (error.ndim - 1))
         directions = [error / scale]
         for _ in range(num_directions):
-            random = torch.randn(error.shape, generator=generator, device=error.device)
+            random = own_noise(error.shape, error, generator)
             directions.append(random / (scale * num_directions).sqrt())
         seen = []
         for index, direction in enumerate(directions):

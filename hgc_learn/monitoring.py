@@ -23,7 +23,7 @@ class ScheduleMonitor(L.Callback):
     @torch.no_grad()
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RouterModule)
-        if not isinstance(trainer.logger, TensorBoardLogger) or trainer.sanity_checking:
+        if not isinstance(trainer.logger, TensorBoardLogger) or trainer.sanity_checking or not trainer.is_global_zero:
             return
         board, step = trainer.logger.experiment, trainer.global_step
         router = pl_module.router

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from hgc_learn.distributed import mean_over_processes
 from hgc_learn.effects import Effects, measure_effects
 from hgc_learn.graph import build_graph
 from hgc_learn.hard import HardSchedule
@@ -157,8 +158,9 @@ class RouterModule(L.LightningModule):
             if not image.isfinite().all():
                 raise ValueError(f"The control image of {text!r} holds NaN or infinity. Repair it or leave it out.")
         logs = self.objective.step(self, batch)
-        self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(batch["text"]))
-        self.log("loss_db", -10 * logs["loss"].log10(), prog_bar=True, logger=False)
+        logs = {f"train/{name}": value for name, value in logs.items()}
+        self.log_dict(logs, batch_size=len(batch["text"]), sync_dist=True)
+        self.log("loss_db", -10 * logs["train/loss"].log10(), prog_bar=True, logger=False)
 
     def seed(self, number: int) -> None:
         """All chance comes from the step's number and the run's seed (Lightning's `seed_everything`), so that a resumed
@@ -166,10 +168,13 @@ class RouterModule(L.LightningModule):
         self.generator = torch.Generator(self.device).manual_seed(torch.initial_seed() % 2**31 * 1_000_003 + number)
 
     def update_router(self, learning_rate: float | None = None) -> None:
-        """Moves the router along its gradient, at another learning rate if one is given; Lightning counts it as a step
-        of the training."""
+        """Moves the router along its gradient (the mean over all processes), at another learning rate if one is given;
+        Lightning counts it as a step of the training."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
+        for parameter in self.router.parameters():
+            if parameter.grad is not None:
+                parameter.grad = mean_over_processes(parameter.grad)
         self.router.check_gradients()
         if learning_rate is not None:
             for group in optimizer.param_groups:
@@ -198,8 +203,9 @@ class RouterModule(L.LightningModule):
                     f"val/{budget:g}/exported_macs": self.router.kept(hard.compute),
                 },
                 batch_size=len(target),
+                sync_dist=True,
             )
-        self.log("val_loss", hard_error, prog_bar=True, logger=False, batch_size=len(target))
+        self.log("val_loss", hard_error, prog_bar=True, logger=False, batch_size=len(target), sync_dist=True)
 
     @torch.no_grad()
     def rollout_errors(self, batch: dict[str, Any], schedule: HardSchedule | Draft, target: Tensor) -> Tensor:

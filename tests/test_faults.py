@@ -17,6 +17,7 @@ import torch
 from test_schedule import WITH_TENSORS
 from training_fixtures import fit
 
+import hgc_learn
 from hgc_learn.__main__ import guarded
 from hgc_learn.data import ControlDataModule
 from hgc_learn.export import export
@@ -67,6 +68,35 @@ def test_kill_9_while_saving_leaves_a_whole_file(tmp_path: Path) -> None:
         content = path.read_bytes()
         assert len(content) == 3_000_000
         assert len(set(content)) == 1
+
+
+TRAIN = """
+import sys
+from pathlib import Path
+from training_fixtures import fit
+import torch
+torch.set_num_threads(1)
+fit(Path(sys.argv[1]), Path(sys.argv[2]), *eval(sys.argv[3]))
+"""
+
+
+def test_kill_9_in_training_resumes_to_the_same_router(teacher: Path, tmp_path: Path) -> None:
+    """A checkpoint is written after every epoch; what came after the last one is done again, in the same way."""
+    arguments = (12, "--data.num_train=2", "--model.objective.num_warm_start_batches=1")
+    whole = torch.load(fit(teacher, tmp_path / "whole", *arguments), weights_only=True)
+    ckpt_path = tmp_path / "parts/checkpoints/last.ckpt"
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(hgc_learn.__file__).parents[1])])
+    command = [sys.executable, "-c", TRAIN, str(teacher), str(tmp_path / "parts"), repr(arguments)]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL) as process:
+        while not ckpt_path.is_file() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(random.Random(0).uniform(0, 0.2))
+        process.kill()
+    step = torch.load(ckpt_path, weights_only=True)["global_step"]
+    assert 1 <= step < 12
+    resumed = torch.load(fit(teacher, tmp_path / "parts", *arguments, f"--ckpt_path={ckpt_path}"), weights_only=True)
+    for name, values in whole["state_dict"].items():
+        torch.testing.assert_close(resumed["state_dict"][name], values, rtol=0, atol=0)
 
 
 def test_a_full_disk_in_training_leaves_the_last_checkpoint(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from hgc_learn.distributed import mean_over_processes
 from hgc_learn.objectives.base import Objective
 from hgc_learn.objectives.blend import BlendedForwards
 from hgc_learn.objectives.l2c import LAYER_SITES, MAX_LOGIT
@@ -121,5 +122,6 @@ class HarmoniCa(Objective):
                 compute = torch.ones_like(hard)
                 compute[step] = hard[step] & ~hard[step].all()
                 self.weights[step] += module.rollout_errors(batch, module.router.hard(compute), target).sum()
+        self.weights.copy_(mean_over_processes(self.weights))
         self.weights /= self.weights[1:].mean()
         self.weights_epoch.fill_(module.current_epoch)

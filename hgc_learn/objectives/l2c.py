@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from hgc_learn.distributed import own_noise
 from hgc_learn.hard import HardSchedule
 from hgc_learn.objectives.base import Objective
 from hgc_learn.objectives.blend import BlendedForwards
@@ -103,7 +104,7 @@ class L2C(Objective):
         def visit_step(step: int) -> Tensor:
             time = forwards.timestep
             if step % interval == 0:
-                noise = torch.randn(clean.shape, generator=module.generator, device=clean.device, dtype=clean.dtype)
+                noise = own_noise(clean.shape, clean, module.generator)
                 start.update(time=time, latents=add_noise(scheduler, clean, noise, time))
                 prediction = forwards.full(start["latents"], keep=True)
                 start.update(prediction=module.guide(prediction))

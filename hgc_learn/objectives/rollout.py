@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from hgc_learn.distributed import mean_over_processes
 from hgc_learn.hard import HardSchedule
 from hgc_learn.objectives.base import Objective
 from hgc_learn.predictors.fitted import FITTED
@@ -110,7 +111,7 @@ class Rollout(Objective):
             batch = module.transfer_batch_to_device(batch, module.device, 0)
             effects.append(module.effects(batch, full).of_each_flip())
         savings = router.savings().to(module.device)
-        score = torch.stack(effects).mean(0).to(savings) - savings.clamp_min(1e-9).log()
+        score = mean_over_processes(torch.stack(effects).mean(0).to(savings)) - savings.clamp_min(1e-9).log()
         score[1:] = 2 * (score[1:] - score[1:].mean()) / score[1:].std()
         score[:, savings <= 0] = score.max()
         score[0] = 0

@@ -222,6 +222,27 @@ def test_work_is_claimed_by_one_at_a_time(tmp_path: Path) -> None:
         assert mine
 
 
+@pytest.mark.nightly
+def test_two_processes_share_the_cells_and_find_the_same(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["policies"] = ["deepcache", "faster_diffusion", "fewer_steps", "tgate", "uniform"]
+    alone = settings | {"output": str(tmp_path / "alone"), "report": str(tmp_path / "alone_report")}
+    assert main(["compare", "--config", str(write(alone, tmp_path))]) == 0
+    path = write(settings, tmp_path)
+    command = [sys.executable, "-m", "hgc_learn", "compare", "--config", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert main(["compare", "--config", str(path)]) == 0  # who ended first reported what was there
+    found, expected = rows(settings), rows(alone)
+    assert found.keys() == expected.keys()
+    for cell in expected:
+        assert found[cell].get("psnr_db") == expected[cell].get("psnr_db")
+        assert found[cell].get("reason") == expected[cell].get("reason")
+    for policy in settings["policies"]:  # nothing was run twice
+        assert sum(f"{SAMPLER} {policy} 0.6: " in output for output in outputs) == 1
+
+
 def test_a_checkpoint_is_trained_once_and_resumed(settings: dict[str, Any], teacher: Path, tmp_path: Path) -> None:
     config = CompareConfig(**read_config(write(settings, tmp_path)).__dict__)
     with pytest.raises(ValueError, match=r"learned-UniPC-5\.yaml.*does not exist"):

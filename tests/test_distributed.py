@@ -1,0 +1,89 @@
+"""Two processes that share the batches learn the same router as one that has them whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_fixtures import fit
+
+TESTS = Path(__file__).parent
+NUM_STEPS = 2
+
+# Two updates with an interruption between them, as Ctrl-C makes one, and a resumption.
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+from test_distributed import NUM_STEPS
+from training_fixtures import fit
+from hgc_learn.training import RouterModule
+
+torch.set_num_threads(1)
+teacher, folder, *more = sys.argv[1:]
+more += ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=1"]
+training_step = RouterModule.training_step
+
+def interrupted(self, batch, batch_idx):
+    if self.global_step == 1:
+        raise KeyboardInterrupt
+    training_step(self, batch, batch_idx)
+
+RouterModule.training_step = interrupted
+try:
+    fit(Path(teacher), Path(folder), NUM_STEPS, *more)
+except (KeyboardInterrupt, SystemExit):
+    pass
+RouterModule.training_step = training_step
+ckpt_path = Path(folder, "checkpoints", "last.ckpt")
+assert torch.load(ckpt_path, weights_only=True)["global_step"] == 1
+fit(Path(teacher), Path(folder), NUM_STEPS, *more, f"--ckpt_path={ckpt_path}")
+"""
+
+
+def fit_on_two(teacher: Path, folder: Path, *more: str) -> Path:
+    """Trains as `torchrun` starts it, on two processes; returns the last checkpoint."""
+    folder.mkdir()
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*launcher, str(program), str(teacher), str(folder), *more],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "checkpoints/last.ckpt"
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The 'train_dataloader' does not have many workers", "ignore:You are trying to `self.log"
+)
+@pytest.mark.parametrize(
+    ("objective", "more"),
+    [
+        ("Rollout", ["--model.objective.num_warm_start_batches=1"]),
+        pytest.param("L2C", ["--model.objective.intervals=[2]", "--model.budgets=[0.7]"], marks=pytest.mark.nightly),
+        pytest.param("HarmoniCa", ["--model.objective.weight_interval=1"], marks=pytest.mark.nightly),
+        pytest.param("Rollout", ["--trainer.limit_val_batches=1"], marks=pytest.mark.nightly),
+    ],
+)
+def test_two_processes_resumed_learn_what_one_does(
+    objective: str, more: list[str], teacher: Path, tmp_path: Path
+) -> None:
+    more = [f"--model.objective={objective}", *more]
+    together = torch.load(fit_on_two(teacher, tmp_path / "together", *more), weights_only=True)
+    alone = torch.load(fit(teacher, tmp_path / "alone", NUM_STEPS, *more, "--data.batch_size=2"), weights_only=True)
+    assert together["global_step"] == alone["global_step"] == NUM_STEPS
+    assert together["state_dict"].keys() == alone["state_dict"].keys()
+    for name, values in alone["state_dict"].items():
+        torch.testing.assert_close(together["state_dict"][name], values, rtol=1e-3, atol=1e-3)
+    # Logged by the first process alone, in the first run and in the resumed one.
+    assert len(list((tmp_path / "together").rglob("events.out.tfevents*"))) == 2
