@@ -118,8 +118,7 @@ def measure(folder: Path, args: argparse.Namespace, num_steps: int) -> dict[str,
     assert isinstance(objective, Rollout)
     batch = {"text": ["a red circle"], "seed": [0], "conditioning_image": torch.rand(1, 3, args.size, args.size)}
     with torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        module.router.logits[1:].copy_(torch.randn(module.router.logits[1:].shape, generator=generator))
+        module.router.logits[1:].copy_(torch.randn(module.router.logits[1:].shape))
     budget = max(args.budget, 1.001 * module.router.least_budget)
     module.seed(0)
     start = time.monotonic()
@@ -169,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only_count", action="store_true", help="tensors, without computing what is in them")
     parser.add_argument("--output", type=Path, help="JSON file to add a row to")
     args = parser.parse_args(argv)
+    torch.manual_seed(0)  # the same schedule is drawn
     with tempfile.TemporaryDirectory() as folder:
         save_random_pipeline(Path(folder), args.arch, getattr(torch, args.dtype))
         row = measure(Path(folder), args, args.num_steps)
