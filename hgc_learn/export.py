@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from hgc_learn import fills, specialise
 from hgc_learn.cli import rebuild
 from hgc_learn.evaluation import picture_psnr
-from hgc_learn.figures import gate_heatmap
+from hgc_learn.figures import gate_heatmap, save_figure
 from hgc_learn.fills import Report
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.hard import HardSchedule
@@ -92,7 +92,7 @@ def export(
     path = output / "hgc_schedule.json"
     schedule.save(path)
     figure = gate_heatmap(hard.compute, module.router.sites, f"budget {budget:g}")
-    figure.savefig(output / "hgc_schedule.png", dpi=150)
+    save_figure(figure, output / "hgc_schedule.png", dpi=150)
     return path
 
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from torch import Tensor
+
+from hgc_learn.files import write_atomically
+
+
+def save_figure(figure: Figure, path: Path, *, dpi: int) -> None:
+    """Writes a PNG file, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    write_atomically(path, buffer.getbuffer())
 
 
 def gate_heatmap(gates: ArrayLike, sites: Sequence[str], title: str = "") -> Figure:

@@ -48,7 +48,7 @@ def load_pipeline(
         dtype: of all models: `float32`, `float16` or `bfloat16`.
 
     Raises:
-        ValueError: a folder that does not exist, an unknown dtype or scheduler.
+        ValueError: a folder or hub id that cannot be loaded, an unknown dtype or scheduler.
     """
     for name, source in (("model", model), ("controlnet", controlnet)):
         if source is not None and not Path(source).is_dir() and source.count("/") != 1:
@@ -57,10 +57,10 @@ def load_pipeline(
         raise ValueError(f"dtype {dtype!r} is not one of float32, float16, bfloat16.")
     torch_dtype = getattr(torch, dtype)
     if controlnet is None:
-        pipe = DiffusionPipeline.from_pretrained(model, dtype=torch_dtype)
+        pipe = _load("model", DiffusionPipeline, model, dtype=torch_dtype)
     else:
-        net = ControlNetModel.from_pretrained(controlnet, dtype=torch_dtype)
-        pipe = AutoPipelineForText2Image.from_pretrained(model, controlnet=net, dtype=torch_dtype)
+        net = _load("controlnet", ControlNetModel, controlnet, dtype=torch_dtype)
+        pipe = _load("model", AutoPipelineForText2Image, model, controlnet=net, dtype=torch_dtype)
     if sampling.scheduler is not None:
         scheduler = getattr(diffusers, sampling.scheduler, None)
         if scheduler is None or not hasattr(scheduler, "from_config"):
@@ -75,6 +75,18 @@ def load_pipeline(
             component.eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _load(role: str, kind: Any, source: str, **kwargs: Any) -> Any:
+    try:
+        return kind.from_pretrained(source, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        what = "ControlNet" if role == "controlnet" else "diffusers pipeline"
+        raise ValueError(
+            f"{role}: {source!r} cannot be loaded as a {what} ({reason}). Check the name; a private repository of the "
+            "hub needs `hf auth login`."
+        ) from None
 
 
 def generate(

@@ -20,6 +20,7 @@ from hgc_learn.once import Once
 from hgc_learn.plan import Plan, StepPlan, compile_plan
 from hgc_learn.program import Program, compile_program, run_checkpointed, run_program
 from hgc_learn.schedule import HGCSchedule, ScheduleError
+from hgc_learn.timesteps import steps_for_calls
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,11 @@ class Runtime(RoutedForwards):
             if self.schedule is None or self.schedule.timesteps != actual:
                 self.follow(self.original.resampled(actual))
         elif len(actual) != len(expected):
+            num_steps = steps_for_calls(self.pipe.scheduler, len(expected))
             raise ScheduleError(
                 f"num_inference_steps: the schedule has {len(expected)} steps, this run {len(actual)}. Call the "
-                f"pipeline with num_inference_steps={len(expected)}, or apply_schedule(..., resample=True)."
+                f"pipeline with num_inference_steps={num_steps or len(expected)}, or apply_schedule(..., "
+                "resample=True)."
             )
         else:
             raise ScheduleError(

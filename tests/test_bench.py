@@ -49,7 +49,7 @@ def test_rows_of_policies_files_and_peers(tmp_path: Path) -> None:
         (["--policy", "deepcache:interval"], "is not KNOB=VALUE"),
         (["--rounds", "0"], "--rounds is 0"),
         (["--size", "50"], "must be a multiple of"),
-        (["--schedule", str(ROOT / "examples/demo_schedule.json"), "--steps", "3"], "say --steps accordingly"),
+        (["--schedule", str(ROOT / "examples/demo_schedule.json"), "--steps", "3"], "--steps accordingly"),
     ],
 )
 def test_wrong_arguments_are_one_line(

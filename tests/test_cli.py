@@ -270,3 +270,30 @@ def test_the_demo_refuses_an_impossible_budget_before_it_trains(
     assert "hgc_learn: A budget of 7.0 cannot be met" in output.err.splitlines()[-1]
     assert "exporting" not in output.out
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated")  # of diffusers
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "nowhere/at/all"], "model: 'nowhere/at/all' is neither a folder here nor a hub id"),
+        (["--model", "nobody/nothing"], "model: 'nobody/nothing' cannot be loaded as a diffusers pipeline"),
+        (["--model", "docs"], "model: 'docs' cannot be loaded as a diffusers pipeline"),
+        (["--controlnet_model", "docs"], "controlnet: 'docs' cannot be loaded as a ControlNet"),
+        (["--controlnet_model", "nobody/nothing"], "controlnet: 'nobody/nothing' cannot be loaded as a ControlNet"),
+    ],
+)
+def test_models_that_are_not_there_are_told_in_one_line(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if options[0] != "--model":
+        options = ["--model", "hgc_learn/demo/teacher", *options]
+    argv = ["schedule", "uniform", *options, "--interval", "2", "--output", str(tmp_path / "file.json")]
+    assert main(argv) == 2
+    assert f"hgc_learn: {message}" in capsys.readouterr().err.splitlines()[-1]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from browser import CHROMIUM, Browser
 from test_cli import refused
+from test_data import write_folder
 from test_schedule import SCHEDULE
 from tiny_models import NUM_STEPS, TinyPipeline, build_pipeline
 
@@ -141,6 +142,20 @@ def test_the_chosen_point_is_in_the_panel_of_its_sampler() -> None:
     assert (x - low[0]) / (high[0] - low[0]) == pytest.approx(0.8, abs=0.01)
     assert (y - low[1]) / (high[1] - low[1]) == pytest.approx(0.15, abs=0.01)
     assert low[1] > high[1]  # more decibels are further up
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")  # of KDPM2
+@pytest.mark.parametrize("scheduler", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler"])
+def test_pictures_of_samplers_with_more_calls_than_steps(scheduler: str, teacher: Path, tmp_path: Path) -> None:
+    """Heun and KDPM2 call the models twice per step, PNDM four times in the first ones; rows are per call."""
+    options = ["--model", str(teacher), "--size", "64", "--steps", "4", "--scheduler", scheduler, "--interval", "2"]
+    file = tmp_path / "hgc_schedule.json"
+    assert main(["schedule", "uniform", *options, "--output", str(file)]) == 0
+    assert HGCSchedule.load(file).num_inference_steps == (13 if scheduler.startswith("PNDM") else 7)
+    write_folder(tmp_path / "data", 1)
+    options = ["--model", str(teacher), "--data", str(tmp_path / "data"), "--num_pictures", "1"]
+    assert main(["report", str(file), "--output", str(tmp_path / "report.html"), *options]) == 0
+    assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 4
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionControlNetImg2ImgPipeline
@@ -192,6 +193,18 @@ def test_runs_that_do_not_fit_are_refused(kwargs: dict[str, Any], message: str) 
     with pytest.raises(ScheduleError, match=message):
         tiny(**kwargs)
     assert torch.equal(tiny(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")  # of KDPM2
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
+def test_the_steps_to_ask_for_are_named_where_each_has_two_calls(name: str) -> None:
+    tiny = build_pipeline("small", scheduler=getattr(diffusers, name)())
+    schedule = tiny.schedule()
+    assert schedule.num_inference_steps == 2 * NUM_STEPS - 1
+    apply_schedule(tiny.pipe, schedule)
+    with pytest.raises(ScheduleError, match=f"has 11 steps, this run 7. Call the pipeline with .*={NUM_STEPS}, or"):
+        tiny(num_inference_steps=4)
+    tiny()
 
 
 def test_another_scheduler_is_refused_by_name(own: TinyPipeline) -> None:

@@ -161,7 +161,10 @@ def _adapted(schedule: HGCSchedule, file: str, pipe: Any, setting: Setting) -> H
     import torch
 
     if schedule.num_inference_steps != setting.num_steps:
-        raise ValueError(f"{file} has {schedule.num_inference_steps} steps; say --steps accordingly.")
+        raise ValueError(
+            f"{file} has {schedule.num_inference_steps} steps (model calls), this setting {setting.num_steps}; say "
+            "--steps accordingly."
+        )
     for site in schedule.sites:
         if site not in setting.graph.nodes:
             raise ValueError(f"{file}: this architecture has no site {site!r}.")

@@ -21,6 +21,8 @@ from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.demo.teacher import GUIDANCE_SCALE, TEACHER_DIR, sample_pictures
 from hgc_learn.evaluation import picture_psnr
+from hgc_learn.figures import save_figure
+from hgc_learn.files import write_atomically
 
 
 class ControlScores:
@@ -131,7 +133,7 @@ def save_grid(
             axis.set_axis_off()
             axis.text(0.5, -0.02, name, transform=axis.transAxes, ha="center", va="top", fontsize=6, color="gray")
         axes[row, 4 * side].set_title(caption, loc="left", fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)
 
 
@@ -157,9 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = {"command": f"{command} --guidance_scale {args.guidance_scale:g}", **figures}
     text = json.dumps(figures, indent=2)
     print(text)
-    partial = output / "figures.json.partial"
-    partial.write_text(f"{text}\n")
-    partial.replace(output / "figures.json")
+    write_atomically(output / "figures.json", f"{text}\n".encode())
     save_grid(pipeline, output / "grid.png", guidance_scale=args.guidance_scale)
 
 

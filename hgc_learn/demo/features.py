@@ -9,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from hgc_learn.demo.metrics import chroma
 from hgc_learn.demo.scenes import COLORS, KINDS
+from hgc_learn.files import write_atomically
 
 FEATURES_FILE = Path(__file__).parent / "features.safetensors"
 CHANNELS = (16, 32, 64, 64)
@@ -56,10 +57,9 @@ class SceneRecogniser(nn.Module):
 
 def save_recogniser(recogniser: SceneRecogniser, path: Path) -> None:
     """Writes the weights in float16; the file appears when it is complete."""
-    partial = path.with_name(f"{path.name}.partial")
     weights = recogniser.state_dict()
-    save_file({name: value.half() if value.is_floating_point() else value for name, value in weights.items()}, partial)
-    partial.replace(path)
+    half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    write_atomically(path, save(half))
 
 
 def load_recogniser(path: Path = FEATURES_FILE) -> SceneRecogniser:

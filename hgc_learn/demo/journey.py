@@ -20,7 +20,8 @@ from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.evaluation import evaluate_schedule
 from hgc_learn.export import export
-from hgc_learn.figures import picture_grid
+from hgc_learn.figures import picture_grid, save_figure
+from hgc_learn.files import write_atomically
 from hgc_learn.inference import HGCSchedule
 from hgc_learn.rollout import SamplingConfig, load_pipeline
 
@@ -54,16 +55,17 @@ def run_demo(
     console.rule(f"3. full against cached on {num_scenes} held-out scenes")
     model = cli.model.hparams
     summary, pictures = judge(path, model["model"], SamplingConfig(**model["sampling"]), num_scenes)
-    picture_grid(
+    grid = picture_grid(
         {
             "control": pictures["control"],
             "full": pictures["full"],
             f"cached\n{summary['macs_reduction']:.0%} fewer MACs": pictures["cached"],
         },
         pictures["text"],
-    ).savefig(output / "comparison.png", dpi=150)
+    )
+    save_figure(grid, output / "comparison.png", dpi=150)
     summary["minutes"] = round((time.monotonic() - start) / 60, 2)
-    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_atomically(output / "summary.json", f"{json.dumps(summary, indent=1)}\n".encode())
     console.print(summary_table(summary))
     for name in ("hgc_schedule.json", "comparison.png", "summary.json"):
         console.print(f"wrote {output / name}")

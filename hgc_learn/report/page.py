@@ -13,7 +13,7 @@ import jinja2
 from PIL import Image
 from torch import Tensor
 
-from hgc_learn.files import printable
+from hgc_learn.files import printable, write_atomically
 from hgc_learn.graph import Graph
 from hgc_learn.macs import NodeCost
 from hgc_learn.report import pareto
@@ -72,8 +72,7 @@ def write_page(
         box=(pareto.WIDTH, pareto.HEIGHT, pareto.LEFT, pareto.HEIGHT - pareto.BOTTOM),
         pictures=_columns(pictures) if pictures else [],
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_atomically(path, text.encode())
 
 
 def _finalize(value: Any) -> Any:
