@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 # Two test processes with one thread each are faster than one process with two, and torch's threads do not spin.
 WORKERS ?= 2
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format docs clean
 .DELETE_ON_ERROR:
 
 # `make demo ARGS=--resume` goes on with an interrupted one.
@@ -24,6 +24,11 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The pages of docs/ as a site in build/docs; any warning is an error.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict --site-dir build/docs
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
