@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from hgc_learn.demo.material import Material, PhotographMaterial, SceneMaterial
@@ -239,9 +239,11 @@ def save_pictures(
     path: Path,
     guidance_scale: float = GUIDANCE_SCALE,
 ) -> None:
-    """Save what a teacher makes of the first samples, and of their controls mirrored with the same captions and noise:
-    what the control decides is mirrored too."""
-    batch = next(iter(DataLoader(samples, NUM_SHOWN)))
+    """Save what a teacher makes of some samples, spread over all, and of their controls mirrored with the same captions
+    and noise: what the control decides is mirrored too."""
+    num_samples = len(samples)  # type: ignore[arg-type]
+    spread = range(0, num_samples, max(1, num_samples // NUM_SHOWN))[:NUM_SHOWN]
+    batch = next(iter(DataLoader(Subset(samples, spread), NUM_SHOWN)))
     rows = {}
     for name, control in (("", batch["conditioning_image"]), ("mirrored\n", batch["conditioning_image"].flip(3))):
         rows[f"{name}control"] = control
