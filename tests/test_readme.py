@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hgc_learn.__main__ import build_parser, main
+from hgc_learn.demo import train_teacher
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -110,7 +111,7 @@ def test_demo_command(workplace: Path) -> None:
         assert (workplace / "runs/demo" / name).stat().st_size > 500
 
 
-GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("train", "share", "use")]
+GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("train", "share", "use", "camvid")]
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
@@ -124,6 +125,8 @@ def test_guides_are_true(guide: Path, workplace: Path, monkeypatch: pytest.Monke
         _, *arguments = shlex.split(line)
         if arguments[:2] == ["-m", "hgc_learn"]:
             build_parser().parse_args(arguments[2:])
+        elif arguments[:2] == ["-m", "hgc_learn.demo.train_teacher"]:
+            train_teacher.build_parser().parse_args(arguments[2:])
         elif arguments[0] == "export.py":
             build_parser().parse_args(["export", *arguments[1:]])
         else:

@@ -296,19 +296,25 @@ def train_teacher(args: TeacherArguments) -> None:
     train_denoiser(args)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data", help="train on these photographs: folder with metadata.jsonl, or hub id")
     parser.add_argument("--condition", choices=("canny",), help="make control images from the photographs")
-    parser.add_argument("--train_split", default="train[:90%%]", help="of the data, to train on")
-    parser.add_argument("--val_split", default="train[90%%:]", help="of the data, held out")
+    parser.add_argument("--train_split", default=TeacherArguments.train_split, help="of the data, to train on")
+    parser.add_argument("--val_split", default=TeacherArguments.val_split, help="of the data, held out")
     parser.add_argument("--parts", type=Path, help="pipeline folder to take tokenizer, text encoder and VAE from")
     parser.add_argument("--block_out_channels", type=int, nargs=4, default=BLOCK_CHANNELS)
     for name, field in TeacherArguments.__dataclass_fields__.items():
         if field.type == "int":
             parser.add_argument(f"--{name}", type=int, default=field.default)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = build_parser()
     arguments = vars(parser.parse_args(argv))
     arguments["block_out_channels"] = tuple(arguments["block_out_channels"])
     args = TeacherArguments(**arguments)
