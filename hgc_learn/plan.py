@@ -87,14 +87,16 @@ class Plan:
         return ages
 
     def cache_bytes(self, costs: Mapping[str, NodeCost], *, batch_size: int = 2, itemsize: int = 4) -> int:
-        """The most bytes that kept tensors take at any one time."""
+        """The most bytes that kept tensors take at any one time. The ControlNets run first; what a model loads for the
+        last time is freed at once, what it computes is kept when it has run."""
         kept: set[tuple[str, int]] = set()
         peak = 0
         for i, step in enumerate(self.steps):
-            kept.update((name, i) for name in step.store)
-            samples = {key: 1 if self.steps[key[1]].is_half else batch_size for key in kept}
-            peak = max(peak, sum(samples[key] * costs[key[0]].numel for key in kept))
-            kept.difference_update(step.free)
+            for is_unet in (False, True):
+                kept.difference_update(key for key in step.free if key[0].startswith("unet") == is_unet)
+                kept.update((name, i) for name in step.store if name.startswith("unet") == is_unet)
+                samples = {key: 1 if self.steps[key[1]].is_half else batch_size for key in kept}
+                peak = max(peak, sum(samples[key] * costs[key[0]].numel for key in kept))
         return itemsize * peak
 
     def num_patterns(self) -> int:

@@ -169,6 +169,7 @@ class Runtime(RoutedForwards):
             self.may_run_ahead &= not call.guess_mode
             if self.options.exact_savings and _is_off(call.conditioning_scale):
                 values = self._zero_controls(model, program, call)
+                self._free(program)
                 return self._keep(model, step, program, values, is_refresh)
         elif step in self.ahead and not is_refresh:
             return self.ahead.pop(step)
@@ -181,6 +182,8 @@ class Runtime(RoutedForwards):
                 values[load.site] = self.cache.load_halves(load, step, num_guided, is_half)
             elif load.site != self.graph.guidance:
                 values[load.site] = self.cache.load(load, step)
+        if not is_refresh:
+            self._free(program)
         guidance = self.graph.guidance
         if self.compiled is not None and not is_refresh and not self.gradient_checkpointing:
             self.compiled.run(program, is_half, call, values)
@@ -194,6 +197,11 @@ class Runtime(RoutedForwards):
         run = run_checkpointed if self.gradient_checkpointing else run_program
         run(program, call, values, skip)
 
+    def _free(self, program: Program) -> None:
+        """What has been loaded for the last time: before the rest of the step needs memory."""
+        for key in program.free:
+            self.cache.values.pop(key, None)
+
     def _keep(
         self, model: str, step: int, program: Program, values: dict[str, Tensor], is_refresh: bool
     ) -> dict[str, Tensor]:
@@ -204,8 +212,6 @@ class Runtime(RoutedForwards):
             for name in program.store:
                 if name in values:
                     kept[name, step] = values[name]
-            for key in program.free:
-                kept.pop(key, None)
         if step == self.num_steps - 1 and model == "unet" and self.once is not None:
             self.once.clear()
         return values
@@ -260,6 +266,7 @@ class Runtime(RoutedForwards):
                     if name in graph.residuals:
                         values[name] = ops.add_all(call, *[values[control] for control in graph.nodes[name].inputs])
                 by_step.append(values)
+            self._free(self.programs["unet"][step])
         read = {name for op in program.ops for name in op.inputs}
         stacked = {
             name: stack_steps([values[name] for values in by_step], num_halves) for name in by_step[0] if name in read

@@ -41,7 +41,7 @@ class Once:
 def measure_once(run: Callable[[], object], candidate: Candidate, device: torch.device) -> Once:
     """In one run, which warms up, too."""
     with candidate() as handle:
-        with _watched_cache(handle) as kept, _counter() as counter:
+        with watched_cache(handle) as kept, _counter() as counter:
             peak_bytes = _peak_memory(run, device)
         predicted = 0 if handle is None else handle.stats()["cache_bytes"]
     return Once(counter.get_total_flops() // 2, peak_bytes, max(kept, default=0), predicted)
@@ -153,7 +153,7 @@ def _counter() -> FlopCounterMode:
 
 
 @contextmanager
-def _watched_cache(handle: ScheduleHandle | None) -> Iterator[list[int]]:
+def watched_cache(handle: ScheduleHandle | None) -> Iterator[list[int]]:
     """The bytes that the cache holds after each model call."""
     seen: list[int] = []
     if handle is None:

@@ -26,6 +26,7 @@ from hgc_learn.architectures import ARCHITECTURES, build_architecture
 from hgc_learn.inference import apply_schedule, remove_schedule
 from hgc_learn.macs import NodeCost, measure_costs
 from hgc_learn.plan import compile_plan
+from hgc_learn.speed import watched_cache
 
 LATENT_SIZE = IMAGE_SIZE // VAE_SCALE_FACTOR
 
@@ -66,12 +67,15 @@ def assert_plan_is_true(tiny: Any, rows: dict[str, str], costs: Any, guidance_sc
     schedule = tiny.schedule(rows, guidance_scale=guidance_scale)
     plan = compile_plan(graph, rows, NUM_STEPS)
     try:
-        apply_schedule(tiny.pipe, schedule, exact_savings=False)  # `test_speedups` has what these take away
-        macs = counted(lambda: tiny(guidance_scale=guidance_scale, **kwargs))
+        # Without what `test_speedups` is about: less to compute, and steps before their turn.
+        handle = apply_schedule(tiny.pipe, schedule, exact_savings=False, max_steps_at_once=1)
+        with watched_cache(handle) as kept:
+            macs = counted(lambda: tiny(guidance_scale=guidance_scale, **kwargs))
     finally:
         remove_schedule(tiny.pipe)
     batch_size = 2 if guidance_scale > 1 else 1
     assert macs == tuple(plan.macs(cost, batch_size=batch_size, attention=attention) for attention in (False, True))
+    assert max(kept) == plan.cache_bytes(cost, batch_size=batch_size)
 
 
 @st.composite

@@ -16,6 +16,7 @@ from hgc_learn.inference import apply_exact_savings, apply_schedule, remove_sche
 from hgc_learn.policies import POLICIES
 from hgc_learn.rollout import SamplingConfig
 from hgc_learn.setting import Setting
+from hgc_learn.speed import watched_cache
 
 
 @contextmanager
@@ -183,15 +184,7 @@ def test_predicted_cache_bytes_are_the_measured_ones(own: TinyPipeline) -> None:
         knobs = {"gate": 4} if "gate" in policy.knobs else {}
         schedule = policy.schedule(Setting.of_pipeline(own.pipe, sampling), **knobs)
         handle = apply_schedule(own.pipe, schedule)
-        runtime: Any = handle.runtime
-        execute, seen = runtime.execute, []
-
-        def watched(*args: Any, runtime: Any = runtime, execute: Any = execute, seen: Any = seen) -> Any:
-            values = execute(*args)
-            seen.append(runtime.cache.num_bytes)
-            return values
-
-        runtime.execute = watched
-        own()
+        with watched_cache(handle) as seen:
+            own()
         assert max(seen) == pytest.approx(handle.stats()["cache_bytes"], rel=0.05), name
         handle.remove()
