@@ -51,8 +51,9 @@ class RouterCLI(LightningCLI):
         parser.set_defaults(
             {
                 "model.objective": {"class_path": "Rollout"},
-                "checkpoint.save_last": True,
-                "checkpoint.save_top_k": 0,  # the last router is the one to keep
+                # Not by save_last: after an epoch Lightning does that only beside another checkpoint.
+                "checkpoint.filename": "last",
+                "checkpoint.save_top_k": 1,  # without a metric: that of the latest epoch, the router to keep
                 "checkpoint.save_on_exception": True,  # Ctrl-C loses nothing
                 "checkpoint.enable_version_counter": False,  # a new run in the same folder replaces it
             }
@@ -87,6 +88,8 @@ def _cli(args: list[str] | dict[str, Any] | None, *, run: bool) -> RouterCLI:
     with warnings.catch_warnings():
         # The demonstration has arguments of its own on the command line.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+        # Going on in a folder replaces its checkpoint: that is what it is for.
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         return RouterCLI(
             RouterModule,
             run=run,

@@ -135,7 +135,8 @@ class RoutedForwards:
             raise ValueError(_foreign(f"The {model}, at step {step} of {self.num_steps},"))
         if model == "unet" and step == self.first_step and self.is_guided:
             _check_halves(sample)
-        signature = _Signature((sample.shape, sample.dtype, sample.device, inputs), self.settings.read())
+        called_with = (sample.shape, sample.dtype, sample.device, inputs)
+        signature = _Signature(called_with, self.settings.read())
         if model in self.seen and not signature.equals(self.seen[model]):
             if model == "unet" and step not in self.refreshed and len(self.models) > 1:
                 self.timesteps = None
@@ -144,6 +145,8 @@ class RoutedForwards:
                     "followed; remove_schedule(pipe) for such runs."
                 )
             self.refreshed.add(step)
+            self.settings = _Settings(self.models)  # with the layers that a LoRA has brought
+            signature = _Signature(called_with, self.settings.read())
         self.seen[model] = signature
         self.num_calls[model] += 1
         return step
@@ -388,7 +391,7 @@ class _Signature:
                 self.copies.append(value.clone())
             else:
                 version = value._version
-            return (value.data_ptr(), version, tuple(value.shape), value.dtype, value.device)
+            return (value.data_ptr(), version, tuple(value.shape), value.stride(), value.dtype, value.device)
         if isinstance(value, dict):
             return tuple((key, self._key(value[key])) for key in sorted(value))
         if isinstance(value, list | tuple):

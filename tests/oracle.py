@@ -106,21 +106,15 @@ def by_definition(
         predictions = [value(graph.output, half, known, True) for half in halves()]
         if len(predictions) == 2:
             known[graph.guidance, 1] = predictions[1] - predictions[0]
-        ran = demanded(state["step"])
-        for key in list(history):
-            if key not in known:
-                del history[key]
-        for key, fresh in known.items():
-            steps = [step for step, _ in history.get(key, [])]
-            history[key] = [(step, fresh) for step in ([state["step"]] if key in ran else []) + steps]
+        history.clear()
+        for earlier in range(state["step"] + 1):  # the fresh values stand for all these
+            for key in demanded(earlier):
+                history.setdefault(key, []).insert(0, (earlier, known[key]))
         return torch.cat(predictions)
 
     def predict() -> Tensor:
         step, known = state["step"], dict[Any, Tensor]()
         if step in refreshed or (first_step and step == first_step):
-            for earlier in range(first_step if step == first_step else 0):
-                for key in demanded(earlier):  # the fresh values will stand for these
-                    history.setdefault(key, []).insert(0, (earlier, torch.empty(0)))
             return refresh(known)
         if len(halves()) == 1:
             return value(graph.output, halves()[0], known, False)

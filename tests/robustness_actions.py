@@ -14,24 +14,45 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor
 from diffusers.models.embeddings import ImageProjection
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from robustness_pipelines import arguments, build, run
-from tiny_models import NUM_STEPS
+from tiny_models import GUIDANCE_SCALE, NUM_STEPS
 from torch import Tensor
 
 MIDDLE = NUM_STEPS // 2
 
 
-def when(step: int, change: Callable[[Any, dict[str, Any]], dict[str, Any] | None], *names: str) -> dict[str, Any]:
+Change = Callable[[Any, dict[str, Any]], dict[str, Any] | None]
+
+
+def when(step: int, change: Change, *names: str) -> dict[str, Any]:
     """Arguments that let `change(pipe, tensors)` happen before a step."""
+    return at_each({step: change}, *names)
+
+
+def at_each(changes: dict[int, Change], *names: str) -> dict[str, Any]:
+    """The same before several steps."""
 
     def callback(pipe: Any, i: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        return (change(pipe, tensors) if i == step - 1 else None) or tensors
+        return (changes[i + 1](pipe, tensors) if i + 1 in changes else None) or tensors
 
     return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": list(names)}
 
 
 def guidance_off(pipe: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def half(value: Any) -> Any:
+        return [half(part) for part in value] if isinstance(value, list) else value.chunk(2)[-1]
+
     pipe._guidance_scale = 1.0
-    return {name: value[-1:] for name, value in tensors.items()}
+    return {name: half(value) for name, value in tensors.items()}
+
+
+def guidance_on(pipe: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    pipe._guidance_scale = GUIDANCE_SCALE
+    embeds, image = tensors["prompt_embeds"], tensors["image"]
+    return {"prompt_embeds": torch.cat([embeds.flip(1), embeds]), "image": torch.cat([image, image])}
+
+
+def more_guidance(pipe: Any, tensors: dict[str, Any]) -> None:
+    pipe._guidance_scale += 2
 
 
 def cast(dtype: torch.dtype) -> Callable[[Any], None]:
@@ -100,8 +121,24 @@ def latents_in_place(pipe: Any, tensors: dict[str, Any]) -> None:
     tensors["latents"].mul_(0.9)
 
 
+def other_pooled(pipe: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {"add_text_embeds": tensors["add_text_embeds"].flip(1)}
+
+
+def larger_latents(pipe: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {"latents": torch.nn.functional.interpolate(tensors["latents"], scale_factor=2)}
+
+
 def other_image(pipe: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     return {"image": tensors["image"].flip(2)}
+
+
+def other_image_in_place(pipe: Any, tensors: dict[str, Any]) -> None:
+    tensors["image"].mul_(0.5)
+
+
+def turned_image(pipe: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {"image": tensors["image"].transpose(2, 3)}
 
 
 def in_inference_mode(pipe: Any, **kwargs: Any) -> Tensor:
@@ -174,12 +211,25 @@ def compile_whole(pipe: Any) -> None:
     pipe.unet = torch.compile(pipe.unet, backend="eager")
 
 
-def mid_lora(pipe: Any, tensors: dict[str, Any]) -> None:
+def mid_lora(pipe: Any, tensors: Any = None) -> None:
     pipe.set_adapters(["style"], [0.1])
 
 
 def freeu(pipe: Any, tensors: Any = None) -> None:
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+
+
+def with_freeu() -> Any:
+    pipe = build()
+    freeu(pipe)
+    return pipe
+
+
+def pooled() -> Any:
+    """A ControlNet as that of shuffled pictures: its residuals have no size."""
+    pipe = build()
+    pipe.controlnet.register_to_config(global_pool_conditions=True)
+    return pipe
 
 
 def no_ip(pipe: Any, tensors: dict[str, Any]) -> None:
@@ -231,6 +281,16 @@ def with_lora_and_text_encoder() -> Any:
     pipe = with_lora()
     pipe.text_encoder = TextEncoder()
     return pipe
+
+
+def with_lora_plain() -> Any:
+    pipe = build("StableDiffusionPipeline")
+    load_lora(pipe)
+    return pipe
+
+
+def fuse_scaled(pipe: Any, tensors: Any) -> None:
+    pipe.fuse_lora(components=["unet"], lora_scale=0.3)
 
 
 def fuse_lora(pipe: Any) -> None:

@@ -1,14 +1,33 @@
-"""Tiny pipelines of every kind for the table in `robustness.py`."""
+"""Tiny pipelines of every kind for the table in `robustness.py`, and schedules for them."""
 
 from __future__ import annotations
 
 import inspect
+import random
 from typing import Any
 
 import diffusers
 import torch
-from tiny_models import GUIDANCE_SCALE, IMAGE_SIZE, NUM_STEPS, NUM_TOKENS, build_pipeline
+from tiny_models import (
+    GUIDANCE_SCALE,
+    IMAGE_SIZE,
+    NUM_STEPS,
+    NUM_TOKENS,
+    UNET_CONFIGS,
+    build_models,
+    build_pipeline,
+    random_rows,
+)
 from torch import Tensor
+
+from hgc_learn.fingerprint import ModelFingerprint
+from hgc_learn.graph import build_graph
+from hgc_learn.schedule import HGCSchedule
+from hgc_learn.sites import list_sites
+
+SDXL = {"shape": "small_sdxl"}
+TWO = {"num_controlnets": 2}
+XL = "StableDiffusionXLControlNetPipeline"
 
 
 def build(
@@ -18,12 +37,15 @@ def build(
     num_controlnets: int = 1,
     scheduler: str = "DDIMScheduler",
     dtype: torch.dtype = torch.float64,
+    scheduler_config: dict[str, Any] | None = None,
     unet_config: dict[str, Any] | None = None,
     **more: Any,
 ) -> Any:
     """A pipeline of the class `kind`. Double precision leaves no room for differences that are not rounding."""
-    settings = {"clip_sample": False, "steps_offset": 1} if scheduler == "DDIMScheduler" else {}
+    settings = {"clip_sample": False, "steps_offset": 1} if scheduler == "DDIMScheduler" else scheduler_config or {}
     tiny = build_pipeline(shape, num_controlnets=num_controlnets, scheduler=getattr(diffusers, scheduler)(**settings))
+    if unet_config is not None:
+        tiny.pipe.unet = build_models(UNET_CONFIGS[shape] | unet_config)[0]
     pipeline_class = getattr(diffusers, kind)
     accepted = inspect.signature(pipeline_class.__init__).parameters
     parts: dict[str, Any] = dict.fromkeys(accepted.keys() - {"self", "args", "kwargs"})
@@ -109,3 +131,44 @@ def controlnet_union() -> Any:
         projection_class_embeddings_input_dim=34,
     )
     return pipe
+
+
+# Schedules
+
+
+def schedules(pipe: Any, rng: random.Random | None = None) -> list[dict[str, str]]:
+    """One with values held; one with lines, means of the halves and half steps besides; one whose steps are decoders
+    that do not depend on each other, from the second on, with the guided half alone at some."""
+    pipe.scheduler.set_timesteps(NUM_STEPS)
+    num_steps, rng = len(pipe.scheduler.timesteps), rng or random.Random(1)
+    sites = [s for s in list_sites(build_graph(pipe.unet, getattr(pipe, "controlnet", None))) if s != "unet:guidance"]
+    held = random_rows(sites, rng, num_sites=len(sites) // 3, num_steps=num_steps)
+    mixed = random_rows(sites, rng, num_sites=len(sites) // 4, num_steps=num_steps)
+    mixed = {site: "".join(rng.choice("-1m") if code == "-" else code for code in row) for site, row in mixed.items()}
+    mixed["unet:guidance"] = "C" + "".join(rng.choice("CC-10") for _ in range(num_steps - 1))
+    of_encoder = [s for s in sites if "up_blocks" not in s and s != "unet:eps"]
+    decoders = {site: "CC" + rng.choice("--1m") * (num_steps - 2) for site in of_encoder}
+    if rng.random() < 0.5:
+        decoders["unet:guidance"] = "CC" + "C" * rng.randrange(2) + "-" * (num_steps - 2)
+        decoders["unet:guidance"] = decoders["unet:guidance"][:num_steps]
+    return [held, mixed, decoders]
+
+
+def schedule_for(pipe: Any, rows: dict[str, str]) -> HGCSchedule:
+    pipe.scheduler.set_timesteps(NUM_STEPS)
+    return HGCSchedule(
+        sites=rows,
+        timesteps=tuple(pipe.scheduler.timesteps.tolist()),
+        scheduler=type(pipe.scheduler).__name__,
+        guidance_scale=GUIDANCE_SCALE,
+        height=IMAGE_SIZE,
+        width=IMAGE_SIZE,
+        model=ModelFingerprint.of(pipe.unet, getattr(pipe, "controlnet", None)),
+    )
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+    actual, expected = actual.double(), expected.double()
+    assert actual.shape == expected.shape
+    assert actual.isfinite().all()
+    assert (actual - expected).norm() <= tolerance * expected.norm()

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 from test_schedule import WITH_TENSORS
-from training_fixtures import fit
+from training_fixtures import SAMPLING, fit
 
-import hgc_learn
 from hgc_learn.__main__ import guarded
 from hgc_learn.data import ControlDataModule
 from hgc_learn.export import export
+from hgc_learn.inference import apply_schedule
+from hgc_learn.rollout import generate, load_pipeline
 from hgc_learn.schedule import HGCSchedule, tensor_path
 from hgc_learn.training import RouterModule
 
@@ -70,35 +71,6 @@ def test_kill_9_while_saving_leaves_a_whole_file(tmp_path: Path) -> None:
         assert len(set(content)) == 1
 
 
-TRAIN = """
-import sys
-from pathlib import Path
-from training_fixtures import fit
-import torch
-torch.set_num_threads(1)
-fit(Path(sys.argv[1]), Path(sys.argv[2]), *eval(sys.argv[3]))
-"""
-
-
-def test_kill_9_in_training_resumes_to_the_same_router(teacher: Path, tmp_path: Path) -> None:
-    """A checkpoint is written after every epoch; what came after the last one is done again, in the same way."""
-    arguments = (12, "--data.num_train=2", "--model.objective.num_warm_start_batches=1")
-    whole = torch.load(fit(teacher, tmp_path / "whole", *arguments), weights_only=True)
-    ckpt_path = tmp_path / "parts/checkpoints/last.ckpt"
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(hgc_learn.__file__).parents[1])])
-    command = [sys.executable, "-c", TRAIN, str(teacher), str(tmp_path / "parts"), repr(arguments)]
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL) as process:
-        while not ckpt_path.is_file() and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(random.Random(0).uniform(0, 0.2))
-        process.kill()
-    step = torch.load(ckpt_path, weights_only=True)["global_step"]
-    assert 1 <= step < 12
-    resumed = torch.load(fit(teacher, tmp_path / "parts", *arguments, f"--ckpt_path={ckpt_path}"), weights_only=True)
-    for name, values in whole["state_dict"].items():
-        torch.testing.assert_close(resumed["state_dict"][name], values, rtol=0, atol=0)
-
-
 def test_a_full_disk_in_training_leaves_the_last_checkpoint(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,9 +118,9 @@ def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
         ControlDataModule(str(tmp_path)).setup("fit")
 
 
-def test_the_same_seed_gives_the_same_bits(teacher: Path, tmp_path: Path) -> None:
-    """Training, then export, then what the schedule's runs give (compared at export with the uncached pictures)."""
-    files = []
+def test_the_same_seed_gives_the_same_bits(teacher: Path, tmp_path: Path, batch: dict[str, Any]) -> None:
+    """Training, then export, then pictures of a pipeline that is loaded anew."""
+    files, pictures = [], []
     for folder in (tmp_path / "a", tmp_path / "b"):
         ckpt_path = fit(teacher, folder, 1, WITHOUT_WARM_START)
         state = torch.load(ckpt_path, weights_only=True)["state_dict"]
@@ -157,7 +129,11 @@ def test_the_same_seed_gives_the_same_bits(teacher: Path, tmp_path: Path) -> Non
         data = json.loads(path.read_text())
         data["producer"] = None  # names the folder
         files.append((state, data, tensors))
+        pipe = load_pipeline(str(teacher), SAMPLING)
+        apply_schedule(pipe, path)
+        pictures.append(generate(pipe, SAMPLING, batch, output_type="pt"))
     (state, *first), (again, *second) = files
     for name, tensor in state.items():
         assert torch.equal(tensor, again[name])
     assert first == second
+    assert torch.equal(*pictures)

@@ -117,11 +117,9 @@ def changed(schedule: HardSchedule, step: int, column: int, weight: int | None) 
     return HardSchedule(compute, weights)
 
 
-def fit(teacher: Path, folder: Path, max_steps: int, *more: str) -> Path:
-    """Trains through the command line's own code, `more` being arguments of it; returns the last checkpoint. There is
-    no validation unless they ask for it: drawing what TensorBoard shows takes longer than these trainings."""
-    from hgc_learn.cli import train
-
+def fit_arguments(teacher: Path, folder: Path, max_steps: int, *more: str) -> list[str]:
+    """The command line of a training, `more` being arguments of it. There is no validation unless they ask for it:
+    drawing what TensorBoard shows takes longer than these trainings."""
     arguments = {
         "trainer.default_root_dir": folder,
         "trainer.max_steps": max_steps,
@@ -138,5 +136,12 @@ def fit(teacher: Path, folder: Path, max_steps: int, *more: str) -> Path:
         "model.sampling.height": 64,
         "model.sampling.width": 64,
     }
-    train(["fit", *(f"--{name}={value}" for name, value in arguments.items()), *more])
+    return ["fit", *(f"--{name}={value}" for name, value in arguments.items()), *more]
+
+
+def fit(teacher: Path, folder: Path, max_steps: int, *more: str) -> Path:
+    """Trains through the command line's own code; returns the last checkpoint."""
+    from hgc_learn.cli import train
+
+    train(fit_arguments(teacher, folder, max_steps, *more))
     return folder / "checkpoints" / "last.ckpt"

@@ -1,0 +1,190 @@
+"""Rows of the table in `robustness.py` that calling one pipeline and comparing with the oracle does not prove."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from oracle import by_definition
+from robustness_actions import MIDDLE, freeu, load_lora, mid_lora, when
+from robustness_pipelines import assert_close, build, run, schedule_for, schedules
+from tiny_models import NUM_STEPS
+
+from hgc_learn.inference import apply_schedule, remove_schedule
+
+
+def resampled(num_steps: int) -> None:
+    """Each step does what the schedule does at the nearest timestep, and a warning says so."""
+    pipe = build()
+    rows = schedules(pipe)[1]
+    schedule = schedule_for(pipe, rows)
+    usual, plain = run(pipe, num_inference_steps=num_steps), run(pipe)
+    pipe.scheduler.set_timesteps(num_steps)
+    nearest = [min(range(NUM_STEPS), key=lambda i: abs(schedule.timesteps[i] - t)) for t in pipe.scheduler.timesteps]
+    rows_there = {site: "C" + "".join(row[i] for i in nearest[1:]) for site, row in rows.items()}
+    with by_definition(pipe, rows_there):
+        expected = run(pipe, num_inference_steps=num_steps)
+    with by_definition(pipe, rows):
+        expected_at_its_own = run(pipe)
+    apply_schedule(pipe, schedule, resample=True)
+    with pytest.warns(UserWarning, match=f"this run visits {num_steps}.*made for {NUM_STEPS}.*It is resampled"):
+        assert_close(run(pipe, num_inference_steps=num_steps), expected)
+    assert_close(run(pipe), expected_at_its_own)  # without a warning
+    remove_schedule(pipe)
+    assert torch.equal(run(pipe, num_inference_steps=num_steps), usual)
+    assert torch.equal(run(pipe), plain)
+
+
+def two_threads() -> None:
+    pipes = [build(), build(scheduler="UniPCMultistepScheduler")]
+    for pipe in pipes:
+        apply_schedule(pipe, schedule_for(pipe, schedules(pipe)[1]))
+    expected = [run(pipe) for pipe in pipes]
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(lambda pipe: [run(pipe) for _ in range(3)], pipe) for pipe in pipes]
+    for future, latents in zip(futures, expected, strict=True):
+        assert all(torch.equal(actual, latents) for actual in future.result())
+
+
+def applied_in_mid_run() -> None:
+    """The first step that it sees is computed in full."""
+    pipe, oracle = build(), build()
+    rows = schedules(pipe)[0]
+    with by_definition(oracle, {site: "C" * (MIDDLE + 1) + row[MIDDLE + 1 :] for site, row in rows.items()}):
+        expected = run(oracle)
+    schedule = schedule_for(pipe, rows)
+    assert_close(run(pipe, **when(MIDDLE, lambda pipe, _: _none(apply_schedule(pipe, schedule)))), expected)
+
+
+def removed_in_mid_run() -> None:
+    pipe, oracle = build(), build()
+    plain = run(oracle)
+    for rows in schedules(pipe):
+        with by_definition(oracle, {site: row[:MIDDLE] + "C" * (NUM_STEPS - MIDDLE) for site, row in rows.items()}):
+            expected = run(oracle)
+        apply_schedule(pipe, schedule_for(pipe, rows))
+        assert_close(run(pipe, **when(MIDDLE, lambda pipe, _: remove_schedule(pipe))), expected)
+        assert torch.equal(run(pipe), plain)
+
+
+def _none(_: Any) -> None:
+    pass
+
+
+def deepcopied(num_controlnets: int) -> None:
+    """The copy has a schedule of its own, and loses it by itself."""
+    pipe = build(num_controlnets=num_controlnets)
+    apply_schedule(pipe, schedule_for(pipe, schedules(pipe)[0]))
+    expected = run(pipe)
+    twin = copy.deepcopy(pipe)
+    remove_schedule(pipe)
+    plain = run(pipe)
+    assert torch.equal(run(twin), expected)
+    remove_schedule(twin)
+    assert torch.equal(run(twin), plain)
+
+
+def applied_twice() -> None:
+    """It is applied once."""
+    pipe = build()
+    held, mixed, _ = (schedule_for(pipe, rows) for rows in schedules(pipe))
+    plain = run(pipe)
+    apply_schedule(pipe, held)
+    expected = run(pipe)
+    apply_schedule(pipe, mixed)
+    apply_schedule(pipe, held)
+    assert torch.equal(run(pipe), expected)
+    remove_schedule(pipe)
+    assert torch.equal(run(pipe), plain)
+
+
+def removed_twice() -> None:
+    pipe = build()
+    plain = run(pipe)
+    handle = apply_schedule(pipe, schedule_for(pipe, schedules(pipe)[0]))
+    run(pipe)
+    for remove in (handle.remove, handle.remove, lambda: remove_schedule(pipe)):
+        remove()
+        assert torch.equal(run(pipe), plain)
+
+
+def removed_while_wrapped() -> None:
+    pipe = build()
+    handle = apply_schedule(pipe, schedule_for(pipe, {}))
+    scheduled = pipe.unet.forward
+    pipe.unet.forward = lambda *args, **kwargs: scheduled(*args, **kwargs)
+    for remove in (handle.remove, lambda: remove_schedule(pipe)):
+        with pytest.raises(ValueError, match=r"forward of the unet has been wrapped since .* Undo that first"):
+            remove()
+    pipe.unet.forward = scheduled
+    remove_schedule(pipe)
+    assert "forward" not in pipe.unet.__dict__
+
+
+def shared_unet() -> None:
+    """The schedule that is applied later takes the models; the other pipeline's calls are refused until it goes."""
+    first = build()
+    second = type(first)(**{**first.components, "scheduler": copy.deepcopy(first.scheduler)})
+    second.set_progress_bar_config(disable=True)
+    plain = run(first)
+    rows = schedules(first)[0]
+    with by_definition(second, rows):
+        expected = run(second)
+    schedule = schedule_for(first, rows)
+    apply_schedule(first, schedule)
+    assert_close(run(first), expected)
+    apply_schedule(second, schedule)
+    assert_close(run(second), expected)
+    with pytest.raises(ValueError, match=r"called by other code than the pipeline .* remove_schedule\(pipe\) first"):
+        run(first)
+    assert_close(run(second), expected)
+    remove_schedule(second)
+    assert torch.equal(run(first), plain)
+
+
+def shared_controlnet() -> None:
+    first, second = build(), build()
+    second.controlnet = first.controlnet
+    schedule = schedule_for(first, {})
+    apply_schedule(first, schedule)
+    with pytest.raises(ValueError, match="The controlnet is shared with a pipeline that has a schedule"):
+        apply_schedule(second, schedule)
+    assert "forward" not in second.unet.__dict__
+
+
+def compiled_then_changed() -> None:
+    """What has been compiled takes notice of what is changed on the models since."""
+    pipe, oracle = build(), build()
+    rows = schedules(pipe)[2]
+    handle = apply_schedule(pipe, schedule_for(pipe, rows), max_steps_at_once=1)
+    handle.compile(backend="eager")
+    changes: list[Any] = [lambda _: None, load_lora, mid_lora, freeu, lambda pipe: pipe.disable_freeu()]
+    for size in ((16, 16), (24, 16)):
+        for change in changes:
+            for each in (pipe, oracle):
+                change(each)
+            with by_definition(oracle, rows):
+                expected = run(oracle, size=size)
+            assert_close(run(pipe, size=size), expected)
+        changes = [lambda _: None, lambda pipe: pipe.set_adapters(["style"], [0.7])]
+
+
+def saved_after_a_run() -> None:
+    """The whole pipeline, to be loaded elsewhere without the schedule; here it stays."""
+    pipe = build()
+    plain = run(pipe)
+    apply_schedule(pipe, schedule_for(pipe, schedules(pipe)[0]))
+    expected = run(pipe)
+    with tempfile.TemporaryDirectory() as folder:
+        for model in (pipe.unet, pipe.controlnet):
+            model.save_pretrained(f"{folder}/{type(model).__name__}")
+        loaded = build()
+        for name in ("unet", "controlnet"):
+            kind = type(getattr(pipe, name))
+            setattr(loaded, name, kind.from_pretrained(f"{folder}/{kind.__name__}", torch_dtype=torch.float64))
+    assert_close(run(loaded), plain)  # tensors that lie elsewhere in memory may round differently
+    assert torch.equal(run(pipe), expected)
