@@ -15,7 +15,8 @@ from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.markdown import OURS, markdown, verdict
 from hgc_learn.comparison.ranking import Ranking, Row, collect, public_rows
 from hgc_learn.comparison.samples import read_batches, render, save_json
-from hgc_learn.figures import picture_grid
+from hgc_learn.figures import picture_grid, save_figure
+from hgc_learn.files import write_atomically
 from hgc_learn.rollout import load_pipeline
 from hgc_learn.schedule import HGCSchedule
 
@@ -30,11 +31,12 @@ def write_report(config: CompareConfig, *, command: str) -> list[Row]:
     rankings, num_missing = collect(config)
     rows = [row for ranking in rankings for row in public_rows(config, ranking)]
     save_json(folder / f"{config.name}.json", rows)
-    (folder / f"{config.name}.md").write_text(markdown(config, rankings, command=command, num_missing=num_missing))
+    text = markdown(config, rankings, command=command, num_missing=num_missing)
+    write_atomically(folder / f"{config.name}.md", text.encode())
     if any(ranking.cells for ranking in rankings):
-        pareto_figure(config, rankings).savefig(folder / "pareto.png", dpi=110)
+        save_figure(pareto_figure(config, rankings), folder / "pareto.png", dpi=110)
     if (grid := grid_figure(config, rankings)) is not None:
-        grid.savefig(folder / "grid.png", dpi=80)
+        save_figure(grid, folder / "grid.png", dpi=80)
     for ranking in rankings:
         if ranking.cells:
             console.print(

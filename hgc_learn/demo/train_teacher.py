@@ -42,7 +42,7 @@ from hgc_learn.demo.teacher import (
 )
 from hgc_learn.demo.teacher_data import LatentDataset, PictureDataset, encode_training_scenes, read_captions
 from hgc_learn.demo.teacher_modules import AutoencoderModule, DenoiserModule
-from hgc_learn.figures import picture_grid
+from hgc_learn.figures import picture_grid, save_figure
 
 NUM_SHOWN = 8
 
@@ -251,7 +251,7 @@ def save_pictures(
             pipeline, captions=batch["text"], conditioning_images=control, seeds=batch["seed"].tolist(),
             guidance_scale=guidance_scale,
         )  # fmt: skip
-    picture_grid(rows, batch["text"]).savefig(path, dpi=110)
+    save_figure(picture_grid(rows, batch["text"]), path, dpi=110)
 
 
 def train_denoiser(args: TeacherArguments) -> None:
