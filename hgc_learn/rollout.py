@@ -53,6 +53,11 @@ def load_pipeline(
     for name, source in (("model", model), ("controlnet", controlnet)):
         if source is not None and not Path(source).is_dir() and source.count("/") != 1:
             raise ValueError(f"{name}: {source!r} is neither a folder here nor a hub id (owner/name).")
+    if controlnet is not None and Path(controlnet, "model_index.json").is_file():
+        raise ValueError(
+            f"controlnet: {controlnet!r} is a whole pipeline; give its folder {controlnet}/controlnet, or none (null) "
+            "where the model's pipeline has a ControlNet in it."
+        )
     if dtype not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"dtype {dtype!r} is not one of float32, float16, bfloat16.")
     torch_dtype = getattr(torch, dtype)

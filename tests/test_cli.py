@@ -279,6 +279,7 @@ def test_the_demo_refuses_an_impossible_budget_before_it_trains(
         (["--model", "nowhere/at/all"], "model: 'nowhere/at/all' is neither a folder here nor a hub id"),
         (["--model", "nobody/nothing"], "model: 'nobody/nothing' cannot be loaded as a diffusers pipeline"),
         (["--model", "docs"], "model: 'docs' cannot be loaded as a diffusers pipeline"),
+        (["--controlnet_model", "hgc_learn/demo/teacher"], "controlnet: 'hgc_learn/demo/teacher' is a whole pipeline"),
         (["--controlnet_model", "docs"], "controlnet: 'docs' cannot be loaded as a ControlNet"),
         (["--controlnet_model", "nobody/nothing"], "controlnet: 'nobody/nothing' cannot be loaded as a ControlNet"),
     ],
