@@ -12,6 +12,7 @@ from hgc_learn.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 TEACHER = ROOT / "hgc_learn/demo/teacher"
+FRESH_DEEPCACHE, PACKAGE = "deepcache:interval=3,branch=0,control=fresh", "DeepCache package I3B0"
 FIGURES = sorted((ROOT / "benchmarks/speed").glob("*.json"))
 
 
@@ -27,7 +28,7 @@ def test_rows_of_policies_files_and_peers(tmp_path: Path) -> None:
     more = ["--steps", "4", "--policy", "all-compute", "--policy", rule, "--schedule", str(file), "--peers"]
     more += ["--rounds", "1"]
     rows = bench(tmp_path / "speed.json", *more)
-    assert list(rows) == ["all-compute", rule, "uniform.json", "DeepCache package I3B0"]
+    assert list(rows) == ["all-compute", rule, "uniform.json", PACKAGE]
     assert rows["uniform.json"]["macs_ratio"] > 1.3
     computes, cached = rows["all-compute"], rows[rule]
     assert computes["macs_ratio"] == 1
@@ -64,5 +65,18 @@ def test_wrong_arguments_are_one_line(
 
 @pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
 def test_committed_tables_are_made_of_the_committed_figures(path: Path) -> None:
-    rows = [*speed.read_rows(path).values()]
-    assert path.with_suffix(".md").read_text() == speed.markdown(rows) + "\n"
+    table = speed.markdown([*speed.read_rows(path).values()])
+    assert path.with_suffix(".md").read_text() == table + "\n"
+    assert table in (ROOT / "docs/speed.md").read_text()
+
+
+def test_readme_has_the_measured_figures() -> None:
+    section = (ROOT / "README.md").read_text().split("## On the clock")[1].split("## ")[0]
+    (learned,) = speed.read_rows(ROOT / "benchmarks/speed/learned.json").values()
+    rows = [*speed.read_rows(ROOT / "benchmarks/speed/sd15.json").values()]
+    low, high = learned["speedup_interval"]
+    figures = [f"{learned['macs_ratio']:.2f}x fewer", f"{learned['speedup']:.2f}x [{low:.2f}, {high:.2f}]"]
+    figures += [f"{row['speedup']:.2f}x" for row in rows if row["schedule"] in (FRESH_DEEPCACHE, PACKAGE)]
+    assert len(figures) == 4
+    for figure in figures:
+        assert figure in section.replace("\n", " "), figure

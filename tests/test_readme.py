@@ -111,7 +111,7 @@ def test_demo_command(workplace: Path) -> None:
         assert (workplace / "runs/demo" / name).stat().st_size > 500
 
 
-GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("train", "share", "use", "camvid")]
+GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("train", "share", "use", "camvid", "speed")]
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
@@ -129,6 +129,8 @@ def test_guides_are_true(guide: Path, workplace: Path, monkeypatch: pytest.Monke
             train_teacher.build_parser().parse_args(arguments[2:])
         elif arguments[0] == "export.py":
             build_parser().parse_args(["export", *arguments[1:]])
+        elif arguments[0].startswith("benchmarks/"):
+            assert (ROOT / arguments[0]).is_file()
         else:
             assert arguments[:3] == ["train.py", "fit", "--config"]
             assert Path(arguments[3]).is_file()
