@@ -54,6 +54,7 @@ class RouterCLI(LightningCLI):
                 # Not by save_last: after an epoch Lightning does that only beside another checkpoint.
                 "checkpoint.filename": "last",
                 "checkpoint.save_top_k": 1,  # without a metric: that of the latest epoch, the router to keep
+                "checkpoint.save_on_train_epoch_end": True,  # not only after those that are validated
                 "checkpoint.save_on_exception": True,  # Ctrl-C loses nothing
                 "checkpoint.enable_version_counter": False,  # a new run in the same folder replaces it
             }
