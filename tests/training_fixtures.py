@@ -52,13 +52,15 @@ def build_tiny_vae() -> AutoencoderKL:
 def save_tiny_teacher(folder: Path) -> None:
     """Saves an SD1.5-shaped pipeline for 64x64 pictures with random weights."""
     unet, _ = build_models(UNET_CONFIGS["sd15"] | {"cross_attention_dim": HIDDEN_SIZE, "sample_size": 8})
+    controlnet = build_tiny_controlnet(unet)
+    vae = build_tiny_vae()
     tokenizer = build_tokenizer()
     StableDiffusionControlNetPipeline(
-        vae=build_tiny_vae(),
+        vae=vae,
         text_encoder=build_text_encoder(tokenizer),
         tokenizer=tokenizer,
         unet=unet,
-        controlnet=build_tiny_controlnet(unet),
+        controlnet=controlnet,
         scheduler=UniPCMultistepScheduler(),
         safety_checker=None,
         feature_extractor=None,
