@@ -16,6 +16,7 @@ from tqdm.auto import trange
 
 from hgc_learn.data import canny, read_row, read_rows
 from hgc_learn.demo.scenes import IMAGE_SIZE
+from hgc_learn.demo.teacher_data import is_written, new_arrays
 
 MIN_CROP = 0.7  # of the photograph's height and width
 _RESIZE = VaeImageProcessor(do_normalize=False)  # as the data module of training resizes control images
@@ -80,27 +81,15 @@ def cut_photographs(photographs: Photographs, folder: Path, num_pictures: int) -
 
     Writes `images.npy` and `controls.npy` (uint8 [N, 64, 64, 3]) and, last, `captions.txt`.
     """
-    captions_file = folder / "captions.txt"
-    if captions_file.exists() and len(captions_file.read_text().splitlines()) == num_pictures:
+    if is_written(folder, num_pictures):
         return
     rows = photographs.rows()
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy.partial", "w+", dtype, (num_pictures, *shape))
-        for name, (shape, dtype) in _SHAPES.items()
-    }
-    captions = []
-    for index in trange(num_pictures, desc="cutting photographs", unit="picture"):
-        turn, number = divmod(index, len(rows))
-        sample = photographs.row(rows, number, np.random.default_rng(index) if turn else None)
-        arrays["images"][index], arrays["controls"][index] = sample["image"], sample["control"]
-        captions.append(" ".join(sample["text"].split()))
-    for name in _SHAPES:
-        arrays[name].flush()
-        (folder / f"{name}.npy.partial").replace(folder / f"{name}.npy")
-    partial = folder / "captions.txt.partial"
-    partial.write_text("".join(f"{caption}\n" for caption in captions))
-    partial.replace(captions_file)
+    with new_arrays(folder, _SHAPES, num_pictures) as (arrays, captions):
+        for index in trange(num_pictures, desc="cutting photographs", unit="picture"):
+            turn, number = divmod(index, len(rows))
+            sample = photographs.row(rows, number, np.random.default_rng(index) if turn else None)
+            arrays["images"][index], arrays["controls"][index] = sample["image"], sample["control"]
+            captions.append(" ".join(sample["text"].split()))
 
 
 class PhotographDataset(Dataset[dict[str, Any]]):

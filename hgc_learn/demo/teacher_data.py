@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from hgc_learn.demo.scenes import IMAGE_SIZE, NUM_CLASSES, TRAIN_SEEDS, draw_scene
+from hgc_learn.files import write_atomically
 
 _CHUNK = 250
 _SHAPES = {
@@ -51,27 +54,40 @@ def draw_training_scenes(folder: Path, num_scenes: int) -> None:
     Writes `images.npy` (uint8 [N, 64, 64, 3]), `label_maps.npy` (uint8 [N, 64, 64]), `object_colors.npy` (int64
     [N, NUM_CLASSES]) and, last, `captions.txt`.
     """
-    captions_file = folder / "captions.txt"
-    if captions_file.exists() and len(captions_file.read_text().splitlines()) == num_scenes:
+    if is_written(folder, num_scenes):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy.partial", "w+", dtype, (num_scenes, *shape))
-        for name, (shape, dtype) in _SHAPES.items()
-    }
-    captions: list[str] = []
-    with tqdm(total=num_scenes, desc="drawing scenes", unit="scene") as progress:
+    progress = tqdm(total=num_scenes, desc="drawing scenes", unit="scene")
+    with progress, new_arrays(folder, _SHAPES, num_scenes) as (arrays, captions):
         for start, (chunk, texts) in _draw(TRAIN_SEEDS[:num_scenes]):
             for name, values in chunk.items():
                 arrays[name][start : start + len(values)] = values
             captions += texts
             progress.update(len(texts))
-    for name in _SHAPES:
-        arrays[name].flush()
+
+
+def is_written(folder: Path, num_pictures: int) -> bool:
+    """Whether `new_arrays` has put so many pictures there."""
+    captions_file = folder / "captions.txt"
+    return captions_file.exists() and len(captions_file.read_text().splitlines()) == num_pictures
+
+
+@contextmanager
+def new_arrays(
+    folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], Any]], num_pictures: int
+) -> Iterator[tuple[dict[str, np.memmap[Any, Any]], list[str]]]:
+    """Arrays on disk and a list of captions to fill in: NAME.npy, [num_pictures, *shape], and last captions.txt have
+    their names once they are complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        name: np.lib.format.open_memmap(folder / f"{name}.npy.partial", "w+", dtype, (num_pictures, *shape))
+        for name, (shape, dtype) in shapes.items()
+    }
+    captions: list[str] = []
+    yield arrays, captions
+    for name, array in arrays.items():
+        array.flush()
         (folder / f"{name}.npy.partial").replace(folder / f"{name}.npy")
-    partial = folder / "captions.txt.partial"
-    partial.write_text("".join(f"{caption}\n" for caption in captions))
-    partial.replace(captions_file)
+    write_atomically(folder / "captions.txt", "".join(f"{caption}\n" for caption in captions).encode())
 
 
 def read_captions(folder: Path) -> list[str]:
