@@ -182,8 +182,7 @@ class Runtime(RoutedForwards):
                 values[load.site] = self.cache.load_halves(load, step, num_guided, is_half)
             elif load.site != self.graph.guidance:
                 values[load.site] = self.cache.load(load, step)
-        if not is_refresh:
-            self._free(program)
+        self._free(program)
         guidance = self.graph.guidance
         if self.compiled is not None and not is_refresh and not self.gradient_checkpointing:
             self.compiled.run(program, is_half, call, values)

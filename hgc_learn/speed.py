@@ -93,9 +93,16 @@ def read_once(row: dict[str, Any]) -> tuple[Once, Once]:
 
 
 def read_rows(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """By what they are about; none if there is no file."""
-    rows = json.loads(path.read_text()) if path.is_file() else []
-    return {tuple(row[name] for name in SETTING): row for row in rows}
+    """By what they are about; none if there is no file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        rows = json.loads(path.read_text()) if path.is_file() else []
+        return {tuple(row[name] for name in SETTING): row for row in rows}
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path}: exists, and is no file of hgc_learn bench. Name another one.") from None
 
 
 def save_rows(path: Path, rows: dict[tuple[Any, ...], dict[str, Any]]) -> None:

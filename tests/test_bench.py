@@ -47,7 +47,10 @@ def test_rows_of_policies_files_and_peers(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--policy", "nonsense"], "there is no policy 'nonsense'"),
-        (["--policy", "deepcache:interval"], "is not KNOB=VALUE"),
+        (["--policy", "deepcache:interval"], "--interval: expected one argument"),
+        (["--policy", "deepcache:interval=often"], "--interval: invalid int value: 'often'"),
+        (["--policy", "deepcache:foo=1"], "unrecognized arguments: --foo=1"),
+        (["--device", "banana"], "invalid choice: 'banana'"),
         (["--rounds", "0"], "--rounds is 0"),
         (["--size", "50"], "must be a multiple of"),
         (["--schedule", str(ROOT / "examples/demo_schedule.json"), "--steps", "3"], "--steps accordingly"),
@@ -57,10 +60,22 @@ def test_wrong_arguments_are_one_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = str(tmp_path / "speed.json")
-    assert main(["bench", "--model", str(TEACHER), "--size", "64", "--output", output, *arguments]) != 0
+    try:
+        assert main(["bench", "--model", str(TEACHER), "--size", "64", "--output", output, *arguments]) != 0
+    except SystemExit as exit:  # argparse's way
+        assert exit.code != 0
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("content", ["broken", '[{"arch": "sd15"}]', "3"])
+def test_another_file_is_not_written_over(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    assert main(["bench", "--model", str(TEACHER), "--output", str(path)]) != 0
+    assert "is no file of hgc_learn bench" in capsys.readouterr().err
+    assert path.read_text() == content
 
 
 @pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
@@ -77,6 +92,9 @@ def test_readme_has_the_measured_figures() -> None:
     low, high = learned["speedup_interval"]
     figures = [f"{learned['macs_ratio']:.2f}x fewer", f"{learned['speedup']:.2f}x [{low:.2f}, {high:.2f}]"]
     figures += [f"{row['speedup']:.2f}x" for row in rows if row["schedule"] in (FRESH_DEEPCACHE, PACKAGE)]
-    assert len(figures) == 4
+    computes = next(iter(speed.read_rows(ROOT / "benchmarks/speed/overhead.json").values()))
+    low, high = (100 * x for x in computes["overhead_interval"])
+    figures.append(f"costs {100 * computes['overhead']:.1f} % [{low:.1f}, {high:.1f}]")
+    assert len(figures) == 5
     for figure in figures:
         assert figure in section.replace("\n", " "), figure

@@ -10,7 +10,6 @@ turns in one process, and each is compared with its neighbour. Run again with th
 from __future__ import annotations
 
 import argparse
-import ast
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hgc_learn.commands.macs import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, finite
+from hgc_learn.commands.schedule import add_knobs
 
 if TYPE_CHECKING:
+    from hgc_learn.policies import Policy
     from hgc_learn.schedule import HGCSchedule
     from hgc_learn.setting import Setting
     from hgc_learn.speed import Candidate
@@ -54,8 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--peers", action="store_true", help="also other packages, if installed: DeepCache")
     add("--rounds", type=int, default=5, help="to add (default %(default)s)")
     add("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    add("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    add("--device", default="cpu", choices=["cpu", "cuda"], help="(default %(default)s)")
     add("--output", type=Path, required=True, metavar="FILE", help="JSON list of rows")
+    parser.set_defaults(parser=parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -70,6 +72,9 @@ def run(args: argparse.Namespace) -> None:
 
     if args.rounds < 1 or args.steps < 2:
         raise ValueError(f"--rounds is {args.rounds} and --steps {args.steps}; at least 1 and 2 are needed.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, and this machine or this build of torch has none.")
+    rows = speed.read_rows(args.output)
     device = torch.device(args.device)
     architecture = build_architecture(args.arch) if args.arch else load_architecture(args.model)
     pipe = random_pipeline(architecture, getattr(torch, args.dtype), device)
@@ -81,7 +86,6 @@ def run(args: argparse.Namespace) -> None:
     candidates = _candidates(pipe, setting, args)
     common = {"machine": speed.machine(device), "arch": args.arch or args.model, "size": args.size, "dtype": args.dtype}
     common |= {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
-    rows = speed.read_rows(args.output)
 
     def generate() -> None:
         pipe(**call)
@@ -127,13 +131,15 @@ def _candidates(pipe: Any, setting: Setting, args: argparse.Namespace) -> dict[s
     }
     found: dict[str, Candidate] = {}
     for spec in args.policy:
-        name, _, knobs = spec.partition(":")
+        name = spec.partition(":")[0]
         if spec in special:
             found[spec] = special[spec]
             continue
         if name not in POLICIES:
             raise ValueError(f"--policy: there is no policy {name!r}; there are {', '.join(sorted(POLICIES))}.")
-        found[spec] = partial(apply_schedule, pipe, POLICIES[name].schedule(setting, **_knobs(spec, knobs)))
+        found[spec] = partial(
+            apply_schedule, pipe, POLICIES[name].schedule(setting, **_knobs(POLICIES[name], spec, args))
+        )
     for file in args.schedule:
         found[Path(file).name] = partial(apply_schedule, pipe, _adapted(HGCSchedule.load(file), file, pipe, setting))
     if args.peers:
@@ -142,17 +148,12 @@ def _candidates(pipe: Any, setting: Setting, args: argparse.Namespace) -> dict[s
     return found or special
 
 
-def _knobs(spec: str, text: str) -> dict[str, Any]:
-    knobs = {}
-    for part in filter(None, text.split(",")):
-        name, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"--policy {spec!r}: {part!r} is not KNOB=VALUE.")
-        try:
-            knobs[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            knobs[name] = value
-    return knobs
+def _knobs(policy: Policy, spec: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Of NAME:KNOB=VALUE,..., read as `hgc_learn schedule NAME --KNOB=VALUE ...` reads them."""
+    parser = type(args.parser)(prog=f"hgc_learn schedule {policy.name}", allow_abbrev=False)
+    add_knobs(parser, policy)
+    parts = filter(None, spec.partition(":")[2].split(","))
+    return vars(parser.parse_args([f"--{part}" for part in parts]))
 
 
 def _adapted(schedule: HGCSchedule, file: str, pipe: Any, setting: Setting) -> HGCSchedule:

@@ -74,6 +74,12 @@ def policy_parser(policy: Policy, kind: type[argparse.ArgumentParser], prog: str
     )
     add("--num_samples", type=int, default=8, help="samples that such a policy measures on (default 8)")
     add("--batch_size", type=int, default=4, help="samples that run at once (default 4)")
+    add_knobs(parser, policy)
+    return parser
+
+
+def add_knobs(parser: argparse.ArgumentParser, policy: Policy) -> None:
+    """An option per knob, of the knob's type."""
     knobs = parser.add_argument_group("knobs")
     texts = _argument_texts(policy)
     hints = typing.get_type_hints(policy.write)
@@ -81,7 +87,6 @@ def policy_parser(policy: Policy, kind: type[argparse.ArgumentParser], prog: str
         shown = "" if default is None or default == () else f"(default {default})"
         text = f"{texts.get(name, '')} {shown}".strip().replace("%", "%%")
         knobs.add_argument(f"--{name}", default=default, help=text, **_option(hints[name]))
-    return parser
 
 
 def write(policy: Policy, args: argparse.Namespace) -> None:
