@@ -38,15 +38,15 @@ class ControlDataModule(L.LightningDataModule):
         image_column: column of the photograph; read only where control images are made from it.
         text_column: column of the prompt.
         condition: `canny` makes the control images from the photographs; by default they are taken as given.
-        train_split: its first rows are trained on.
-        val_split: its first rows are validated on; by default the last rows of the training split or, streaming,
-            those after the training samples.
-        streaming: read no more rows than asked for, and keep them in memory.
+        train_split: rows of it are trained on, drawn at random: those that come first are often alike.
+        val_split: likewise, to validate on; by default the last rows of the training split, which are not trained on.
+        streaming: read no more rows than asked for, the first ones, and keep them in memory.
         num_train: samples to train on.
         num_val: samples to validate on.
         batch_size: samples per step.
         prompt_dropout: share of the training samples whose prompt is left empty; their seeds decide which.
-        seed: sample i is drawn from noise seeded with `seed + i`, those of `val_split` from the seeds after.
+        seed: training sample i is drawn from noise seeded with `seed + i`, those that validate from the seeds after;
+            also that of drawing rows.
     """
 
     def __init__(
@@ -76,19 +76,28 @@ class ControlDataModule(L.LightningDataModule):
         hp = self.hparams
         num_train, num_val, seed = hp["num_train"], hp["num_val"], hp["seed"]
         if hp["val_split"] is None:
-            rows = self._read(hp["train_split"], num_train + num_val)
-            val_rows, val_indices, val_seed = rows, range(len(rows) - num_val, len(rows)), seed
+            rows = val_rows = self._read(hp["train_split"], num_train + num_val)
+            num_open = len(rows) - num_val
+            val_indices = list(range(num_open, len(rows)))
         else:
-            rows = self._read(hp["train_split"], num_train)
-            val_rows, val_indices, val_seed = self._read(hp["val_split"], num_val), range(num_val), seed + num_train
-        self.train_data = _Samples(rows, range(num_train), hp, seed, hp["prompt_dropout"])
-        self.val_data = _Samples(val_rows, val_indices, hp, val_seed)
+            rows, val_rows = self._read(hp["train_split"], num_train), self._read(hp["val_split"], num_val)
+            num_open = len(rows)
+            val_indices = self._draw(len(val_rows), num_val)
+        self.train_data = _Samples(rows, self._draw(num_open, num_train), hp, seed, hp["prompt_dropout"])
+        self.val_data = _Samples(val_rows, val_indices, hp, seed + num_train)
 
     def _read(self, split: str, num_rows: int) -> Any:
         """`num_rows` rows of a split or more, with the columns that are used."""
         hp = self.hparams
         picture, text = _columns(hp)
         return read_rows(hp["dataset"], split, [picture], text, num_rows, streaming=hp["streaming"])
+
+    def _draw(self, num_rows: int, num_drawn: int) -> list[int]:
+        """Indices of rows; more of them begin with the same ones."""
+        order = list(range(num_rows))
+        if not self.hparams["streaming"]:
+            random.Random(self.hparams["seed"]).shuffle(order)
+        return order[:num_drawn]
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         return _TrainLoader(self.train_data, self.hparams["batch_size"], self)
@@ -153,21 +162,22 @@ def _load(name: str, split: str, streaming: bool) -> Any:
 
 
 class _Samples(Dataset[dict[str, Any]]):
-    def __init__(self, rows: Any, indices: range, hparams: Any, seed: int, prompt_dropout: float = 0.0):
+    """Rows of a dataset by their `indices`; the i-th has the noise seed `first_seed + i`."""
+
+    def __init__(self, rows: Any, indices: Sequence[int], hparams: Any, first_seed: int, prompt_dropout: float = 0.0):
         self.rows, self.indices, self.hparams = rows, indices, hparams
-        self.seed, self.prompt_dropout = seed, prompt_dropout
+        self.first_seed, self.prompt_dropout = first_seed, prompt_dropout
         self.processor = VaeImageProcessor(do_normalize=False, do_convert_rgb=True)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        hp, index = self.hparams, self.indices[i]
-        picture, text = self._row(index)
+        hp, seed = self.hparams, self.first_seed + i
+        picture, text = self._row(self.indices[i])
         picture = self.processor.resize(picture.convert("RGB"), hp["height"], hp["width"])
         if hp["condition"] == "canny":
             picture = canny(picture)
-        seed = self.seed + index
         is_dropped = random.Random(f"prompt {seed}").random() < self.prompt_dropout
         return {
             "text": "" if is_dropped else text,

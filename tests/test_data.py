@@ -68,9 +68,11 @@ def test_every_source_gives_the_same_samples(kind: str, streaming: bool, request
     for batch in [*batches, *data.val_dataloader()]:
         for text, picture, seed in zip(batch["text"], batch["conditioning_image"], batch["seed"], strict=True):
             seen[text] = int(seed)
+            assert (text in ("picture 4", "picture 5")) == (seed >= 104)  # the last rows validate
             assert torch.allclose(picture[0], torch.tensor(40 * int(text[-1]) / 255), atol=0.01)
             assert not picture[1:].any()
-    assert seen == {f"picture {i}": 100 + i for i in range(6)}
+    assert sorted(seen) == [f"picture {i}" for i in range(6)]
+    assert sorted(seen.values()) == [100 + i for i in range(6)]
     assert next(iter(data.val_dataloader()))["text"] == ["picture 4", "picture 5"]
 
 
@@ -80,14 +82,28 @@ def test_splits_have_their_own_rows_and_seeds(tmp_path: Path) -> None:
     data = ready(tmp_path, val_split="test", num_train=5, num_val=3, batch_size=1)
     assert sorted(int(batch["seed"]) for batch in data.train_dataloader()) == [0, 1, 2, 3, 4]
     assert [int(batch["seed"]) for batch in data.val_dataloader()] == [5, 6, 7]
-    assert [batch["text"][0] for batch in data.val_dataloader()] == ["picture 0", "picture 1", "picture 2"]
+    assert sorted(batch["text"][0] for batch in data.val_dataloader()) == ["picture 0", "picture 1", "picture 2"]
+
+
+def test_training_rows_are_drawn_from_all(folder: Path) -> None:
+    """The first rows of a folder are often alike: moments of one video, pictures of one class."""
+
+    def drawn(num_train: int, **options: Any) -> list[str]:
+        data = ready(folder, num_train=num_train, **options).train_data
+        return [data[i]["text"][-1] for i in range(num_train)]
+
+    assert drawn(4) == drawn(4)
+    assert drawn(2) == drawn(4)[:2]  # more samples: the same and others
+    assert len({tuple(drawn(4, seed=seed)) for seed in range(6)}) > 3
+    assert {first for seed in range(20) for first in drawn(1, seed=seed)} == set("0123")
+    assert drawn(4, streaming=True) == [*"0123"]
 
 
 def test_columns_have_other_names(folder: Path, tmp_path: Path) -> None:
     rows = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
     rows.rename_columns({"text": "caption", "conditioning_image": "edges"}).to_parquet(str(tmp_path / "a.parquet"))
     data = ready(tmp_path, text_column="caption", conditioning_image_column="edges")
-    assert data.train_data[1]["text"] == "picture 1"
+    assert data.val_data[1]["text"] == "picture 5"
 
 
 def test_canny_from_photographs(folder: Path) -> None:
@@ -103,14 +119,14 @@ def test_prompt_dropout_is_a_matter_of_seeds(folder: Path) -> None:
         data = ready(folder, num_train=6, num_val=0, **options)
         return [data.train_data[i]["text"] for i in range(6)]
 
-    full = [f"picture {i}" for i in range(6)]
-    assert texts() == full
+    full = texts()
+    assert sorted(full) == [f"picture {i}" for i in range(6)]
     assert texts(prompt_dropout=1.0) == [""] * 6
     half = texts(prompt_dropout=0.5)
     assert 1 <= half.count("") <= 5
     assert half == texts(prompt_dropout=0.5)
     assert all(text in ("", other) for text, other in zip(half, full, strict=True))
-    assert any(texts(prompt_dropout=0.5, seed=seed) != half for seed in (1, 10, 100))
+    assert any(texts(prompt_dropout=0.5, seed=seed).count("") != half.count("") for seed in range(1, 9))
     val = ready(folder, prompt_dropout=1.0).val_data
     assert val[0]["text"] == "picture 4"
 

@@ -35,7 +35,7 @@ def draw_batches(split: str, num_scenes: int, batch_size: int, offset: int = 0) 
 
 
 def read_batches(config: CompareConfig, split: str, num_samples: int, batch_size: int, offset: int = 0) -> list[Batch]:
-    """The first samples after `offset` of a split, `train`, `validation` or `test`, of what is compared on.
+    """Samples of a split, `train`, `validation` or `test`, of what is compared on, `offset` of them left out.
 
     Raises:
         ValueError: the data cannot be read or has too few rows.
