@@ -34,7 +34,8 @@ def soft_and_hard(module: RouterModule, budget: float, num_scenes: int = 16, num
     target = module.teacher_latents(batch)
 
     def level(schedule: HardSchedule) -> float:
-        error = module.rollout_errors(batch, schedule, target) / target.square().flatten(1).mean(1)
+        error = (module.rollout(batch, module.draft(schedule)) - target).square().flatten(1).mean(1)
+        error /= target.square().flatten(1).mean(1)
         return float(-10 * error.log10().mean())
 
     objective, router = module.objective, module.router

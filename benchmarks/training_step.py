@@ -109,6 +109,7 @@ def measure(folder: Path, args: argparse.Namespace, num_steps: int) -> dict[str,
     module = RouterModule(
         str(folder),
         sampling,
+        errors_of="latents",
         budgets=[1.0],
         dtype=args.dtype,
         gradient_checkpointing=not args.no_gradient_checkpointing,

@@ -1,4 +1,5 @@
-"""What other choices would do to the final latents: of all gates and weights at once, from a few backward passes.
+"""What other choices would do to the outcome, pictures or final latents: of all gates and weights at once, from a few
+backward passes.
 
 What a site gives at step l is linear in the values that it has freshly: sum_j A[l, j] * fresh_j, where A[l, l] = 1 if
 it is computed, and A[l, j] are the coefficients of the fitted predictor if it is filled in. One backward pass gives the
@@ -32,14 +33,14 @@ Products = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Effects:
-    """First-order changes of the final latents, per sample, seen in a few directions: along the error itself
+    """First-order changes of the outcome, per sample, seen in a few directions: along the error itself
     (<error, change> / |error|^2) and along random ones (<v, change> / |error|, v ~ N(0, 1 / number of them)).
 
     For changes with amounts x_i, the relative change of a sample's squared error is to second order
     2 sum_i x_i along_error_i + sum over directions of (sum_i x_i across_i)^2.
 
     Attributes:
-        errors: mean squared error of the final latents [batch].
+        errors: mean squared error of the outcome [batch].
         flips: of every gate choosing the other way, float64 [directions, batch, steps, sites]; 0 where the site is not
             live. The first direction is the error's.
         weights: of adding 1 to a weight, float64 [directions, batch, 2, steps, sites]; 0 where the site is not filled
@@ -80,7 +81,7 @@ def measure_effects(
     """Runs the schedule that `forwards` is set to, and measures.
 
     Args:
-        generate: runs the pipeline differentiably and returns its final latents, [batch, ...].
+        generate: runs the pipeline differentiably and returns the outcome, [batch, ...].
         target: the uncached pipeline's.
         generator: of the random directions.
         num_directions: how many of them.
@@ -88,9 +89,9 @@ def measure_effects(
     forwards.install()
     try:
         with torch.enable_grad():
-            latents = generate()
-        error = (latents - target).detach()
-        # A schedule that is nearly exact is measured against the rounding of its latents.
+            outcome = generate()
+        error = (outcome - target).detach()
+        # A schedule that is nearly exact is measured against the rounding of its outcome.
         squared = error.square().flatten(1).sum(1)
         scale = squared.clamp_min(1e-12 * target.square().flatten(1).sum(1)).view(-1, *[1] * (error.ndim - 1))
         directions = [error / scale]
@@ -99,7 +100,7 @@ def measure_effects(
             directions.append(random / (scale * num_directions).sqrt())
         seen = []
         for index, direction in enumerate(directions):
-            seen.append(forwards.backward((direction * latents).sum(), keep=index < num_directions))
+            seen.append(forwards.backward((direction * outcome).sum(), keep=index < num_directions))
     finally:
         forwards.uninstall()
     flips, weights = Choices(forwards).by_choice(seen, len(error))

@@ -60,7 +60,7 @@ def export(
             task = progress.add_task(description, total=total, visible=total > 0)
 
             def report(update: int, log_error: float) -> None:
-                progress.update(task, advance=1, description=f"{description}, latent error {math.exp(log_error):.5f}")
+                progress.update(task, advance=1, description=f"{description}, error {math.exp(log_error):.2e}")
 
             return report
 

@@ -29,7 +29,7 @@ BATCH_SIZE = 4
 """More and noisier updates do better than fewer of larger batches, for the same number of samples."""
 
 Report = Callable[[int, float], None]
-"""(update, mean log squared error of the latents on its batch)."""
+"""(update, mean log squared error of the outcome on its batch)."""
 
 
 def tune_fills(
@@ -40,7 +40,7 @@ def tune_fills(
     *,
     report: Report = lambda *_: None,
 ) -> Draft:
-    """The schedule filled in by `tuned`, whose scales and reaches lower the mean log error of the final latents; the
+    """The schedule filled in by `tuned`, whose scales and reaches lower the mean log error of the outcome; the
     schedule as it is where samples that were not learned from do not confirm that.
 
     Args:
@@ -51,7 +51,7 @@ def tune_fills(
     if not num_updates or not start.tensors:
         return module.draft(schedule)
     learned, judges = hold_out(batches)
-    targets = [module.teacher_latents(batch) for batch in learned]  # before a schedule is applied
+    targets = [module.target(batch) for batch in learned]  # before a schedule is applied
     tensors = {name: tensor.to(module.device).requires_grad_() for name, tensor in start.tensors.items()}
     groups = [{"params": [t], "lr": LEARNING_RATES[name.rpartition("/")[2]]} for name, t in tensors.items()]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
@@ -61,8 +61,8 @@ def tune_fills(
         for update in range(num_updates):
             index = update % len(learned)
             handle.use_tensors(tensors, gradient_checkpointing=module.hparams["gradient_checkpointing"])
-            latents = generate(module.pipe, module.sampling, learned[index], grad=True)
-            loss = (latents - targets[index]).square().flatten(1).mean(1).clamp_min(1e-30).log().mean()
+            outcome = module.outcome(generate(module.pipe, module.sampling, learned[index], grad=True))
+            loss = (outcome - targets[index]).square().flatten(1).mean(1).clamp_min(1e-30).log().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

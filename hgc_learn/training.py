@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hgc_learn.distributed import mean_over_processes
 from hgc_learn.effects import Effects, measure_effects
+from hgc_learn.evaluation import decode
 from hgc_learn.graph import build_graph
 from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import apply_schedule
@@ -34,6 +35,8 @@ class RouterModule(L.LightningModule):
         objective: how the router learns; `Rollout` if not given.
         sites: glob patterns of the sites to route, as printed by `python -m hgc_learn sites`; the objective's own if
             not given.
+        errors_of: what errors are measured on: the final `pictures`, as PSNR is, or the final `latents`, which spares a
+            backward pass through the VAE.
         budgets: fractions of the full MACs to keep: those that validation looks at; an objective that trains at a
             budget takes turns.
         dtype: of the frozen models: `float32`, `float16` or `bfloat16`.
@@ -48,6 +51,7 @@ class RouterModule(L.LightningModule):
         controlnet: str | None = None,
         objective: Objective | None = None,
         sites: list[str] | tuple[str, ...] | None = None,
+        errors_of: Literal["pictures", "latents"] = "pictures",
         budgets: list[float] | tuple[float, ...] = (0.5,),
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
@@ -62,6 +66,7 @@ class RouterModule(L.LightningModule):
                 "controlnet": controlnet,
                 "objective": objective.settings(),
                 "sites": list(sites),
+                "errors_of": errors_of,
                 "budgets": list(budgets),
                 "dtype": dtype,
                 "gradient_checkpointing": gradient_checkpointing,
@@ -132,14 +137,24 @@ class RouterModule(L.LightningModule):
             self.targets.update(zip(keys, latents, strict=True))
         return torch.stack([self.targets[key] for key in keys]).to(self.device)
 
+    def outcome(self, latents: Tensor) -> Tensor:
+        """What errors are measured on, of final latents [batch, channels, h, w]: pictures [batch, 3, height, width] in
+        [0, 1], or the latents themselves; differentiable."""
+        return decode(self.pipe, latents) if self.hparams["errors_of"] == "pictures" else latents
+
+    @torch.no_grad()
+    def target(self, batch: dict[str, Any]) -> Tensor:
+        """The outcome of the uncached pipeline."""
+        return self.outcome(self.teacher_latents(batch))
+
     def effects(self, batch: dict[str, Any], schedule: HardSchedule, num_directions: int = 1) -> Effects:
         """Rolls a hard schedule out on the student's own trajectory, and measures what changes of it would do to the
-        final latents, along the error and in some random directions."""
+        outcome, along the error and in some random directions."""
         self.forwards.set_schedule(schedule)
         return measure_effects(
             self.forwards,
-            lambda: generate(self.pipe, self.sampling, batch, grad=True),
-            self.teacher_latents(batch),
+            lambda: self.outcome(generate(self.pipe, self.sampling, batch, grad=True)),
+            self.target(batch),
             self.generator,
             num_directions,
         )
@@ -189,12 +204,11 @@ class RouterModule(L.LightningModule):
     # Validation: what would be exported now
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        target = self.teacher_latents(batch)
         for budget in self.hparams["budgets"]:
             hard = self.hard_schedule(budget)
             soft, _ = self.router.sample(budget, torch.Generator(self.device).manual_seed(batch_idx))
-            hard_error = self.rollout_errors(batch, hard, target).mean()
-            soft_error = self.rollout_errors(batch, soft, target).mean()
+            hard_error = self.rollout_errors(batch, hard).mean()
+            soft_error = self.rollout_errors(batch, soft).mean()
             self.log_dict(
                 {
                     f"val/{budget:g}/hard_loss": hard_error,
@@ -202,21 +216,21 @@ class RouterModule(L.LightningModule):
                     f"val/{budget:g}/soft_hard_gap_db": 10 * (soft_error / hard_error).log10(),
                     f"val/{budget:g}/exported_macs": self.router.kept(hard.compute),
                 },
-                batch_size=len(target),
+                batch_size=len(batch["text"]),
                 sync_dist=True,
             )
-        self.log("val_loss", hard_error, prog_bar=True, logger=False, batch_size=len(target), sync_dist=True)
+        self.log("val_loss", hard_error, prog_bar=True, logger=False, batch_size=len(batch["text"]), sync_dist=True)
 
     @torch.no_grad()
-    def rollout_errors(self, batch: dict[str, Any], schedule: HardSchedule | Draft, target: Tensor) -> Tensor:
-        """Squared error of the final latents per sample [batch] under a schedule."""
+    def rollout_errors(self, batch: dict[str, Any], schedule: HardSchedule | Draft) -> Tensor:
+        """Squared error of the outcome per sample [batch] under a schedule."""
         latents = self.rollout(batch, schedule if isinstance(schedule, Draft) else self.draft(schedule))
-        return (latents - target).square().flatten(1).mean(1)
+        return (self.outcome(latents) - self.target(batch)).square().flatten(1).mean(1)
 
     def log_error(self, batches: Iterable[dict[str, Any]], schedule: HardSchedule | Draft) -> float:
-        """Mean over samples of the logarithm of the final latents' squared error under a schedule: as PSNR is judged,
+        """Mean over samples of the logarithm of the outcome's squared error under a schedule: as PSNR is judged,
         and not ruled by the few samples with the largest errors. Infinite if a trajectory is lost."""
-        errors = torch.cat([self.rollout_errors(b, schedule, self.teacher_latents(b)) for b in batches])
+        errors = torch.cat([self.rollout_errors(batch, schedule) for batch in batches])
         error = float(errors.clamp_min(1e-30).log().mean())
         return error if math.isfinite(error) else math.inf
 

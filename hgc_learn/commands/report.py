@@ -75,6 +75,7 @@ def _find_architecture(model: str | None, schedule: HGCSchedule) -> Architecture
 
 def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture, dict[str, Any]]:
     """The pipeline's architecture, and pictures with and without the schedule."""
+    import torch
     from rich.progress import track
 
     from hgc_learn.architectures import Architecture
@@ -94,9 +95,11 @@ def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture
     sampling = replace(sampling, num_inference_steps=num_steps)
     pictures: dict[str, Any] = {"text": [], "control": [], "full": [], "cached": [], "psnr_db": []}
     for batch in track(batches, description="making pictures"):
-        full = decode(pipe, generate(pipe, sampling, batch))
+        latents = [generate(pipe, sampling, batch)]
         with apply_schedule(pipe, schedule):
-            cached = decode(pipe, generate(pipe, sampling, batch))
+            latents.append(generate(pipe, sampling, batch))
+        with torch.no_grad():
+            full, cached = (decode(pipe, each) for each in latents)
         pictures["text"] += batch["text"]
         pictures["control"] += batch["conditioning_image"]
         pictures["full"] += full

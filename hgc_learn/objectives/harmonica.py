@@ -121,7 +121,8 @@ class HarmoniCa(Objective):
             for step in range(1, len(hard)):
                 compute = torch.ones_like(hard)
                 compute[step] = hard[step] & ~hard[step].all()
-                self.weights[step] += module.rollout_errors(batch, module.router.hard(compute), target).sum()
+                latents = module.rollout(batch, module.draft(module.router.hard(compute)))
+                self.weights[step] += (latents - target).square().flatten(1).mean(1).sum()
         self.weights.copy_(mean_over_processes(self.weights))
         self.weights /= self.weights[1:].mean()
         self.weights_epoch.fill_(module.current_epoch)

@@ -1,9 +1,9 @@
 """The second-order effect of every gate, on the student's own hard trajectories.
 
-One step: draw a hard schedule from the router at a budget, roll it out with its own cache, compare the final latents
-with the teacher's, and ask for every gate how much the loss would change if it alone chose otherwise. To second
-order in the change J*d that this makes to the final latents, with error e = student - teacher, that is
-2 <e, J d> + |J d|^2. The first term is one backward pass; the second, which a straight-through estimator misses, is
+One step: draw a hard schedule from the router at a budget, roll it out with its own cache, compare the outcome,
+pictures or final latents, with the teacher's, and ask for every gate how much the loss would change if it alone chose
+otherwise. To second order in the change J*d that this makes to the outcome, with error e = student - teacher, that is 2
+<e, J d> + |J d|^2. The first term is one backward pass; the second, which a straight-through estimator misses, is
 estimated by another one from a random direction v, since E <v, J d>^2 = |J d|^2 for v ~ N(0, I).
 """
 
@@ -30,7 +30,7 @@ SCALE = [parameter.name for parameter in FITTED.parameters].index("scale")
 
 
 class Rollout(Objective):
-    """Lowers the error of the final latents at the budgets, by the second-order effect of every gate.
+    """Lowers the error of the outcome at the budgets, by the second-order effect of every gate.
 
     Args:
         learning_rate: of Adam on logits and weights, at the start; it falls to 0 linearly.
