@@ -110,8 +110,13 @@ def test_a_comparison_on_ones_own_pictures(settings: dict[str, Any], tmp_path: P
     settings["data"] |= {"validation_split": "train[2:5]", "test_split": "train[5:]"}
     config = write(settings, tmp_path)
     tests = read_batches(read_config(config), "test", 2, 2, offset=1)[0]
-    assert tests["text"] == ["red 6", "red 7"]
-    assert torch.allclose(tests["conditioning_image"][:, 0, 0, 0], torch.tensor([180, 210]) / 255)
+    (more,) = read_batches(read_config(config), "test", 3, 3)
+    assert sorted(more["text"]) == ["red 5", "red 6", "red 7"]
+    assert tests["text"] == more["text"][1:]
+    assert tests["seed"].tolist() == more["seed"].tolist()[1:]
+    assert torch.allclose(
+        tests["conditioning_image"][:, 0, 0, 0], torch.tensor([30.0 * int(text[-1]) for text in tests["text"]]) / 255
+    )
     assert (
         len({int(read_batches(read_config(config), s, 1, 1)[0]["seed"]) for s in ("train", "validation", "test")}) == 3
     )
