@@ -124,7 +124,8 @@ def measure(folder: Path, args: argparse.Namespace, num_steps: int) -> dict[str,
     module.seed(0)
     start = time.monotonic()
     if args.only_count:
-        module.targets["a red circle", 0] = torch.zeros(4, args.size // 8, args.size // 8, dtype=module.pipe.unet.dtype)
+        latents = torch.zeros(4, args.size // 8, args.size // 8, dtype=module.pipe.unet.dtype)
+        module.targets["latents", "a red circle", 0] = latents
     else:
         module.teacher_latents(batch)
     teacher_seconds = time.monotonic() - start

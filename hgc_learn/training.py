@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -80,7 +80,7 @@ class RouterModule(L.LightningModule):
         names = select_sites(self.graph, sites)
         self.router = Router(self.graph, self.costs, names, self.num_steps)
         self.use_pipeline(pipe)
-        self.targets: dict[Any, Tensor] = {}
+        self.targets: dict[tuple[str, str, int], Tensor] = {}
         self.generator = torch.Generator()
         self.config: str | None = None  # of the run, as YAML; goes into the checkpoint
         objective.prepare(self)
@@ -128,24 +128,25 @@ class RouterModule(L.LightningModule):
     def on_fit_start(self) -> None:
         self.pipe.to(self.device)
 
-    @torch.no_grad()
     def teacher_latents(self, batch: dict[str, Any]) -> Tensor:
         """Final latents of the uncached pipeline, [batch, channels, h, w]; computed once per sample."""
-        keys = list(zip(batch["text"], [int(s) for s in batch["seed"]], strict=True))
+        return self._once("latents", batch, lambda: generate(self.pipe, self.sampling, batch))
+
+    def target(self, batch: dict[str, Any]) -> Tensor:
+        """The outcome of the uncached pipeline; computed once per sample."""
+        return self._once(self.hparams["errors_of"], batch, lambda: self.outcome(self.teacher_latents(batch)))
+
+    @torch.no_grad()
+    def _once(self, what: str, batch: dict[str, Any], make: Callable[[], Tensor]) -> Tensor:
+        keys = [(what, text, int(seed)) for text, seed in zip(batch["text"], batch["seed"], strict=True)]
         if not all(key in self.targets for key in keys):
-            latents = generate(self.pipe, self.sampling, batch).cpu()
-            self.targets.update(zip(keys, latents, strict=True))
+            self.targets.update(zip(keys, make().cpu(), strict=True))
         return torch.stack([self.targets[key] for key in keys]).to(self.device)
 
     def outcome(self, latents: Tensor) -> Tensor:
         """What errors are measured on, of final latents [batch, channels, h, w]: pictures [batch, 3, height, width] in
         [0, 1], or the latents themselves; differentiable."""
         return decode(self.pipe, latents) if self.hparams["errors_of"] == "pictures" else latents
-
-    @torch.no_grad()
-    def target(self, batch: dict[str, Any]) -> Tensor:
-        """The outcome of the uncached pipeline."""
-        return self.outcome(self.teacher_latents(batch))
 
     def effects(self, batch: dict[str, Any], schedule: HardSchedule, num_directions: int = 1) -> Effects:
         """Rolls a hard schedule out on the student's own trajectory, and measures what changes of it would do to the

@@ -164,3 +164,22 @@ def test_comparison_is_the_committed_one(name: str, num_rows: int) -> None:
     assert len(rows) == num_rows
     for sampler, kept, _, *rest in rows:
         assert " | ".join([sampler, kept, *rest]) in README
+
+
+def test_the_comparison_on_photographs_is_the_committed_one() -> None:
+    folder = ROOT / "benchmarks/compare/camvid"
+    page = " ".join((ROOT / "docs/camvid.md").read_text().split())
+    rows = {(row["policy"], row["budget"]): row for row in json.loads((folder / "camvid.json").read_text())}
+    policies = re.findall(r"`(\w+)`", page.split("| MACs kept |")[1].split("|---")[0])
+    for budget in (0.5, 0.25):
+        figures = [f"{rows[policy, budget]['psnr_db']:.2f}" for policy in policies]
+        assert f"| {budget:.0%} | {' | '.join(figures)} |" in page
+    latents = [row for row in json.loads((folder / "latents.json").read_text()) if row["policy"] == "learned"]
+    assert "{:.2f} and {:.2f} dB".format(*(row["psnr_db"] for row in latents)) in page
+    summary = (folder / "camvid.md").read_text().split("## In short")[1].split("## ")[0]
+    differences = re.findall(r"([+-])([\d.]+) \[[+-]([\d.]+), [+-]([\d.]+)\] \|", summary)
+    assert len(differences) == 2
+    for sign, *figures in differences:
+        mean, low, high = figures if sign == "+" else (figures[0], figures[2], figures[1])
+        assert f"{mean} dB [{low}, {high}]" in page
+        assert f"{mean} dB [{low}, {high}]" in " ".join(README.split())
