@@ -10,15 +10,13 @@ from hgc_learn.hard import HardSchedule
 from hgc_learn.router import Router
 
 
-def threshold(router: Router, budget: float, max_patterns: int | None = None) -> HardSchedule:
-    """The hard schedule that computes as many of the highest logits as the budget allows; with a cap on how many
-    different steps it may have, the first included, steps that want nearly the same share their mean logits.
+def threshold(router: Router, budget: float, max_patterns: int) -> HardSchedule:
+    """The hard schedule that computes as many of the highest logits as the budget allows, with a cap on how many
+    different steps it may have, the first included: steps that want nearly the same share their mean logits.
 
     Raises:
         ValueError: a budget that cannot be met, or a cap below 2: the first step computes everything.
     """
-    if max_patterns is None:
-        return router.threshold(budget)
     if max_patterns < 2:
         raise ValueError(f"max_patterns is {max_patterns}; it must be at least 2: the first step computes everything.")
     logits = router.logits.detach()

@@ -36,9 +36,8 @@ def specialise(
     max_patterns: int | None = None,
     report: Report = lambda *_: None,
 ) -> HardSchedule:
-    """The hard schedule of the router at a budget, after more updates for it: the highest logits compute, or what the
-    budget leaves is spent on others too, or the router is rounded as it is, whichever samples that were not learned
-    from like best. The router itself stays as it is.
+    """The hard schedule of the router at a budget, after more updates for it, or rounded as it is, if samples that were
+    not learned from like that better. The router itself stays as it is.
 
     Args:
         budget: fraction of the full MACs to keep.
@@ -50,7 +49,7 @@ def specialise(
         ValueError: a budget that cannot be met, or a gradient that is not finite.
     """
     objective, router = module.objective, module.router
-    start = threshold(router, budget, max_patterns)
+    start = _rounded(module, budget, max_patterns)
     if not num_updates:
         return start
     assert isinstance(objective, Rollout)
@@ -70,9 +69,12 @@ def specialise(
             optimizer.step()
             router.clamp()
             report(update, float(logs["loss"].clamp_min(1e-30).log()))
-        end = threshold(router, budget, max_patterns)
-        spent = router.spend(end, budget) if max_patterns is None else end
+        end = _rounded(module, budget, max_patterns)
     finally:
         router.load_state_dict(trained)
         router.temperature = temperature
-    return min([spent, end, start], key=lambda schedule: module.log_error(judges, schedule))
+    return min([end, start], key=lambda schedule: module.log_error(judges, schedule))
+
+
+def _rounded(module: RouterModule, budget: float, max_patterns: int | None) -> HardSchedule:
+    return module.hard_schedule(budget) if max_patterns is None else threshold(module.router, budget, max_patterns)

@@ -78,7 +78,7 @@ def test_patterns_are_capped_within_the_budget(module: RouterModule, max_pattern
     router = module.router
     generator = torch.Generator().manual_seed(seed)
     router.logits.data.copy_(torch.randn(router.logits.shape, generator=generator))
-    assert patterns.count(router, patterns.threshold(router, BUDGET)) > 3
+    assert patterns.count(router, router.threshold(BUDGET)) > 3
     schedule = patterns.threshold(router, BUDGET, max_patterns)
     assert patterns.count(router, schedule) <= max_patterns
     assert BUDGET - 0.3 < router.kept(schedule.compute) <= BUDGET

@@ -22,7 +22,7 @@ def test_draws_keep_to_the_budget_and_spend_it(module: RouterModule) -> None:
     for budget in (0.3, 0.5, 0.8):
         draws = [router.sample(budget, generator) for _ in range(8)]
         kept = [router.kept(schedule.compute) for schedule, _ in draws]
-        assert budget - 0.1 < min(kept) <= max(kept) <= budget
+        assert budget - 0.05 < min(kept) <= max(kept) <= budget + 1e-9
         assert len({schedule.compute.numpy().tobytes() for schedule, _ in draws}) == 8
         shares.append(torch.stack([schedule.compute[1:].float().mean() for schedule, _ in draws]).mean())
     assert shares == sorted(shares)
@@ -46,7 +46,7 @@ def test_gates_are_drawn_with_their_probabilities(module: RouterModule) -> None:
 def test_cold_draws_are_what_is_rounded(module: RouterModule) -> None:
     module.router.temperature = 1e-6
     schedule, price = module.router.sample(BUDGET, torch.Generator().manual_seed(0))
-    assert torch.equal(schedule.compute, module.router.threshold(BUDGET).compute)
+    assert torch.equal(schedule.compute, module.hard_schedule(BUDGET).compute)
     assert price == pytest.approx(module.router.price(BUDGET), abs=1e-4)
 
 
@@ -85,8 +85,7 @@ def test_what_other_samples_do_not_confirm_is_left(
         return logs
 
     monkeypatch.setattr(Rollout, "gradients", ascend)
-    monkeypatch.setattr(type(module.router), "spend", lambda self, schedule, budget: schedule)
-    start = module.router.threshold(BUDGET)
+    start = module.hard_schedule(BUDGET)
     found = specialise(module, BUDGET, [batch], 8)
     assert torch.equal(found.compute, start.compute)
     assert torch.equal(found.weights, start.weights)
@@ -143,5 +142,5 @@ def test_what_is_left_is_spent(module: RouterModule) -> None:
         for step, site in (~spent.compute).nonzero()[:40].tolist():
             more = spent.compute.clone()
             more[step, site] = True
-            assert router.kept(more) > budget
+            assert router.kept(more) == kept or router.kept(more) > budget
     assert kept > router.kept(start.compute)

@@ -58,6 +58,9 @@ class Rollout(Objective):
         self.num_directions = num_directions
         self.register_buffer("warm_started", torch.tensor(False))
 
+    def hard_schedule(self, router: Router, budget: float) -> HardSchedule:
+        return router.spend(router.threshold(budget), budget)
+
     def optimizer(self, router: Router) -> torch.optim.Optimizer:
         return torch.optim.Adam(router.parameters(), lr=self.learning_rate, betas=(0.9, 0.95))
 
