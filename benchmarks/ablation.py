@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,13 +27,12 @@ from hgc_learn.comparison.samples import save_json
 from hgc_learn.comparison.statistics import mean_interval
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.effects import Choices, Effects
-from hgc_learn.export import decide, load_run
+from hgc_learn.export import Learning, decide, load_run
 from hgc_learn.hard import HardSchedule
 from hgc_learn.router import Router
 from hgc_learn.setting import Draft
 from hgc_learn.training import RouterModule
 
-LEARNING_SAMPLES, SPECIALISE_UPDATES, TUNE_UPDATES = 64, 192, 128  # the defaults of export.py
 OFFSET = 2000  # of the judging scenes in the validation split
 
 
@@ -88,21 +87,21 @@ class Row:
     """Which training, and what follows it at export."""
 
     training: str = "recipe"
-    specialise_updates: int = SPECIALISE_UPDATES
-    tune_updates: int = TUNE_UPDATES
+    learning: Learning = field(default_factory=Learning)
 
 
 ROWS = {
     "the whole recipe": Row(),
-    "no specialising": Row(specialise_updates=0),
-    "no learned fill-ins": Row(tune_updates=0),
-    "neither": Row(specialise_updates=0, tune_updates=0),
+    "no steps trading places": Row(learning=Learning(reorder_trials=0)),
+    "no specialising": Row(learning=Learning(specialise_updates=0)),
+    "no learned fill-ins": Row(learning=Learning(tune_updates=0)),
+    "none of these": Row(learning=Learning(reorder_trials=0, specialise_updates=0, tune_updates=0)),
     "training: none, only its warm start": Row("warm start only"),
     "training: no warm start": Row("no warm start"),
     "training: for this budget alone": Row("budget"),
     "first-order effects only": Row("first order only"),
     "effects: not of sites behind a gate": Row("no refreshes"),
-    "held values, no weights anywhere": Row("holding", tune_updates=0),
+    "held values, no weights anywhere": Row("holding", Learning(tune_updates=0)),
     "gates drawn independently": Row("independent"),
 }
 
@@ -144,14 +143,7 @@ def run(name: str, sampler: str, budget: float, scenes: list[dict[str, Any]]) ->
     change = TRAININGS[row.training].change if row.training in TRAININGS else nullcontext
     start = time.monotonic()
     with change():
-        hard, draft = decide(
-            module,
-            data,
-            budget,
-            learning_samples=LEARNING_SAMPLES,
-            specialise_updates=row.specialise_updates,
-            tune_updates=row.tune_updates,
-        )
+        hard, draft = decide(module, data, budget, row.learning)
     seconds = time.monotonic() - start
     values = relative_errors(module, draft, scenes)
     kept = module.router.kept(hard.compute)

@@ -24,8 +24,6 @@ from hgc_learn.hard import HardSchedule
 from hgc_learn.objectives import Rollout
 from hgc_learn.training import RouterModule
 
-LEARNING_SAMPLES, SPECIALISE_UPDATES, TUNE_UPDATES = 64, 192, 128  # the defaults of export.py
-
 
 def soft_and_hard(module: RouterModule, budget: float, num_scenes: int = 16, num_draws: int = 4) -> dict[str, float]:
     """Latent error of the trained router as it is, in dB below the latents' power, on validation scenes: of schedules
@@ -71,14 +69,7 @@ def run(sampler: str, seed: int, budgets: Sequence[float], num_scenes: int) -> I
     full = render(module.pipe, module.sampling, scenes).pictures
     for budget in budgets:
         start = time.monotonic()
-        hard, draft = decide(
-            module,
-            data,
-            budget,
-            learning_samples=LEARNING_SAMPLES,
-            specialise_updates=SPECIALISE_UPDATES,
-            tune_updates=TUNE_UPDATES,
-        )
+        hard, draft = decide(module, data, budget)
         exporting = (time.monotonic() - start) / 60
         schedule = module.setting.schedule(draft, policy="learned", settings={})
         psnr = picture_psnr(render(module.pipe, module.sampling, scenes, schedule).pictures, full)

@@ -1,10 +1,10 @@
 """What training costs, in forward passes of the uncached teacher: `python benchmarks/training_cost.py`.
 
-Everything that a run computes, backward passes included, is counted by torch's own FLOP
-counter and divided by what the uncached pipeline needs for one step of one sample (both halves of guidance). Two rows:
+Everything that a run computes, backward passes included, is counted by torch's own FLOP counter and divided by what the
+uncached pipeline needs for one step of one sample (both halves of guidance). Two rows:
 
-- `learned`: the training of a configuration, and what its exports learn at every budget: the router's specialising and
-  fill-ins. Some updates are run, and scaled to all of them: their gates keep to the budget, so that all cost the same.
+- `learned`: the training of a configuration, and what its exports learn at every budget. Some updates or trials of each
+  part are run, and scaled to all of them: their gates keep to the budget, so that all cost the same.
 - `l2c`: Learning-to-Cache's own recipe, 50,000 updates of 64 samples (the settings of its published code), each of a
   full step, the target and the blended prediction of the step after it, and a backward pass.
 """
@@ -15,6 +15,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,12 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hgc_learn.cli import RouterCLI, train
 from hgc_learn.comparison.samples import draw_batches, save_json
-from hgc_learn.export import decide, training_batches
+from hgc_learn.export import Learning, decide, training_batches
 from hgc_learn.rollout import generate
 
 L2C_UPDATES, L2C_BATCH_SIZE, L2C_INTERVAL = 50_000, 64, 2
 FEW, MORE = 4, 8  # updates that are run; a multiple of the number of budgets
-LEARNING_SAMPLES, SPECIALISE_UPDATES, TUNE_UPDATES = 64, 192, 128  # the defaults of export.py
 
 
 class NoModules:
@@ -76,17 +76,16 @@ def teacher_forward(cli: RouterCLI) -> float:
 
 def export_flops(cli: RouterCLI, budget: float) -> float:
     """Operations of all that an export learns."""
+    none = Learning(reorder_trials=0, specialise_updates=0, tune_updates=0)
 
-    def count(specialise_updates: int, tune_updates: int) -> float:
-        learn = partial(decide, cli.model, cli.datamodule, budget, learning_samples=LEARNING_SAMPLES)
-        _, total = flops(partial(learn, specialise_updates=specialise_updates, tune_updates=tune_updates))
-        return total
+    def count(name: str, number: int) -> float:
+        learning = replace(none, **{name: number})
+        return flops(partial(decide, cli.model, cli.datamodule, budget, learning))[1]
 
-    specialising = [count(updates, 0) for updates in (FEW, MORE)]
-    tuning = [count(0, updates) for updates in (FEW, MORE)]
     total = 0.0
-    for (few, more), num_updates in ((specialising, SPECIALISE_UPDATES), (tuning, TUNE_UPDATES)):
-        total += few + (num_updates - FEW) * (more - few) / (MORE - FEW)
+    for name in ("reorder_trials", "specialise_updates", "tune_updates"):
+        few, more = (count(name, number) for number in (FEW, MORE))
+        total += few + (getattr(Learning, name) - FEW) * (more - few) / (MORE - FEW)
     return total
 
 
@@ -96,7 +95,7 @@ def learned_row(config: Path) -> dict[str, Any]:
     module, unit = cli.model, teacher_forward(cli)
     settings = cli.config["fit"]["data"]["init_args"]
     num_updates = settings["num_train"] // settings["batch_size"] * cli.trainer.max_epochs
-    for batch in training_batches(module, cli.datamodule, LEARNING_SAMPLES, 8):
+    for batch in training_batches(module, cli.datamodule, Learning.learning_samples, 8):
         module.teacher_latents(batch)
     exports = {f"{b:g}": round(export_flops(cli, b) / unit) for b in module.hparams["budgets"]}
     training = (start + num_updates * update) / unit

@@ -1,11 +1,12 @@
-"""From a trained router to a static schedule file: specialising, learning to fill in, measuring."""
+"""From a trained router to a static schedule file: what is learned for its budget alone, and measuring."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import pickle
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jsonargparse import ArgumentError
 from rich.progress import Progress
 from torch.utils.data import DataLoader
 
-from hgc_learn import fills, specialise
+from hgc_learn import fills, reorder, specialise
 from hgc_learn.cli import rebuild
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import gate_heatmap, save_figure
@@ -25,13 +26,51 @@ from hgc_learn.setting import Draft, Setting
 from hgc_learn.training import RouterModule
 
 
+@dataclass(frozen=True)
+class Learning:
+    """What is learned at an export, for its budget alone, one after the other; only by `Rollout`, what other objectives
+    trained is exported as it is.
+
+    Attributes:
+        learning_samples: training samples to learn from.
+        reorder_trials: rollouts that try whether steps should trade places (`reorder`); 0 for none.
+        specialise_updates: of the router (`specialise`); 0 for none.
+        tune_updates: of how the schedule fills in what it skips (`fills`); 0 for none.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    learning_samples: int = 64
+    reorder_trials: int = 96
+    specialise_updates: int = 192
+    tune_updates: int = 128
+
+    def __post_init__(self) -> None:
+        if self.learning_samples < 1:
+            raise ValueError(
+                f"learning_samples is {self.learning_samples}; it must be at least 1. For no learning at export set "
+                "reorder_trials, specialise_updates and tune_updates to 0."
+            )
+        for name, number in list(asdict(self).items())[1:]:
+            if number < 0:
+                raise ValueError(f"{name} is {number}; it must be 0 (none) or more.")
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Called with (number, log error) as each part of `Learning` goes on."""
+
+    reorder: Report = lambda *_: None
+    specialise: Report = lambda *_: None
+    tune: Report = lambda *_: None
+
+
 def export(
     ckpt_path: Path,
     output: Path,
     budget: float = 0.5,
-    learning_samples: int = 64,
-    specialise_updates: int = 192,
-    tune_updates: int = 128,
+    learning: Learning = Learning(),
     max_patterns: int | None = None,
 ) -> Path:
     """Writes `hgc_schedule.json` and a picture of it.
@@ -40,20 +79,16 @@ def export(
         ckpt_path: checkpoint of `train.py fit`.
         output: folder to write to.
         budget: fraction of the full MACs to keep.
-        learning_samples: training samples that both of the following learn from.
-        specialise_updates: of the router, for this budget alone; 0 for none. Only `Rollout` does that, other objectives
-            are exported as they are.
-        tune_updates: steps of learning how the schedule fills in what it skips; 0 for none. `Rollout` only too.
+        learning: what is learned for this budget alone.
         max_patterns: how many different steps the schedule may have, for `torch.compile` makes one graph for each.
 
     Raises:
-        ValueError: the checkpoint cannot be found or read, the budget cannot be met, or a number out of range.
+        ValueError: the checkpoint cannot be found or read, or the budget cannot be met.
     """
-    check_counts(learning_samples, specialise_updates, tune_updates)
     module, data = load_run(ckpt_path)
     module.router.check_budget(budget)
     if not module.objective.is_specialised:
-        specialise_updates = tune_updates = 0
+        learning = replace(learning, reorder_trials=0, specialise_updates=0, tune_updates=0)
     with Progress() as progress:
 
         def reporter(description: str, total: int) -> Report:
@@ -64,27 +99,18 @@ def export(
 
             return report
 
-        hard, draft = decide(
-            module,
-            data,
-            budget,
-            learning_samples=learning_samples,
-            specialise_updates=specialise_updates,
-            tune_updates=tune_updates,
-            max_patterns=max_patterns,
-            reports=(
-                reporter("specialising the router", specialise_updates),
-                reporter("learning to fill in", tune_updates),
-            ),
+        reports = Reports(
+            reporter("trading places of steps", learning.reorder_trials),
+            reporter("specialising the router", learning.specialise_updates),
+            reporter("learning to fill in", learning.tune_updates),
         )
+        hard, draft = decide(module, data, budget, learning, max_patterns=max_patterns, reports=reports)
         progress.add_task("measuring on validation samples", total=None)
         fidelity = measure_fidelity(module, data, draft)
     settings = {
         "ckpt_path": ckpt_path.name,
         "budget": budget,
-        "learning_samples": learning_samples,
-        "specialise_updates": specialise_updates,
-        "tune_updates": tune_updates,
+        **asdict(learning),
         "max_patterns": max_patterns,
         **module.hparams,
     }
@@ -100,38 +126,32 @@ def decide(
     module: RouterModule,
     data: Any,
     budget: float,
+    learning: Learning = Learning(),
     *,
-    learning_samples: int,
-    specialise_updates: int,
-    tune_updates: int,
     max_patterns: int | None = None,
-    reports: tuple[Report, Report] = (lambda *_: None, lambda *_: None),
+    reports: Reports = Reports(),
 ) -> tuple[HardSchedule, Draft]:
-    """The gates of a trained router at a budget, and the draft that they make with fill-ins learned; both learn from
-    the first samples of the training's own data. Arguments as of `export`, checked.
+    """The gates of a trained router at a budget, and the draft that they make with fill-ins learned; all learns from
+    the first samples of the training's own data. The router itself stays as it is.
 
     Raises:
         ValueError: a budget that cannot be met.
     """
-    batches = training_batches(module, data, learning_samples, specialise.BATCH_SIZE) if specialise_updates else []
-    hard = specialise.specialise(
-        module, budget, batches, specialise_updates, max_patterns=max_patterns, report=reports[0]
-    )
-    hard = replace(hard, compute=hard.compute | module.router.dead(hard.compute))  # not in the file's rows
-    batches = training_batches(module, data, learning_samples, fills.BATCH_SIZE) if tune_updates else []
-    return hard, fills.tune_fills(module, hard, batches, tune_updates, report=reports[1])
-
-
-def check_counts(learning_samples: int, specialise_updates: int, tune_updates: int) -> None:
-    """Raises ValueError where a number is out of range."""
-    if learning_samples < 1:
-        raise ValueError(
-            f"learning_samples is {learning_samples}; it must be at least 1. For no learning at export set "
-            "specialise_updates and tune_updates to 0."
+    batches = partial(training_batches, module, data)
+    trained = {name: value.clone() for name, value in module.router.state_dict().items()}
+    try:
+        if learning.reorder_trials:
+            judges = batches(min(reorder.NUM_SAMPLES, learning.learning_samples), reorder.BATCH_SIZE)
+            reorder.reorder(module, budget, judges, learning.reorder_trials, report=reports.reorder)
+        learned = batches(learning.learning_samples, specialise.BATCH_SIZE) if learning.specialise_updates else []
+        hard = specialise.specialise(
+            module, budget, learned, learning.specialise_updates, max_patterns=max_patterns, report=reports.specialise
         )
-    for name, number in (("specialise_updates", specialise_updates), ("tune_updates", tune_updates)):
-        if number < 0:
-            raise ValueError(f"{name} is {number}; it must be 0 (none) or more.")
+    finally:
+        module.router.load_state_dict(trained)
+    hard = replace(hard, compute=hard.compute | module.router.dead(hard.compute))  # not in the file's rows
+    learned = batches(learning.learning_samples, fills.BATCH_SIZE) if learning.tune_updates else []
+    return hard, fills.tune_fills(module, hard, learned, learning.tune_updates, report=reports.tune)
 
 
 def training_batches(module: RouterModule, data: Any, learning_samples: int, batch_size: int) -> list[dict[str, Any]]:

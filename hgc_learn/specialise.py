@@ -37,7 +37,7 @@ def specialise(
     report: Report = lambda *_: None,
 ) -> HardSchedule:
     """The hard schedule of the router at a budget, after more updates for it, or rounded as it is, if samples that were
-    not learned from like that better. The router itself stays as it is.
+    not learned from like that better. The router's own logits and weights are moved.
 
     Args:
         budget: fraction of the full MACs to keep.
@@ -54,7 +54,6 @@ def specialise(
         return start
     assert isinstance(objective, Rollout)
     learned, judges = hold_out(batches)
-    trained = {name: value.clone() for name, value in router.state_dict().items()}
     temperature, (first, last) = router.temperature, TEMPERATURES
     optimizer = objective.optimizer(router)
     module.generator = torch.Generator(module.device).manual_seed(0)  # whenever it is asked for, the same schedule
@@ -71,7 +70,6 @@ def specialise(
             report(update, float(logs["loss"].clamp_min(1e-30).log()))
         end = _rounded(module, budget, max_patterns)
     finally:
-        router.load_state_dict(trained)
         router.temperature = temperature
     return min([end, start], key=lambda schedule: module.log_error(judges, schedule))
 

@@ -1,4 +1,4 @@
-"""Draws that keep to a budget, and more updates of a trained router for one budget."""
+"""Draws that keep to a budget, and what a trained router learns more for one budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from training_fixtures import BUDGET
 
 from hgc_learn.data import SceneDataModule, hold_out
-from hgc_learn.export import check_counts, training_batches
+from hgc_learn.export import Learning, decide, training_batches
 from hgc_learn.objectives import Rollout
 from hgc_learn.specialise import specialise
 from hgc_learn.training import RouterModule
@@ -50,27 +50,30 @@ def test_cold_draws_are_what_is_rounded(module: RouterModule) -> None:
     assert price == pytest.approx(module.router.price(BUDGET), abs=1e-4)
 
 
-def test_specialising_lowers_the_error_and_leaves_the_router(
+def test_specialising_lowers_the_error(
     module: RouterModule, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module.objective, "learning_rate", 0.3)  # the logits are random ones
-    before = {name: value.clone() for name, value in module.router.state_dict().items()}
+    start = module.hard_schedule(BUDGET)
     errors: list[float] = []
     found = specialise(module, BUDGET, [batch], 24, report=lambda update, error: errors.append(error))
     assert len(errors) == 24
-    start = module.router.threshold(BUDGET)
     assert (found.compute != start.compute).any()
     assert module.router.kept(found.compute) <= BUDGET
     assert module.log_error([batch], found) < module.log_error([batch], start) - 0.1
     assert module.router.temperature == 1.0
-    for name, value in module.router.state_dict().items():
-        assert torch.equal(value, before[name])
 
 
-def test_specialising_again_finds_the_same(module: RouterModule, batch: dict[str, Any]) -> None:
-    first, second = (specialise(module, BUDGET, [batch], 3) for _ in range(2))
+def test_deciding_again_finds_the_same_and_leaves_the_router(module: RouterModule) -> None:
+    before = {name: value.clone() for name, value in module.router.state_dict().items()}
+    data = SceneDataModule(num_train=4, num_val=2)
+    learning = Learning(learning_samples=2, reorder_trials=2, specialise_updates=2, tune_updates=1)
+    (first, draft), (second, _) = (decide(module, data, BUDGET, learning) for _ in range(2))
     assert torch.equal(first.compute, second.compute)
     assert torch.equal(first.weights, second.weights)
+    assert draft.sites
+    for name, value in module.router.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 def test_what_other_samples_do_not_confirm_is_left(
@@ -123,10 +126,10 @@ def test_a_quarter_judges() -> None:
 
 
 def test_numbers_out_of_range_are_refused(shared_module: RouterModule) -> None:
-    good = {"learning_samples": 4, "specialise_updates": 0, "tune_updates": 0}
-    for name, number in (("learning_samples", 0), ("specialise_updates", -1), ("tune_updates", -1)):
+    numbers = {"learning_samples": 0, "reorder_trials": -2, "specialise_updates": -1, "tune_updates": -1}
+    for name, number in numbers.items():
         with pytest.raises(ValueError, match=f"{name} is {number}; it must be"):
-            check_counts(**(good | {name: number}))
+            Learning(**{name: number})
     data = SceneDataModule(num_train=4, num_val=2)
     assert [len(batch["text"]) for batch in training_batches(shared_module, data, 3, 2)] == [2, 2]
 

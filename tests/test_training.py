@@ -10,7 +10,7 @@ import torch
 from training_fixtures import BUDGET, SAMPLING, changed, fit, random_schedule
 
 from hgc_learn.__main__ import guarded, main
-from hgc_learn.export import export
+from hgc_learn.export import Learning, export
 from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import HGCSchedule, apply_schedule
 from hgc_learn.objectives import Rollout
@@ -120,7 +120,7 @@ def test_export_writes_a_schedule_that_runs(
     ckpt_path = fit(teacher, tmp_path, 1)
     for budget in (0.4, 0.7):
         output = tmp_path / str(budget)
-        path = export(ckpt_path, output, budget, learning_samples=2, specialise_updates=1, tune_updates=2)
+        path = export(ckpt_path, output, budget, Learning(2, 1, 1, 2))
         schedule = HGCSchedule.load(path)
         assert schedule.macs["cached"] <= budget * schedule.macs["full"]
         assert schedule.producer["settings"]["budget"] == budget

@@ -19,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--learning_samples", type=int, default=64, help="training samples that the following learn from (default 64)"
     )
     parser.add_argument(
+        "--reorder_trials",
+        type=int,
+        default=96,
+        help="rollouts that try whether steps should trade places, for this budget; 0 for none (default 96)",
+    )
+    parser.add_argument(
         "--specialise_updates",
         type=int,
         default=192,
@@ -39,15 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hgc_learn.export import export
+    from hgc_learn.export import Learning, export
 
-    path = export(
-        args.ckpt_path,
-        args.output,
-        args.budget,
-        learning_samples=args.learning_samples,
-        specialise_updates=args.specialise_updates,
-        tune_updates=args.tune_updates,
-        max_patterns=args.max_patterns,
-    )
+    learning = Learning(args.learning_samples, args.reorder_trials, args.specialise_updates, args.tune_updates)
+    path = export(args.ckpt_path, args.output, args.budget, learning, args.max_patterns)
     print(f"wrote {path}")

@@ -24,6 +24,7 @@ def checkpoint(config: CompareConfig, sampler: str, policy: str) -> Path:
         raise ValueError(f"{policy} reads a checkpoint, and {training}, its training for {sampler}, does not exist.")
     from hgc_learn.cli import train
 
+    done.unlink(missing_ok=True)  # an earlier training's, whose checkpoint is gone
     arguments = ["fit", f"--config={training}", f"--model.model={config.model}", f"--checkpoint.dirpath={folder}"]
     arguments.append(f"--trainer.default_root_dir={folder}")
     resumed = ckpt_path.is_file()

@@ -13,28 +13,23 @@ def learned(
     ckpt_path: str = "",
     budget: float = 0.5,
     learning_samples: int = 64,
+    reorder_trials: int = 96,
     specialise_updates: int = 192,
     tune_updates: int = 128,
 ) -> Draft:
-    """A trained router's best gates within the budget, after more updates for it alone, with learned fill-ins.
+    """A trained router's best gates within the budget, after learning more for it alone, with learned fill-ins.
 
     Args:
         ckpt_path: checkpoint of `train.py fit`.
         budget: fraction of the full MACs to keep.
-        learning_samples: of the training's own samples that both of the following learn from.
+        learning_samples: of the training's own samples that all of the following learn from.
+        reorder_trials: rollouts that try whether steps should trade places; 0 for none.
         specialise_updates: of the router, for this budget alone; 0 for none.
         tune_updates: steps of learning how the schedule fills in what it skips; 0 for none.
     """
-    from hgc_learn.export import check_counts, decide, load_trained
+    from hgc_learn.export import Learning, decide, load_trained
 
-    check_counts(learning_samples, specialise_updates, tune_updates)
+    learning = Learning(learning_samples, reorder_trials, specialise_updates, tune_updates)
     module, data = load_trained(setting, ckpt_path, "learned")
-    _, draft = decide(
-        module,
-        data,
-        budget,
-        learning_samples=learning_samples,
-        specialise_updates=specialise_updates,
-        tune_updates=tune_updates,
-    )
+    _, draft = decide(module, data, budget, learning)
     return draft
