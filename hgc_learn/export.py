@@ -141,8 +141,8 @@ def decide(
     trained = {name: value.clone() for name, value in module.router.state_dict().items()}
     try:
         if learning.reorder_trials:
-            judges = batches(min(reorder.NUM_SAMPLES, learning.learning_samples), reorder.BATCH_SIZE)
-            reorder.reorder(module, budget, judges, learning.reorder_trials, report=reports.reorder)
+            learned = batches(learning.learning_samples, reorder.BATCH_SIZE)
+            reorder.reorder(module, budget, learned, learning.reorder_trials, report=reports.reorder)
         learned = batches(learning.learning_samples, specialise.BATCH_SIZE) if learning.specialise_updates else []
         hard = specialise.specialise(
             module, budget, learned, learning.specialise_updates, max_patterns=max_patterns, report=reports.specialise

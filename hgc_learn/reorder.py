@@ -6,12 +6,17 @@ is bad alone: where the steps that compute much stand, updates hardly change.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from hgc_learn.data import hold_out
 from hgc_learn.fills import Report
+from hgc_learn.hard import HardSchedule
 from hgc_learn.router import Router
 
 if TYPE_CHECKING:
@@ -20,8 +25,7 @@ if TYPE_CHECKING:
 FARTHEST = 3
 """How many steps apart two may be that trade places."""
 
-NUM_SAMPLES = 12
-BATCH_SIZE = 4
+BATCH_SIZE = 8
 
 
 def reorder(
@@ -32,40 +36,54 @@ def reorder(
     *,
     report: Report = lambda *_: None,
 ) -> None:
-    """Swaps the logits and weights of steps, pair after pair and from the beginning again, wherever the mean log error
-    of the router's hard schedule at the budget falls by it, until no pair is left or the trials are spent. The
-    first step computes everything and stays.
+    """Swaps the logits and weights of steps, pair after pair and from the beginning again, wherever the router's hard
+    schedule at the budget gets better by it, until no pair is left or the trials are spent. The first step computes
+    everything and stays.
 
     Args:
         budget: fraction of the full MACs to keep.
-        batches: training batches that judge.
-        num_trials: of rollouts of all batches.
+        batches: training batches; a quarter of them, the last, are left for what comes after to judge by.
+        num_trials: of schedules that are rolled out.
     """
     if not num_trials:
         return
-    router = module.router
-    best, trials, since_better = module.log_error(batches, module.hard_schedule(budget)), 0, 0
+    router, (learned, _) = module.router, hold_out(batches)
     pairs = [(step, other) for step in range(1, router.num_steps) for other in range(step + 1, step + FARTHEST + 1)]
     pairs = [pair for pair in pairs if pair[1] < router.num_steps]
-    while trials < num_trials and since_better < len(pairs):
-        for pair in pairs:
-            since_better += 1
-            rows = module.hard_schedule(budget).compute[list(pair)]
-            if trials == num_trials or since_better > len(pairs):
-                break
-            if torch.equal(*rows):
-                continue
-            _swap(router, *pair)
-            error = module.log_error(batches, module.hard_schedule(budget))
-            if error < best:
-                best, since_better = error, 0
-            else:
-                _swap(router, *pair)
-            report(trials, best)
-            trials += 1
+    schedule = module.hard_schedule(budget)
+    errors = [module.log_errors(batch, schedule) for batch in learned]
+    trials = since_better = 0
+    for step, other in itertools.cycle(pairs):
+        if trials == num_trials or since_better == len(pairs):
+            return
+        since_better += 1
+        if torch.equal(*schedule.compute[[step, other]]):
+            continue
+        _swap(router, step, other)
+        swapped = module.hard_schedule(budget)
+        if better := _better(module, learned, swapped, errors):
+            schedule, errors, since_better = swapped, better, 0
+        else:
+            _swap(router, step, other)
+        report(trials, float(torch.cat(errors).mean()))
+        trials += 1
 
 
 @torch.no_grad()
 def _swap(router: Router, step: int, other: int) -> None:
     for rows in (router.logits, router.weights.transpose(0, 1)):
         rows[[step, other]] = rows[[other, step]]
+
+
+def _better(
+    module: RouterModule, batches: Sequence[dict[str, Any]], schedule: HardSchedule, errors: Sequence[Tensor]
+) -> list[Tensor] | None:
+    """The schedule's log errors, a tensor per batch, if their mean is lower than that of `errors` by more than the
+    difference's standard error; given up as soon as a batch leaves it no lower."""
+    found: list[Tensor] = []
+    for batch in batches:
+        found.append(module.log_errors(batch, schedule))
+        change = torch.cat(found) - torch.cat([*errors[: len(found)]])
+        if not change.mean() < 0:  # not a number, if a trajectory is lost
+            return None
+    return found if change.mean() < -change.std(correction=0) / math.sqrt(len(change)) else None
