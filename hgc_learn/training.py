@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hgc_learn.distributed import mean_over_processes
 from hgc_learn.effects import Effects, measure_effects
-from hgc_learn.evaluation import decode
+from hgc_learn.evaluation import unclamped_pictures
 from hgc_learn.graph import build_graph
 from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import apply_schedule
@@ -144,9 +144,9 @@ class RouterModule(L.LightningModule):
         return torch.stack([self.targets[key] for key in keys]).to(self.device)
 
     def outcome(self, latents: Tensor) -> Tensor:
-        """What errors are measured on, of final latents [batch, channels, h, w]: pictures [batch, 3, height, width] in
-        [0, 1], or the latents themselves; differentiable."""
-        return decode(self.pipe, latents) if self.hparams["errors_of"] == "pictures" else latents
+        """What errors are measured on, of final latents [batch, channels, h, w]: pictures [batch, 3, height, width],
+        not cut off at 0 and 1, where no gradient would be left; or the latents themselves. Differentiable."""
+        return unclamped_pictures(self.pipe, latents) if self.hparams["errors_of"] == "pictures" else latents
 
     def effects(self, batch: dict[str, Any], schedule: HardSchedule, num_directions: int = 1) -> Effects:
         """Rolls a hard schedule out on the student's own trajectory, and measures what changes of it would do to the
