@@ -53,8 +53,9 @@ class Router(nn.Module):
     @torch.no_grad()
     def sample(self, budget: float, generator: torch.Generator) -> tuple[HardSchedule, float]:
         """A hard schedule by chance that keeps to the budget exactly, and its price: every gate's logit gets logistic
-        noise, and as many of the highest compute as the budget allows. Given the price, a gate computes with the
-        probability that `probabilities` says.
+        noise, as many of the highest compute as the budget allows, and what that leaves is spent. Given the price, a
+        gate computes with the probability that `probabilities` says, if it is not one of the few on which the rest is
+        spent.
 
         Raises:
             ValueError: a budget that cannot be met.
@@ -62,7 +63,7 @@ class Router(nn.Module):
         uniform = torch.rand(self.logits.shape, generator=generator, device=self.logits.device)
         noisy = self.logits + self.temperature * uniform.clamp(1e-6, 1 - 1e-6).logit()
         price = self.price(budget, noisy)
-        return self.hard(noisy >= price), price
+        return self.spend(self.hard(noisy >= price), budget, noisy), price
 
     def hard(self, compute: Tensor) -> HardSchedule:
         """Computes where `compute` [steps, sites] says so, and at the first step."""
@@ -160,13 +161,14 @@ class Router(nn.Module):
         """
         return self.hard(self.logits.detach() >= self.price(budget))
 
-    def spend(self, schedule: HardSchedule, budget: float) -> HardSchedule:
-        """The schedule with more gates computing, in the order of their logits, wherever the budget allows: the next
-        one of all may cost more than is left. Gates that nothing would read stay as they are."""
+    def spend(self, schedule: HardSchedule, budget: float, logits: Tensor | None = None) -> HardSchedule:
+        """The schedule with more gates computing, in the order of their logits (others if given), wherever the budget
+        allows: the next one of all may cost more than is left. Gates that nothing would read stay as they are."""
+        logits = self.logits.detach() if logits is None else logits
         rows = schedule.compute.tolist()
         kept = [1.0, *map(self._kept_by, rows[1:])]
         left = budget * self.num_steps - sum(kept)
-        for index in self.logits.detach().flatten().argsort(descending=True).tolist():
+        for index in logits.flatten().argsort(descending=True).tolist():
             step, site = divmod(index, len(self.sites))
             if not rows[step][site]:
                 rows[step][site] = True

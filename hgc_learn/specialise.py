@@ -49,7 +49,7 @@ def specialise(
         ValueError: a budget that cannot be met, or a gradient that is not finite.
     """
     objective, router = module.objective, module.router
-    start = _rounded(module, budget, max_patterns)[0]
+    start = _rounded(module, budget, max_patterns)
     if not num_updates:
         return start
     assert isinstance(objective, Rollout)
@@ -68,14 +68,11 @@ def specialise(
             optimizer.step()
             router.clamp()
             report(update, float(logs["loss"].clamp_min(1e-30).log()))
-        found = _rounded(module, budget, max_patterns)
+        end = _rounded(module, budget, max_patterns)
     finally:
         router.temperature = temperature
-    return min([*found, start], key=lambda schedule: module.log_error(judges, schedule))
+    return min([end, start], key=lambda schedule: module.log_error(judges, schedule))
 
 
-def _rounded(module: RouterModule, budget: float, max_patterns: int | None) -> list[HardSchedule]:
-    """The budget spent, and what the highest logits alone make of it: draws do not spend what these leave."""
-    if max_patterns is None:
-        return [module.hard_schedule(budget), module.router.threshold(budget)]
-    return [threshold(module.router, budget, max_patterns)]
+def _rounded(module: RouterModule, budget: float, max_patterns: int | None) -> HardSchedule:
+    return module.hard_schedule(budget) if max_patterns is None else threshold(module.router, budget, max_patterns)

@@ -22,7 +22,7 @@ def test_draws_keep_to_the_budget_and_spend_it(module: RouterModule) -> None:
     for budget in (0.3, 0.5, 0.8):
         draws = [router.sample(budget, generator) for _ in range(8)]
         kept = [router.kept(schedule.compute) for schedule, _ in draws]
-        assert budget - 0.1 < min(kept) <= max(kept) <= budget
+        assert budget - 0.05 < min(kept) <= max(kept) <= budget + 1e-9
         assert len({schedule.compute.numpy().tobytes() for schedule, _ in draws}) == 8
         shares.append(torch.stack([schedule.compute[1:].float().mean() for schedule, _ in draws]).mean())
     assert shares == sorted(shares)
@@ -46,7 +46,7 @@ def test_gates_are_drawn_with_their_probabilities(module: RouterModule) -> None:
 def test_cold_draws_are_what_is_rounded(module: RouterModule) -> None:
     module.router.temperature = 1e-6
     schedule, price = module.router.sample(BUDGET, torch.Generator().manual_seed(0))
-    assert torch.equal(schedule.compute, module.router.threshold(BUDGET).compute)
+    assert torch.equal(schedule.compute, module.hard_schedule(BUDGET).compute)
     assert price == pytest.approx(module.router.price(BUDGET), abs=1e-4)
 
 
