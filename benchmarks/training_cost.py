@@ -29,7 +29,8 @@ from hgc_learn.export import Learning, decide, training_batches
 from hgc_learn.rollout import generate
 
 L2C_UPDATES, L2C_BATCH_SIZE, L2C_INTERVAL = 50_000, 64, 2
-FEW, MORE = 4, 8  # updates that are run; a multiple of the number of budgets
+FEW, MORE = 4, 8  # updates of a training that are run; a multiple of the number of budgets
+PARTS = {"reorder_trials": (8, 24), "specialise_updates": (2, 4), "tune_updates": (2, 4)}  # likewise, of an export
 
 
 class NoModules:
@@ -83,9 +84,9 @@ def export_flops(cli: RouterCLI, budget: float) -> float:
         return flops(partial(decide, cli.model, cli.datamodule, budget, learning))[1]
 
     total = 0.0
-    for name in ("reorder_trials", "specialise_updates", "tune_updates"):
-        few, more = (count(name, number) for number in (FEW, MORE))
-        total += few + (getattr(Learning, name) - FEW) * (more - few) / (MORE - FEW)
+    for name, numbers in PARTS.items():
+        (few, more), (low, high) = numbers, (count(name, number) for number in numbers)
+        total += low + (getattr(Learning, name) - few) * (high - low) / (more - few)
     return total
 
 
