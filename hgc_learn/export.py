@@ -117,7 +117,8 @@ def export(
     schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
     path = output / "hgc_schedule.json"
     schedule.save(path)
-    figure = gate_heatmap(hard.compute, module.router.sites, f"budget {budget:g}")
+    dead = module.router.dead(hard.compute)
+    figure = gate_heatmap(hard.compute, module.router.sites, f"budget {budget:g}", dead)
     save_figure(figure, output / "hgc_schedule.png", dpi=150)
     return path
 

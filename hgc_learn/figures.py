@@ -22,15 +22,18 @@ def save_figure(figure: Figure, path: Path, *, dpi: int) -> None:
     write_atomically(path, buffer.getbuffer())
 
 
-def gate_heatmap(gates: ArrayLike, sites: Sequence[str], title: str = "") -> Figure:
-    """Draws gates [steps, sites], 0 reuse to 1 compute, as a picture of sites x steps."""
-    values = np.asarray(gates, dtype=float).T
+def gate_heatmap(gates: ArrayLike, sites: Sequence[str], title: str = "", dead: ArrayLike | None = None) -> Figure:
+    """Draws gates [steps, sites], 0 reuse to 1 compute, as a picture of sites x steps; `dead` [steps, sites] are those
+    that make no difference, because nothing reads their site at that step."""
+    values = np.ma.masked_array(np.asarray(gates, dtype=float), False if dead is None else np.asarray(dead, bool)).T
     figure = Figure(figsize=(3 + 0.22 * values.shape[1], 1.5 + 0.13 * len(sites)), layout="constrained")
     axes = figure.add_subplot()
+    axes.set_facecolor("lightgrey")
     axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     axes.set_yticks(range(len(sites)), [_short(site) for site in sites], fontsize=5)
     axes.set_xlabel("step")
-    axes.set_title(f"{title}\nyellow: compute, dark: reuse".strip(), fontsize=8)
+    colours = "yellow: compute, dark: reuse" + (", grey: not needed" if dead is not None else "")
+    axes.set_title(f"{title}\n{colours}".strip(), fontsize=8)
     return figure
 
 

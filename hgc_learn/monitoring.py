@@ -36,7 +36,8 @@ class ScheduleMonitor(L.Callback):
             p = router.probabilities(router.price(budget))
             hard = pl_module.hard_schedule(budget)
             board.add_figure(f"gates/{budget:g}/soft", gate_heatmap(p.cpu(), router.sites, "P(compute)"), step)
-            board.add_figure(f"gates/{budget:g}/hard", gate_heatmap(hard.compute.cpu(), router.sites, "exported"), step)
+            heatmap = gate_heatmap(hard.compute, router.sites, "exported", router.dead(hard.compute))
+            board.add_figure(f"gates/{budget:g}/hard", heatmap, step)
             cached = pl_module.rollout(batch, pl_module.draft(hard), "pt")
             rows = {
                 "control": batch["conditioning_image"],

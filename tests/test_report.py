@@ -73,7 +73,14 @@ def test_the_page_holds_figures_curves_and_pictures(page: Path) -> None:
     all_steps = embedded(text)["strips"][0]
     assert sum(all_steps["macs"]) == schedule.macs["cached"]
     assert all_steps["full"] * 20 == schedule.macs["full"]
-    for part in ("50.0%", "47.8 dB", "UniPCMultistepScheduler", "80a7881975b6adf8", "UniPC-20", "DDIM-50"):
+    for part in (
+        "50.0%",
+        f"{schedule.fidelity['psnr_db']:.1f} dB",
+        "UniPCMultistepScheduler",
+        "80a7881975b6adf8",
+        "UniPC-20",
+        "DDIM-50",
+    ):
         assert part in text
     assert text.count('class="chosen"') == 1
     assert text.count("data:image/png;base64,") == 4
@@ -211,14 +218,14 @@ def test_it_renders_and_hovers_at_every_width(width: int, page: Path, browser: B
     assert browser.evaluate("[...document.images].every(i => i.complete && i.naturalWidth === 64)")
     assert browser.evaluate("getComputedStyle(document.querySelector('.runs')).fill") == "rgb(42, 111, 219)"
 
-    site = "controlnet.down_blocks.0.attentions.0.transformer_blocks.0.attn2:out"  # its row ends in C-1C1
+    site = "controlnet.down_blocks.0.attentions.0.transformer_blocks.0.attn2:out"  # its row ends in CfCC; nothing reads it at step 16
     number = next(i for i, strip in enumerate(embedded(page.read_text())["strips"]) if strip["name"] == site)
     browser.point_at(f"[data-strip='{number}']", along=(17 + 0.5) / 20)
     assert not browser.evaluate("tip.hidden")
     assert browser.evaluate("tip.textContent").splitlines()[:3] == [
         site,
         "step 17 (timestep 150)",
-        "filled in: linear, 2 steps old",
+        "filled in: fitted, 2 steps old",
     ]
     left, right = browser.evaluate("(({left, right}) => [left, right])(tip.getBoundingClientRect())")
     assert 0 <= left < right <= width

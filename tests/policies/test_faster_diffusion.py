@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import torch
 from tiny_models import GUIDANCE_SCALE, IMAGE_SIZE, NUM_STEPS, SHAPES, shared_pipeline
 
 from hgc_learn.architectures import build_architecture
@@ -127,8 +126,8 @@ def test_latents_are_those_of_models_with_a_repeated_encoder(shape: str) -> None
         reference = tiny()
     with apply_schedule(tiny.pipe, FASTER_DIFFUSION.schedule(setting, keys=(0, 1, 4))):
         latents = tiny()
-    torch.testing.assert_close(latents, reference, rtol=1e-5, atol=1e-5)
-    assert (tiny() - reference).norm() > 1e-4 * reference.norm()
+    assert (latents - reference).norm() < 1e-4 * reference.norm()  # rounding: some 4e-6; other keys: more than 0.4
+    assert (tiny() - reference).norm() > 0.1 * reference.norm()
 
 
 @pytest.mark.parametrize(
