@@ -218,7 +218,8 @@ def test_it_renders_and_hovers_at_every_width(width: int, page: Path, browser: B
     assert browser.evaluate("[...document.images].every(i => i.complete && i.naturalWidth === 64)")
     assert browser.evaluate("getComputedStyle(document.querySelector('.runs')).fill") == "rgb(42, 111, 219)"
 
-    site = "controlnet.down_blocks.0.attentions.0.transformer_blocks.0.attn2:out"  # its row ends in CfCC; nothing reads it at step 16
+    # Its row ends in CfCC, and nothing reads it at step 16.
+    site = "controlnet.down_blocks.0.attentions.0.transformer_blocks.0.attn2:out"
     number = next(i for i, strip in enumerate(embedded(page.read_text())["strips"]) if strip["name"] == site)
     browser.point_at(f"[data-strip='{number}']", along=(17 + 0.5) / 20)
     assert not browser.evaluate("tip.hidden")
