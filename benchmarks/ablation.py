@@ -27,8 +27,9 @@ from hgc_learn.comparison.samples import save_json
 from hgc_learn.comparison.statistics import mean_interval
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.effects import Choices, Effects
-from hgc_learn.export import Learning, decide, load_run
+from hgc_learn.export import decide, load_run
 from hgc_learn.hard import HardSchedule
+from hgc_learn.learning import Learning
 from hgc_learn.router import Router
 from hgc_learn.setting import Draft
 from hgc_learn.training import RouterModule

@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hgc_learn.cli import RouterCLI, train
 from hgc_learn.comparison.samples import draw_batches, save_json
-from hgc_learn.export import Learning, decide, training_batches
+from hgc_learn.export import decide, training_batches
+from hgc_learn.learning import Learning
 from hgc_learn.rollout import generate
 
 L2C_UPDATES, L2C_BATCH_SIZE, L2C_INTERVAL = 50_000, 64, 2

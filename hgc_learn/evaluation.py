@@ -116,9 +116,13 @@ def _synchronize(pipe: Any) -> None:
 
 def decode(pipe: Any, latents: Tensor) -> Tensor:
     """Latents to pictures [batch, 3, height, width] in [0, 1], as the pipeline does it."""
-    return unclamped_pictures(pipe, latents).clamp(0, 1)
+    return pipe.image_processor.postprocess(_decoded(pipe, latents), output_type="pt")
 
 
 def unclamped_pictures(pipe: Any, latents: Tensor) -> Tensor:
     """Latents to pictures [batch, 3, height, width] that are not cut off at 0 and 1: differentiable everywhere."""
-    return pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0] / 2 + 0.5
+    return _decoded(pipe, latents) / 2 + 0.5
+
+
+def _decoded(pipe: Any, latents: Tensor) -> Tensor:
+    return pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]

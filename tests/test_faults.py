@@ -19,8 +19,9 @@ from training_fixtures import SAMPLING, fit
 
 from hgc_learn.__main__ import guarded
 from hgc_learn.data import ControlDataModule
-from hgc_learn.export import Learning, export
+from hgc_learn.export import export
 from hgc_learn.inference import apply_schedule
+from hgc_learn.learning import Learning
 from hgc_learn.rollout import generate, load_pipeline
 from hgc_learn.schedule import HGCSchedule, tensor_path
 from hgc_learn.training import RouterModule

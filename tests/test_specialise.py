@@ -9,7 +9,8 @@ import torch
 from training_fixtures import BUDGET
 
 from hgc_learn.data import SceneDataModule, hold_out
-from hgc_learn.export import Learning, decide, training_batches
+from hgc_learn.export import decide, training_batches
+from hgc_learn.learning import Learning
 from hgc_learn.objectives import Rollout
 from hgc_learn.specialise import specialise
 from hgc_learn.training import RouterModule

@@ -10,9 +10,11 @@ import torch
 from training_fixtures import BUDGET, SAMPLING, changed, fit, random_schedule
 
 from hgc_learn.__main__ import guarded, main
-from hgc_learn.export import Learning, export
+from hgc_learn.evaluation import decode
+from hgc_learn.export import export
 from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import HGCSchedule, apply_schedule
+from hgc_learn.learning import Learning
 from hgc_learn.objectives import Rollout
 from hgc_learn.plan import compile_plan
 from hgc_learn.rollout import generate
@@ -112,6 +114,16 @@ def test_interrupted_training_resumes_to_the_same_router(
     assert resumed["global_step"] == 4
     for name in names:
         torch.testing.assert_close(resumed["state_dict"][name], whole["state_dict"][name], rtol=0, atol=0)
+
+
+def test_saturated_pictures_keep_their_gradient(module: RouterModule) -> None:
+    latents = 40 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pictures = module.outcome(latents.requires_grad_())
+    saturated = (pictures < 0) | (pictures > 1)
+    assert saturated.any()
+    torch.testing.assert_close(pictures.clamp(0, 1), decode(module.pipe, latents))
+    (gradient,) = torch.autograd.grad(pictures[saturated].sum(), latents)
+    assert gradient.any()
 
 
 def test_export_writes_a_schedule_that_runs(

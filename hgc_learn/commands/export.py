@@ -10,32 +10,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hgc_learn.learning import Learning
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt_path", type=Path, required=True, metavar="CKPT", help="checkpoint of train.py fit")
     parser.add_argument("--budget", type=float, default=0.5, help="fraction of the full MACs to keep (default 0.5)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
-    parser.add_argument(
-        "--learning_samples", type=int, default=64, help="training samples that the following learn from (default 64)"
-    )
-    parser.add_argument(
-        "--reorder_trials",
-        type=int,
-        default=96,
-        help="rollouts that try whether steps should trade places, for this budget; 0 for none (default 96)",
-    )
-    parser.add_argument(
-        "--specialise_updates",
-        type=int,
-        default=192,
-        help="more training steps of the router, for this budget alone; 0 for none (default 192)",
-    )
-    parser.add_argument(
-        "--tune_updates",
-        type=int,
-        default=128,
-        help="steps of learning how to fill in what is skipped; 0 for none (default 128)",
-    )
+    for name, words in (
+        ("learning_samples", "training samples that the following learn from"),
+        ("reorder_trials", "rollouts that try whether steps should trade places, for this budget; 0 for none"),
+        ("specialise_updates", "more training steps of the router, for this budget alone; 0 for none"),
+        ("tune_updates", "steps of learning how to fill in what is skipped; 0 for none"),
+    ):
+        default = getattr(Learning, name)
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{words} (default {default})")
     parser.add_argument(
         "--max_patterns",
         type=int,
@@ -45,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hgc_learn.export import Learning, export
+    from hgc_learn.export import export
 
     learning = Learning(args.learning_samples, args.reorder_trials, args.specialise_updates, args.tune_updates)
     path = export(args.ckpt_path, args.output, args.budget, learning, args.max_patterns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hgc_learn.learning import Learning
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
 
@@ -12,10 +13,10 @@ def learned(
     *,
     ckpt_path: str = "",
     budget: float = 0.5,
-    learning_samples: int = 64,
-    reorder_trials: int = 96,
-    specialise_updates: int = 192,
-    tune_updates: int = 128,
+    learning_samples: int = Learning.learning_samples,
+    reorder_trials: int = Learning.reorder_trials,
+    specialise_updates: int = Learning.specialise_updates,
+    tune_updates: int = Learning.tune_updates,
 ) -> Draft:
     """A trained router's best gates within the budget, after learning more for it alone, with learned fill-ins.
 
@@ -27,7 +28,7 @@ def learned(
         specialise_updates: of the router, for this budget alone; 0 for none.
         tune_updates: steps of learning how the schedule fills in what it skips; 0 for none.
     """
-    from hgc_learn.export import Learning, decide, load_trained
+    from hgc_learn.export import decide, load_trained
 
     learning = Learning(learning_samples, reorder_trials, specialise_updates, tune_updates)
     module, data = load_trained(setting, ckpt_path, "learned")

@@ -1,0 +1,40 @@
+"""How much an export learns."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What is learned at an export, for its budget alone, one after the other; only by `Rollout`, what other objectives
+    trained is exported as it is.
+
+    Attributes:
+        learning_samples: training samples to learn from.
+        reorder_trials: rollouts that try whether steps should trade places (`reorder`); 0 for none.
+        specialise_updates: of the router (`specialise`); 0 for none.
+        tune_updates: of how the schedule fills in what it skips (`fills`); 0 for none.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    learning_samples: int = 64
+    reorder_trials: int = 96
+    specialise_updates: int = 192
+    tune_updates: int = 128
+
+    def __post_init__(self) -> None:
+        if self.learning_samples < 1:
+            raise ValueError(
+                f"learning_samples is {self.learning_samples}; it must be at least 1. For no learning at export set "
+                "reorder_trials, specialise_updates and tune_updates to 0."
+            )
+        for name, number in list(asdict(self).items())[1:]:
+            if number < 0:
+                raise ValueError(f"{name} is {number}; it must be 0 (none) or more.")
+
+
+ALL = Learning()
+"""As much as the project's own figures are of."""
