@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_fixtures import fit, save_tiny_teacher
+
+from hgc_learn.figures import gate_heatmap
 
 
 @pytest.mark.filterwarnings(
@@ -26,3 +29,10 @@ def test_curves_heatmaps_and_pictures_are_there(tmp_path: Path) -> None:
     assert [event.step for event in board.Scalars("train/loss")] == [0, 1]
     (macs,) = board.Scalars("val/0.5/exported_macs")
     assert 0.4 < macs.value <= 0.5
+
+
+def test_gates_that_nothing_reads_are_left_out_of_the_heatmap() -> None:
+    dead = torch.tensor([[False, True, False], [True, False, False]])
+    heatmap = gate_heatmap(torch.ones(2, 3), ["a", "b", "c"], dead=dead)
+    assert torch.equal(torch.from_numpy(heatmap.axes[0].images[0].get_array().mask), dead.T)
+    assert "grey" in heatmap.axes[0].get_title()
