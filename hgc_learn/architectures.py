@@ -16,8 +16,10 @@ import torch
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.graph import Graph
 from hgc_learn.macs import NodeCost, measure_costs
+from hgc_learn.schedule import HGCSchedule
 
 _SD15: dict[str, Any] = {
     "sample_size": 64,
@@ -91,6 +93,15 @@ class Architecture:
             image_size=(height, width),
             num_tokens=self.num_tokens,
         )
+
+    def check(self, schedule: HGCSchedule) -> None:
+        """Raises ValueError if the schedule was made for another one. Weights are not compared."""
+        difference = schedule.model.difference(ModelFingerprint.of(self.unet, self.controlnet))
+        if difference is not None:
+            raise ValueError(
+                f"model: the schedule was made for another model ({difference[0]}: {difference[1]}). "
+                "Name that model with --arch or --model."
+            )
 
 
 def build_architecture(name: str) -> Architecture:

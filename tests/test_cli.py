@@ -144,6 +144,21 @@ def test_inspect_shows_what_the_file_holds(capsys: pytest.CaptureFixture[str], t
     assert ["unet:eps", "CC-CC", "4", "1"] in rows
 
 
+def test_inspect_with_the_model_shows_what_nothing_reads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tiny = shared_pipeline("sd15")
+    save_configs(tmp_path)
+    path = tmp_path / "hgc_schedule.json"
+    tiny.schedule({"unet:eps": "C-CC-C", "unet.up_blocks.3.attentions.1:out": "CC-C--"}).save(path)
+    assert main(["inspect", str(path), "--model", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert ["unet:eps", "C-CC-C", "4", "1"] in [line.split() for line in text.splitlines()]
+    assert ["unet.up_blocks.3.attentions.1:out", "C.-C.-", "2", "2"] in [line.split() for line in text.splitlines()]
+    (shares,) = [line.split(": ")[1].split() for line in text.splitlines() if line.startswith("kept")]
+    assert (shares[0], shares[1], shares[3]) == ("100%", "0%", "100%")
+    assert 0 < int(shares[2].rstrip("%")) < 100
+    assert "made for another model" in refused(capsys, "inspect", str(path), "--arch", "sd15")
+
+
 def test_inspect_of_a_schedule_that_reuses_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps(changed(sites={}, producer={}, macs={}, fidelity={})))

@@ -1,8 +1,10 @@
 """Print what a schedule file holds, or refuse it (exit status 2) with the reason.
 
-The file is read strictly; nothing in it is run and no model is needed.
+The file is read strictly; nothing in it is run and no model is needed. With --arch or --model, what it was made for,
+sites that nothing reads at a step are shown as such, and what every step keeps of a full one's MACs.
 
   hgc_learn inspect hgc_schedule.json
+  hgc_learn inspect hgc_schedule.json --model path/to/pipeline
 """
 
 from __future__ import annotations
@@ -12,11 +14,17 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hgc_learn.architectures import Architecture
     from hgc_learn.schedule import HGCSchedule
+
+DEAD = "."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a schedule file, a folder or hub id with one")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--arch", metavar="NAME", help="a well-known architecture: sd15-controlnet, sdxl, ...")
+    source.add_argument("--model", metavar="DIR", help="folder of a diffusers pipeline; only its configs are read")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -24,11 +32,20 @@ def run(args: argparse.Namespace) -> None:
     from hgc_learn.schedule import HGCSchedule
 
     schedule = HGCSchedule.from_pretrained(args.file)
-    print("\n".join(printable(line) for line in describe(schedule)))
+    architecture = None
+    if args.arch or args.model:
+        from hgc_learn.architectures import build_architecture, load_architecture
+
+        architecture = build_architecture(args.arch) if args.arch else load_architecture(args.model)
+    print("\n".join(printable(line) for line in describe(schedule, architecture)))
 
 
-def describe(schedule: HGCSchedule) -> list[str]:
-    """The lines that `inspect` prints."""
+def describe(schedule: HGCSchedule, architecture: Architecture | None = None) -> list[str]:
+    """The lines that `inspect` prints.
+
+    Raises:
+        ValueError: the schedule is not for this architecture.
+    """
     steps = schedule.num_inference_steps
     guided = "with" if schedule.guidance_scale > 1 else "without"
     timesteps = " ".join(f"{t:g}" for t in schedule.timesteps)
@@ -46,7 +63,29 @@ def describe(schedule: HGCSchedule) -> list[str]:
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none: every step computes all"
     columns = {tuple(row[i] for row in schedule.sites.values()) for i in range(steps)}
     lines += [f"sites      {counts}; {len(columns)} distinct steps"]
-    return lines + _site_table(schedule.sites, steps)
+    if architecture is None:
+        return lines + _site_table(schedule.sites, steps)
+    sites, shares = _with_model(schedule, architecture)
+    lines += _section("kept", {"per step": " ".join(f"{share:.0%}" for share in shares)})
+    return lines + _site_table(sites, steps)
+
+
+def _with_model(schedule: HGCSchedule, architecture: Architecture) -> tuple[dict[str, str], list[float]]:
+    """The rows with what nothing reads marked, and the share of a full step's MACs that every step keeps, attention
+    matmuls not counted."""
+    from hgc_learn.plan import compile_plan
+
+    architecture.check(schedule)
+    graph, costs = architecture.measure((schedule.height, schedule.width))
+    plan = compile_plan(graph, schedule.sites, schedule.num_inference_steps)
+    needed = [{*step.run, *step.loaded, graph.guidance} for step in plan.steps]
+    rows = {
+        site: "".join(code if site in names else DEAD for code, names in zip(row, needed, strict=True))
+        for site, row in schedule.sites.items()
+    }
+    batch_size = 2 if schedule.guidance_scale > 1 else 1
+    per_step = plan.macs_per_step(costs, batch_size=batch_size)
+    return rows, [macs / per_step[0] for macs in per_step]
 
 
 def _section(title: str, entries: dict[str, Any]) -> list[str]:
@@ -59,9 +98,10 @@ def _site_table(sites: dict[str, str], steps: int) -> list[str]:
         return []
     width = max(len(site) for site in sites)
     ruler = "".join(f"{i:<5}" for i in range(0, steps, 5))[: max(steps, 5)]
+    dead = f", {DEAD} needed by nothing" if any(DEAD in row for row in sites.values()) else ""
     lines = [
         "",
-        "C compute, - reuse; reuse = the longest run of reused steps",
+        f"C compute, all else reuse{dead}; reuse = the longest run of steps not computed",
         f"{'step':<{width}}  {ruler:<{steps}}  computed  reuse",
     ]
     for site, row in sites.items():

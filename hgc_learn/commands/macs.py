@@ -77,7 +77,7 @@ def count_macs(
     from hgc_learn.plan import compile_plan
 
     if schedule is not None:
-        _check_schedule(schedule, architecture)
+        architecture.check(schedule)
         if num_steps not in (None, schedule.num_inference_steps):
             raise ValueError(
                 f"--steps is {num_steps}, the schedule has {schedule.num_inference_steps} steps: leave --steps out."
@@ -126,18 +126,6 @@ def count_macs(
     result["macs_per_forward_per_sample"] = per_forward
     result["conventions"] = CONVENTIONS
     return result
-
-
-def _check_schedule(schedule: HGCSchedule, architecture: Architecture) -> None:
-    from hgc_learn.fingerprint import ModelFingerprint
-
-    # The models here have no weights, hence no norms: only the architecture is compared.
-    difference = schedule.model.difference(ModelFingerprint.of(architecture.unet, architecture.controlnet))
-    if difference is not None:
-        raise ValueError(
-            f"model: the schedule was made for another model ({difference[0]}: {difference[1]}). "
-            "Name that model with --arch or --model."
-        )
 
 
 def finite(text: str) -> float:
