@@ -6,6 +6,7 @@ A site's name is `<module path>:<kind>`, for example
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -50,6 +51,12 @@ def enclosing_module(site: str) -> str:
         if part in ("resnets", "attentions"):
             return ".".join(parts[: i + 2])
     return ".".join(parts)
+
+
+def enclosing_block(site: str) -> str:
+    """The path of the UNet's block that a site lies in, or of its ControlNet; the site itself, if it is in neither."""
+    match = re.match(r"unet\.(mid_block|(down|up)_blocks\.\d+)|controlnet(\.nets\.\d+)?", site)
+    return match.group() if match else site
 
 
 def is_inside(site: str) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hgc_learn.distributed import mean_over_processes
+from hgc_learn.grouped import GroupedAdam
 from hgc_learn.hard import HardSchedule
 from hgc_learn.objectives.base import Objective
 from hgc_learn.predictors.fitted import FITTED
@@ -62,7 +63,7 @@ class Rollout(Objective):
         return router.spend(router.threshold(budget), budget)
 
     def optimizer(self, router: Router) -> torch.optim.Optimizer:
-        return torch.optim.Adam(router.parameters(), lr=self.learning_rate, betas=(0.9, 0.95))
+        return GroupedAdam(router, self.learning_rate)
 
     def step(self, module: RouterModule, batch: dict[str, Any]) -> dict[str, Any]:
         router = module.router
