@@ -1,40 +1,40 @@
 """What each part of the learned recipe contributes: `python benchmarks/ablation.py`.
 
-Every row leaves one part out, of the training or of what follows it, all else equal, and is judged by the final
-latents' error on scenes that nothing else uses: -10 log10 of the relative squared error, in dB, the mean over scenes;
-differences to the whole recipe are paired. Trainings are shared by rows and kept under `runs/ablation`; rows that are
-in the output already are not run again.
+Two trainings that differ in their seed alone differ, so every row leaves one part out with several seeds, and is
+compared with the whole recipe of the same seed, by the PSNR to the uncached pictures of scenes that nothing else uses.
+Parts of the training are judged by what the router rounds to at every budget before an export learns anything; parts
+of the export by what it writes at one budget. What is in the output already is not run again; trainings are kept under
+`runs`, those of the whole recipe where `seeds.py` keeps them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from seeds import trained
+from torch import Tensor
 
-from hgc_learn.cli import train
-from hgc_learn.comparison.samples import save_json
-from hgc_learn.comparison.statistics import mean_interval
-from hgc_learn.demo.scenes import SceneDataset
+from hgc_learn.comparison.samples import draw_batches, render, save_json
 from hgc_learn.effects import Choices, Effects
+from hgc_learn.evaluation import picture_psnr
 from hgc_learn.export import decide, load_run
 from hgc_learn.hard import HardSchedule
-from hgc_learn.learning import Learning
+from hgc_learn.learning import ALL, Learning
+from hgc_learn.objectives import Rollout
 from hgc_learn.router import Router
 from hgc_learn.setting import Draft
 from hgc_learn.training import RouterModule
 
-OFFSET = 2000  # of the judging scenes in the validation split
+WHOLE = "the whole recipe"
 
 
 @dataclass(frozen=True)
@@ -72,132 +72,134 @@ def independent() -> AbstractContextManager[Any]:
     return patch.object(Router, "sample", sample)
 
 
+def one_by_one() -> AbstractContextManager[Any]:
+    """Gates without groups."""
+
+    def optimizer(self: Rollout, router: Router) -> torch.optim.Optimizer:
+        return torch.optim.Adam(router.parameters(), lr=self.learning_rate, betas=(0.9, 0.95))
+
+    return patch.object(Rollout, "optimizer", optimizer)
+
+
 TRAININGS = {
-    "recipe": Training(),
+    WHOLE: Training(),
     "warm start only": Training(("--trainer.max_steps=1", "--model.objective.learning_rate=0")),
     "no warm start": Training(("--model.objective.num_warm_start_batches=0",)),
-    "first order only": Training(("--model.objective.num_directions=0",)),
-    "holding": Training(change=holding),
-    "no refreshes": Training(change=no_refreshes),
-    "independent": Training(change=independent),
+    "first-order effects only": Training(("--model.objective.num_directions=0",)),
+    "effects not of sites behind a gate": Training(change=no_refreshes),
+    "held values, no weights": Training(change=holding),
+    "gates drawn independently": Training(change=independent),
+    "every gate moves by itself": Training(change=one_by_one),
+    "errors of latents": Training(("--model.errors_of=latents",)),
+}
+
+ALONE = "trained for this budget alone"
+
+EXPORTS = {
+    WHOLE: ALL,
+    "no steps trading places": replace(ALL, reorder_trials=0),
+    "no specialising": replace(ALL, specialise_updates=0),
+    "no learned fill-ins": replace(ALL, tune_updates=0),
+    "none of these": Learning(reorder_trials=0, specialise_updates=0, tune_updates=0),
+    ALONE: ALL,
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """Which training, and what follows it at export."""
+class Judge:
+    """Makes the rows of the tables, for one sampler."""
 
-    training: str = "recipe"
-    learning: Learning = field(default_factory=Learning)
+    def __init__(self, sampler: str, num_scenes: int):
+        self.sampler = sampler
+        self.scenes = draw_batches("validation", num_scenes, 16, offset=2000)
+        self.full: Tensor | None = None
 
-
-ROWS = {
-    "the whole recipe": Row(),
-    "no steps trading places": Row(learning=Learning(reorder_trials=0)),
-    "no specialising": Row(learning=Learning(specialise_updates=0)),
-    "no learned fill-ins": Row(learning=Learning(tune_updates=0)),
-    "none of these": Row(learning=Learning(reorder_trials=0, specialise_updates=0, tune_updates=0)),
-    "training: none, only its warm start": Row("warm start only"),
-    "training: no warm start": Row("no warm start"),
-    "training: for this budget alone": Row("budget"),
-    "first-order effects only": Row("first order only"),
-    "effects: not of sites behind a gate": Row("no refreshes"),
-    "held values, no weights anywhere": Row("holding", Learning(tune_updates=0)),
-    "gates drawn independently": Row("independent"),
-}
-
-
-def trained(name: str, sampler: str, budget: float) -> tuple[RouterModule, Any]:
-    """The run of a training, made if it is missing."""
-    training, label = TRAININGS.get(name), name
-    if training is None:
-        training, label = Training((f"--model.budgets=[{budget}]",)), f"{budget:g} alone"
-    folder = Path("runs/ablation") / sampler / label.replace(" ", "-")
-    ckpt_path = folder / "last.ckpt"
-    if not (folder / "done").is_file():
-        config = f"--config=configs/compare/train/learned-{sampler}.yaml"
-        paths = f"--trainer.default_root_dir={folder}", f"--checkpoint.dirpath={folder}"
+    def of_training(self, part: str, seed: int) -> dict[str, float]:
+        """PSNR by budget of what the router rounds to."""
+        training = TRAININGS[part]
         with training.change():
-            cli = train(["fit", config, *paths, "--trainer.limit_val_batches=0", *training.arguments])
-        if cli.trainer.interrupted:
-            raise KeyboardInterrupt
-        (folder / "done").touch()
-    with training.change():
-        return load_run(ckpt_path)
+            module, _ = load_run(self._trained(part, seed, training))
+            return {
+                f"{budget:g}": self._psnr(module, module.draft(module.hard_schedule(budget)))
+                for budget in module.hparams["budgets"]
+            }
 
+    def of_export(self, part: str, seed: int, budget: float) -> dict[str, float]:
+        """PSNR at one budget of what an export writes."""
+        name, training = WHOLE, Training()
+        if part == ALONE:
+            name, training = f"{budget:g} alone", Training((f"--model.budgets=[{budget}]",))
+        module, data = load_run(self._trained(name, seed, training))
+        _, draft = decide(module, data, budget, EXPORTS[part])
+        return {f"{budget:g}": self._psnr(module, draft)}
 
-def relative_errors(module: RouterModule, draft: Draft, scenes: list[dict[str, Any]]) -> list[float]:
-    """In dB, per scene."""
-    values = []
-    for batch in scenes:
-        target = module.teacher_latents(batch)
-        error = (module.rollout(batch, draft) - target).square().flatten(1).mean(1)
-        error /= target.square().flatten(1).mean(1)
-        values += (-10 * error.clamp_min(1e-30).log10()).tolist()
-    return values
+    def _trained(self, name: str, seed: int, training: Training) -> Path:
+        folder = Path("runs/seeds") if name == WHOLE else Path("runs/ablation", name.replace(" ", "-"))
+        return trained(self.sampler, seed, folder, *training.arguments)[0]
 
-
-def run(name: str, sampler: str, budget: float, scenes: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row."""
-    row = ROWS[name]
-    module, data = trained(row.training, sampler, budget)
-    change = TRAININGS[row.training].change if row.training in TRAININGS else nullcontext
-    start = time.monotonic()
-    with change():
-        hard, draft = decide(module, data, budget, row.learning)
-    seconds = time.monotonic() - start
-    values = relative_errors(module, draft, scenes)
-    kept = module.router.kept(hard.compute)
-    return {
-        "row": name,
-        "sampler": sampler,
-        "budget": budget,
-        "kept_macs": round(kept, 4),
-        "latent_db": round(float(np.mean(values)), 3),
-        "seconds": round(seconds),
-        "scenes": [round(value, 3) for value in values],
-    }
+    def _psnr(self, module: RouterModule, draft: Draft) -> float:
+        if self.full is None:
+            self.full = render(module.pipe, module.sampling, self.scenes).pictures
+        schedule = module.setting.schedule(draft, policy="learned", settings={})
+        pictures = render(module.pipe, module.sampling, self.scenes, schedule).pictures
+        return round(float(picture_psnr(pictures, self.full).mean()), 3)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Differences to the whole recipe, in Markdown."""
-    cells = {(row["row"], row["sampler"], row["budget"]): row for row in rows}
-    settings = sorted({key[1:] for key in cells}, key=lambda key: (key[0], -key[1]))
-    lines = ["| | " + " | ".join(f"{sampler}, {budget:.0%}" for sampler, budget in settings) + " |"]
-    lines.append("|---" * (len(settings) + 1) + "|")
-    for name in ROWS:
+    """In Markdown: of the whole recipe the PSNR per seed, of all else the difference to it."""
+    cells = {(row["part"], row["seed"]): row["psnr_db"] for row in rows}
+    whole = {seed: values for (part, seed), values in cells.items() if part == WHOLE}
+    budgets = sorted({budget for values in cells.values() for budget in values}, key=float, reverse=True)
+    lines = [
+        "| | " + " | ".join(f"{float(budget):.0%}" for budget in budgets) + " |",
+        "|---" * (len(budgets) + 1) + "|",
+    ]
+    for part in dict.fromkeys(part for part, _ in cells):
         entries = []
-        for setting in settings:
-            cell, whole = cells.get((name, *setting)), cells.get(("the whole recipe", *setting))
-            if cell is None or whole is None:
-                entries.append("-")
-            elif cell is whole:
-                entries.append(f"{cell['latent_db']:.2f} dB")
+        for budget in budgets:
+            seeds = [seed for seed in whole if budget in cells.get((part, seed), {}) and budget in whole[seed]]
+            values = [cells[part, seed][budget] for seed in seeds]
+            if part == WHOLE:
+                entries.append(", ".join(f"{value:.2f}" for value in values))
             else:
-                difference = np.array(cell["scenes"]) - np.array(whole["scenes"])
-                low, high = mean_interval(difference)
-                entries.append(f"{difference.mean():+.2f} [{low:+.2f}, {high:+.2f}]")
-        lines.append(f"| {name} | " + " | ".join(entries) + " |")
+                pairs = zip(values, seeds, strict=True)
+                entries.append(", ".join(f"{value - whole[seed][budget]:+.2f}" for value, seed in pairs) or "-")
+        lines.append(f"| {part} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sampler", default="UniPC-20")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.37, 0.15])
-    parser.add_argument("--rows", nargs="+", choices=[*ROWS], default=[*ROWS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--trainings", nargs="*", choices=[*TRAININGS], default=[*TRAININGS])
+    parser.add_argument("--exports", nargs="*", choices=[*EXPORTS], default=[*EXPORTS])
+    parser.add_argument("--budget", type=float, default=0.25, help="of the exports")
     parser.add_argument("--num_scenes", type=int, default=64)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/ablation.json"))
     args = parser.parse_args(argv)
-    scenes = list(DataLoader(SceneDataset("validation", args.num_scenes, OFFSET), 16))
+    judge = Judge(args.sampler, args.num_scenes)
+    jobs: list[tuple[dict[str, Any], Callable[[], dict[str, float]]]] = []
+    for seed in args.seeds:
+        common = {"sampler": args.sampler, "seed": seed}
+        jobs += [
+            ({"table": "training", "part": part, **common}, partial(judge.of_training, part, seed))
+            for part in args.trainings
+        ]
+        jobs += [
+            (
+                {"table": "export", "part": part, **common, "budget": args.budget},
+                partial(judge.of_export, part, seed, args.budget),
+            )
+            for part in args.exports
+        ]
     rows = json.loads(args.output.read_text()) if args.output.is_file() else []
-    for name in args.rows:
-        for budget in args.budgets:
-            if not any((r["row"], r["sampler"], r["budget"]) == (name, args.sampler, budget) for r in rows):
-                rows.append(run(name, args.sampler, budget, scenes))
-                save_json(args.output, rows)
-                print(f"{name}, {args.sampler}, {budget:g}: {rows[-1]['latent_db']:.2f} dB", flush=True)
-    print(table(rows))
+    for what, psnr in jobs:
+        if not any(what.items() <= row.items() for row in rows):
+            rows.append({**what, "num_scenes": args.num_scenes, "psnr_db": psnr()})
+            save_json(args.output, rows)
+            print(json.dumps(rows[-1]), flush=True)
+    for name in ("training", "export"):
+        print(f"\n{name}\n\n" + table([r for r in rows if r["table"] == name and r["sampler"] == args.sampler]))
 
 
 if __name__ == "__main__":

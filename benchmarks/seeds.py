@@ -47,14 +47,15 @@ def soft_and_hard(module: RouterModule, budget: float, num_scenes: int = 16, num
     }
 
 
-def trained(sampler: str, seed: int) -> tuple[Path, float]:
-    """The checkpoint of a training, made if it is missing, and the minutes that it took."""
-    folder = Path("runs/seeds") / sampler / str(seed)
+def trained(sampler: str, seed: int, parent: Path = Path("runs/seeds"), *changes: str) -> tuple[Path, float]:
+    """The checkpoint of a training, made if it is missing, and the minutes that it took; `changes` are arguments of
+    train.py besides those of the configuration."""
+    folder = parent / sampler / str(seed)
     minutes = folder / "minutes.json"
     if not minutes.is_file():
         start = time.monotonic()
         arguments = [f"--config=configs/compare/train/learned-{sampler}.yaml", f"--seed_everything={seed}"]
-        arguments += [f"--trainer.default_root_dir={folder}", f"--checkpoint.dirpath={folder}"]
+        arguments += [f"--trainer.default_root_dir={folder}", f"--checkpoint.dirpath={folder}", *changes]
         if train(["fit", *arguments]).trainer.interrupted:
             raise KeyboardInterrupt
         save_json(minutes, {"training": round((time.monotonic() - start) / 60, 2)})

@@ -39,6 +39,6 @@ class GroupedAdam(torch.optim.Adam):
         gradient = self.router.logits.grad
         self.moves.grad = None if gradient is None else gradient @ self.members.t()
         result = super().step(closure)
-        self.router.logits += self.moves @ self.members
+        self.router.logits.add_(self.moves @ self.members)
         self.moves.zero_()
         return result
