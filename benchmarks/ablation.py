@@ -13,14 +13,14 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from seeds import trained
+from seeds import Recipe
 from torch import Tensor
 
 from hgc_learn.comparison.samples import draw_batches, render, save_json
@@ -106,10 +106,10 @@ EXPORTS = {
 
 
 class Judge:
-    """Makes the rows of the tables, for one sampler."""
+    """Makes the rows of the tables."""
 
-    def __init__(self, sampler: str, num_scenes: int):
-        self.sampler = sampler
+    def __init__(self, recipe: Recipe, num_scenes: int):
+        self.recipe = recipe
         self.scenes = draw_batches("validation", num_scenes, 16, offset=2000)
         self.full: Tensor | None = None
 
@@ -134,7 +134,7 @@ class Judge:
 
     def _trained(self, name: str, seed: int, training: Training) -> Path:
         folder = Path("runs/seeds") if name == WHOLE else Path("runs/ablation", name.replace(" ", "-"))
-        return trained(self.sampler, seed, folder, *training.arguments)[0]
+        return self.recipe.trained(seed, folder, *training.arguments)[0]
 
     def _psnr(self, module: RouterModule, draft: Draft) -> float:
         if self.full is None:
@@ -170,6 +170,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sampler", default="UniPC-20")
+    parser.add_argument("--model", default="hgc_learn/demo/teacher")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--trainings", nargs="*", choices=[*TRAININGS], default=[*TRAININGS])
     parser.add_argument("--exports", nargs="*", choices=[*EXPORTS], default=[*EXPORTS])
@@ -177,10 +178,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_scenes", type=int, default=64)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/ablation.json"))
     args = parser.parse_args(argv)
-    judge = Judge(args.sampler, args.num_scenes)
+    recipe = Recipe(args.sampler, args.model)
+    judge = Judge(recipe, args.num_scenes)
     jobs: list[tuple[dict[str, Any], Callable[[], dict[str, float]]]] = []
     for seed in args.seeds:
-        common = {"sampler": args.sampler, "seed": seed}
+        common = {**asdict(recipe), "seed": seed}
         jobs += [
             ({"table": "training", "part": part, **common}, partial(judge.of_training, part, seed))
             for part in args.trainings
@@ -199,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             save_json(args.output, rows)
             print(json.dumps(rows[-1]), flush=True)
     for name in ("training", "export"):
-        print(f"\n{name}\n\n" + table([r for r in rows if r["table"] == name and r["sampler"] == args.sampler]))
+        shown = {"table": name, **asdict(recipe)}.items()
+        print(f"\n{name}\n\n" + table([row for row in rows if shown <= row.items()]))
 
 
 if __name__ == "__main__":

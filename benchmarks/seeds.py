@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +48,31 @@ def soft_and_hard(module: RouterModule, budget: float, num_scenes: int = 16, num
     }
 
 
-def trained(sampler: str, seed: int, parent: Path = Path("runs/seeds"), *changes: str) -> tuple[Path, float]:
-    """The checkpoint of a training, made if it is missing, and the minutes that it took; `changes` are arguments of
-    train.py besides those of the configuration."""
-    folder = parent / sampler / str(seed)
-    minutes = folder / "minutes.json"
-    if not minutes.is_file():
-        start = time.monotonic()
-        arguments = [f"--config=configs/compare/train/learned-{sampler}.yaml", f"--seed_everything={seed}"]
-        arguments += [f"--trainer.default_root_dir={folder}", f"--checkpoint.dirpath={folder}", *changes]
-        if train(["fit", *arguments]).trainer.interrupted:
-            raise KeyboardInterrupt
-        save_json(minutes, {"training": round((time.monotonic() - start) / 60, 2)})
-    return folder / "last.ckpt", json.loads(minutes.read_text())["training"]
+@dataclass(frozen=True)
+class Recipe:
+    """The learned policy's configuration for a sampler, on a model."""
+
+    sampler: str
+    model: str
+
+    def trained(self, seed: int, parent: Path = Path("runs/seeds"), *changes: str) -> tuple[Path, float]:
+        """The checkpoint of a training, made if it is missing, and the minutes that it took; `changes` are arguments of
+        train.py besides those of the configuration."""
+        folder = parent / Path(self.model).name / self.sampler / str(seed)
+        minutes = folder / "minutes.json"
+        if not minutes.is_file():
+            start = time.monotonic()
+            arguments = [f"--config=configs/compare/train/learned-{self.sampler}.yaml", f"--model.model={self.model}"]
+            arguments += [f"--trainer.default_root_dir={folder}", f"--checkpoint.dirpath={folder}"]
+            if train(["fit", *arguments, f"--seed_everything={seed}", *changes]).trainer.interrupted:
+                raise KeyboardInterrupt
+            save_json(minutes, {"training": round((time.monotonic() - start) / 60, 2)})
+        return folder / "last.ckpt", json.loads(minutes.read_text())["training"]
 
 
-def run(sampler: str, seed: int, budgets: Sequence[float], num_scenes: int) -> Iterator[dict[str, Any]]:
+def run(recipe: Recipe, seed: int, budgets: Sequence[float], num_scenes: int) -> Iterator[dict[str, Any]]:
     """A row per budget."""
-    ckpt_path, training_minutes = trained(sampler, seed)
+    ckpt_path, training_minutes = recipe.trained(seed)
     module, data = load_run(ckpt_path)
     scenes = draw_batches("test", num_scenes, 16)
     full = render(module.pipe, module.sampling, scenes).pictures
@@ -75,7 +83,7 @@ def run(sampler: str, seed: int, budgets: Sequence[float], num_scenes: int) -> I
         schedule = module.setting.schedule(draft, policy="learned", settings={})
         psnr = picture_psnr(render(module.pipe, module.sampling, scenes, schedule).pictures, full)
         yield {
-            "sampler": sampler,
+            **asdict(recipe),
             "seed": seed,
             "budget": budget,
             **soft_and_hard(module, budget),
@@ -92,16 +100,19 @@ def run(sampler: str, seed: int, budgets: Sequence[float], num_scenes: int) -> I
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sampler", default="UniPC-20")
+    parser.add_argument("--model", default="hgc_learn/demo/teacher")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.37, 0.25, 0.15])
     parser.add_argument("--num_scenes", type=int, default=128)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/seeds.json"))
     args = parser.parse_args(argv)
     rows = json.loads(args.output.read_text()) if args.output.is_file() else []
+    recipe = Recipe(args.sampler, args.model)
     for seed in args.seeds:
-        done = {row["budget"] for row in rows if (row["sampler"], row["seed"]) == (args.sampler, seed)}
+        key = {**asdict(recipe), "seed": seed}.items()
+        done = {row["budget"] for row in rows if key <= row.items()}
         if missing := [budget for budget in args.budgets if budget not in done]:
-            for row in run(args.sampler, seed, missing, args.num_scenes):
+            for row in run(recipe, seed, missing, args.num_scenes):
                 rows.append(row)
                 save_json(args.output, rows)
                 print(json.dumps(row), flush=True)
