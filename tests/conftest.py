@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from tiny_models import SHAPES, TinyPipeline, build_pipeline, shared_pipeline
 from training_fixtures import BUDGET, SAMPLING, save_tiny_teacher
 
+from hgc_learn.hard import hold_weights
 from hgc_learn.inference import remove_schedule
 
 if TYPE_CHECKING:
@@ -63,10 +64,11 @@ def shared_module(teacher: Path) -> RouterModule:
 
 @pytest.fixture
 def module(shared_module: RouterModule) -> RouterModule:
-    """A router over the tiny pipeline, its logits the same before every test."""
+    """A router over the tiny pipeline, the same before every test."""
     router = shared_module.router
     with torch.no_grad():
         router.logits.copy_(torch.randn(router.logits.shape, generator=torch.Generator().manual_seed(0)))
+        router.weights.copy_(hold_weights(*router.logits.shape))
     router.temperature = 1.0
     return shared_module
 
