@@ -36,8 +36,8 @@ class GroupedAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        gradient = self.router.logits.grad
-        self.moves.grad = None if gradient is None else gradient @ self.members.t()
+        assert self.router.logits.grad is not None
+        self.moves.grad = self.router.logits.grad @ self.members.t()
         result = super().step(closure)
         self.router.logits.add_(self.moves @ self.members)
         self.moves.zero_()

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hgc_learn.commands import add_architecture, named_architecture
 from hgc_learn.commands.macs import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, finite
 from hgc_learn.commands.schedule import add_knobs
 
@@ -32,9 +33,7 @@ PEERS = {"DeepCache package I3B0": (3, 0)}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--arch", metavar="NAME", help="a well-known architecture: sd15-controlnet, sdxl, ...")
-    source.add_argument("--model", metavar="DIR", help="folder of a diffusers pipeline; only its configs are read")
+    add_architecture(parser, required=True)
     add("--size", type=int, default=512, help="of the square image, in pixels (default %(default)s)")
     add("--steps", type=int, default=DEFAULT_STEPS, help="UniPC steps (default %(default)s)")
     add("--guidance_scale", type=finite, default=DEFAULT_GUIDANCE_SCALE, help="1 or less: none (default %(default)s)")
@@ -65,7 +64,6 @@ def run(args: argparse.Namespace) -> None:
     from rich.progress import track
 
     from hgc_learn import speed
-    from hgc_learn.architectures import build_architecture, load_architecture
     from hgc_learn.random_pipeline import random_arguments, random_pipeline
     from hgc_learn.rollout import SamplingConfig
     from hgc_learn.setting import Setting
@@ -76,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--device is cuda, and this machine or this build of torch has none.")
     rows = speed.read_rows(args.output)
     device = torch.device(args.device)
-    architecture = build_architecture(args.arch) if args.arch else load_architecture(args.model)
+    architecture = named_architecture(args)
     pipe = random_pipeline(architecture, getattr(torch, args.dtype), device)
     if args.size < 1 or args.size % (8 * pipe.vae_scale_factor):
         raise ValueError(f"--size is {args.size}; it must be a multiple of {8 * pipe.vae_scale_factor}.")

@@ -13,6 +13,8 @@ import argparse
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from hgc_learn.commands import add_architecture, named_architecture
+
 if TYPE_CHECKING:
     from hgc_learn.architectures import Architecture
     from hgc_learn.schedule import HGCSchedule
@@ -22,9 +24,7 @@ DEAD = "."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a schedule file, a folder or hub id with one")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--arch", metavar="NAME", help="a well-known architecture: sd15-controlnet, sdxl, ...")
-    source.add_argument("--model", metavar="DIR", help="folder of a diffusers pipeline; only its configs are read")
+    add_architecture(parser, required=False)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -32,11 +32,7 @@ def run(args: argparse.Namespace) -> None:
     from hgc_learn.schedule import HGCSchedule
 
     schedule = HGCSchedule.from_pretrained(args.file)
-    architecture = None
-    if args.arch or args.model:
-        from hgc_learn.architectures import build_architecture, load_architecture
-
-        architecture = build_architecture(args.arch) if args.arch else load_architecture(args.model)
+    architecture = named_architecture(args) if args.arch or args.model else None
     print("\n".join(printable(line) for line in describe(schedule, architecture)))
 
 

@@ -14,6 +14,8 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from hgc_learn.commands import add_architecture, named_architecture
+
 if TYPE_CHECKING:
     from hgc_learn.architectures import Architecture
     from hgc_learn.schedule import HGCSchedule
@@ -27,9 +29,7 @@ DEFAULT_GUIDANCE_SCALE = 7.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--arch", metavar="NAME", help="a well-known architecture: sd15-controlnet, sdxl, ...")
-    source.add_argument("--model", metavar="DIR", help="folder of a diffusers pipeline; only its configs are read")
+    add_architecture(parser, required=True)
     parser.add_argument("--schedule", metavar="FILE", help="also count what this schedule leaves")
     parser.add_argument(
         "--steps", type=int, help=f"model calls per image (default: the schedule's, else {DEFAULT_STEPS})"
@@ -49,11 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hgc_learn.architectures import build_architecture, load_architecture
     from hgc_learn.schedule import HGCSchedule
 
     schedule = HGCSchedule.load(args.schedule) if args.schedule else None
-    architecture = build_architecture(args.arch) if args.arch else load_architecture(args.model)
+    architecture = named_architecture(args)
     result = count_macs(
         architecture, schedule, num_steps=args.steps, size=args.size, guidance_scale=args.guidance_scale
     )

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import argparse
 
+from hgc_learn.commands import add_architecture, named_architecture
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--arch", metavar="NAME", help="a well-known architecture: sd15-controlnet, sdxl, ...")
-    source.add_argument("--model", metavar="DIR", help="folder of a diffusers pipeline; only its configs are read")
+    add_architecture(parser, required=True)
     parser.add_argument("--match", metavar="GLOB", nargs="+", default=["*"], help="only sites that match (default all)")
 
 
 def run(args: argparse.Namespace) -> None:
-    from hgc_learn.architectures import build_architecture, load_architecture
     from hgc_learn.plan import live_step
     from hgc_learn.sites import select_sites
 
-    architecture = build_architecture(args.arch) if args.arch else load_architecture(args.model)
+    architecture = named_architecture(args)
     graph, costs = architecture.measure()
     full = sum(cost.macs for cost in costs.values())
     patterns = args.match if args.match != ["*"] else ["*:*"]
