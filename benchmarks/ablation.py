@@ -91,6 +91,7 @@ TRAININGS = {
     "gates drawn independently": Training(change=independent),
     "every gate moves by itself": Training(change=one_by_one),
     "errors of latents": Training(("--model.errors_of=latents",)),
+    "two thirds of the updates": Training(("--trainer.max_epochs=4",)),
 }
 
 ALONE = "trained for this budget alone"
