@@ -1,8 +1,8 @@
-"""Training on several processes: together they do what one does with all their samples in one batch.
+"""Training on several processes: together they do what one does with all their samples.
 
-Process r of n has every n-th sample of that batch, from the r-th on (`data`); all draw the same schedules, and average
-their gradients before each makes the same update. Without torch.distributed, or before it is set up, there is one
-process, and nothing here does anything.
+Process r of n has every n-th sample of a batch, from the r-th on (`data`), and all average their gradients before each
+makes the same update. `Rollout` draws a schedule in each, all else that is drawn is the same everywhere. Without
+torch.distributed, or before it is set up, there is one process, and nothing here does anything.
 """
 
 from __future__ import annotations

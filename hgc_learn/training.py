@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from hgc_learn.distributed import mean_over_processes
+from hgc_learn.distributed import mean_over_processes, num_processes, rank
 from hgc_learn.effects import Effects, measure_effects
 from hgc_learn.evaluation import unclamped_pictures
 from hgc_learn.graph import build_graph
@@ -178,9 +178,11 @@ class RouterModule(L.LightningModule):
         self.log_dict(logs, batch_size=len(batch["text"]), sync_dist=True)
         self.log("loss_db", -10 * logs["train/loss"].log10(), prog_bar=True, logger=False)
 
-    def seed(self, number: int) -> None:
+    def seed(self, number: int, *, is_own: bool = False) -> None:
         """All chance comes from the step's number and the run's seed (Lightning's `seed_everything`), so that a resumed
-        run draws what an unbroken one draws."""
+        run draws what an unbroken one draws: the same in all processes, or this one's own."""
+        if is_own:
+            number = number * num_processes() + rank()
         self.generator = torch.Generator(self.device).manual_seed(torch.initial_seed() % 2**31 * 1_000_003 + number)
 
     def update_router(self, learning_rate: float | None = None) -> None:

@@ -1,4 +1,5 @@
-"""Two processes that share the batches learn the same router as one that has them whole."""
+"""Two processes that share the batches learn the same router as one that has them whole and, with `Rollout`, draws a
+schedule for each half."""
 
 from __future__ import annotations
 
@@ -7,10 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from training_fixtures import fit
+
+from hgc_learn import distributed
+from hgc_learn.objectives import Rollout
+from hgc_learn.training import RouterModule
 
 TESTS = Path(__file__).parent
 NUM_STEPS = 2
@@ -66,6 +72,23 @@ def fit_on_two(teacher: Path, folder: Path, *more: str, is_interrupted: bool) ->
     return folder / "checkpoints/last.ckpt"
 
 
+GRADIENTS = Rollout.gradients
+
+
+def of_two(self: Rollout, module: RouterModule, batch: dict[str, Any], budget: float) -> dict[str, Any]:
+    """`Rollout.gradients` of two processes with a sample each, in one."""
+    parameters, gradients = [*module.router.parameters()], []
+    for rank in range(2):
+        module.seed(2 * (1 + module.global_step) + rank)
+        half = {name: values[rank::2] for name, values in batch.items()}
+        with patch.multiple(distributed, num_processes=lambda: 2, rank=lambda rank=rank: rank):  # for its noise
+            logs = GRADIENTS(self, module, half, budget)
+        gradients.append([parameter.grad for parameter in parameters])
+    for parameter, both in zip(parameters, zip(*gradients, strict=True), strict=True):
+        parameter.grad = torch.stack(both).mean(0)
+    return logs
+
+
 def nightly(*values: object) -> Any:
     return pytest.param(*values, marks=pytest.mark.nightly)
 
@@ -93,7 +116,8 @@ def test_two_processes_learn_what_one_does(
     more = [f"--model.objective={objective}", *more]
     folder = tmp_path / "together"
     together = torch.load(fit_on_two(teacher, folder, *more, is_interrupted=is_interrupted), weights_only=True)
-    alone = torch.load(fit(teacher, tmp_path / "alone", NUM_STEPS, *more, "--data.batch_size=2"), weights_only=True)
+    with patch.object(Rollout, "gradients", of_two):
+        alone = torch.load(fit(teacher, tmp_path / "alone", NUM_STEPS, *more, "--data.batch_size=2"), weights_only=True)
     assert together["global_step"] == alone["global_step"] == NUM_STEPS
     assert together["state_dict"].keys() == alone["state_dict"].keys()
     for name, values in alone["state_dict"].items():

@@ -73,7 +73,7 @@ class Rollout(Objective):
             self.warm_start(module, loader)
         router.temperature = self.final_temperature ** module.progress()
         budgets = module.hparams["budgets"]
-        module.seed(1 + module.global_step)
+        module.seed(1 + module.global_step, is_own=True)  # gates vary more than samples
         logs = self.gradients(module, batch, budgets[module.global_step % len(budgets)])
         module.update_router(self.learning_rate * (1 - module.progress()))
         router.clamp()
