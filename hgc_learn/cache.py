@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Cache:
             for sources in (load.guided, load.unguided)
             if sources
         }
+        self.moved: dict[Any, Fill] = {}  # by fill, dtype and device: the same, to be multiplied with values
 
     @property
     def num_bytes(self) -> int:
@@ -77,20 +79,20 @@ class Cache:
 
     def _fill_on(self, value: Tensor, site: str, step: int, sources: tuple[int, ...]) -> Fill:
         """The coefficients on the device of `value`, shaped to be multiplied with it; moved once."""
-        fill = self.fills[site, step, sources]
-        tensors = [c for c in (*fill.coefficients, fill.bias) if isinstance(c, Tensor)]
-        if all(t.device == value.device and t.dtype == value.dtype and t.ndim > 1 for t in tensors):
-            return fill
+        key = site, step, sources, value.dtype, value.device
+        if key not in self.moved:
+            self.moved[key] = self._move(self.fills[site, step, sources], value, site)
+        return self.moved[key]
+
+    def _move(self, fill: Fill, value: Tensor, site: str) -> Fill:
         is_image = value.ndim == 4
         num_channels = value.shape[1] if is_image else value.shape[-1]
-        for tensor in tensors:
-            if tensor.numel() != num_channels:
+        for tensor in (*fill.coefficients, fill.bias):
+            if isinstance(tensor, Tensor) and tensor.numel() != num_channels:
                 raise ScheduleError(
                     f"tensors: those of {site!r} have {tensor.numel()} channels, it has {num_channels}."
                 )
-        fill = fill.map(lambda t: t.reshape((1, -1, 1, 1) if is_image else (1, 1, -1)).to(value))
-        self.fills[site, step, sources] = fill
-        return fill
+        return fill.map(lambda t: t.reshape((1, -1, 1, 1) if is_image else (1, 1, -1)).to(value))
 
 
 def _coefficients(

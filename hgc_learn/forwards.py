@@ -59,6 +59,9 @@ class RoutedForwards:
     def check_run(self, timesteps: Tensor) -> None:
         """Called once per run, before anything is computed."""
 
+    def end_run(self) -> None:
+        """Called after the last step: what has been kept for later ones is not needed any more."""
+
     @property
     def is_guided(self) -> bool:
         """Whether batches are made of an unguided and a guided half; may change in mid-run."""
@@ -70,7 +73,7 @@ class RoutedForwards:
         for model, module in self.models.items():
             if RoutedForwards.installed_on(module) is not None:
                 raise ValueError(
-                    f"The {model} is shared with a pipeline that has a schedule: remove_schedule(...) it there first."
+                    f"The {model} is shared with a pipeline that has a schedule: remove_schedule(pipe) of either first."
                 )
         for model, module in self.models.items():
             forward = self.unet_forward if model == "unet" else partial(self.controlnet_forward, model)
@@ -111,7 +114,7 @@ class RoutedForwards:
         self.num_calls = dict.fromkeys([*self.models, _ALL_CONTROLNETS], 0)
         self.seen: dict[str, _Signature] = {}
         self.refreshed: set[int] = set()
-        self.first_step = 0
+        self.first_step, self.last_step = 0, self.num_steps - 1
         self.is_offloaded = False
 
     @torch.compiler.disable
@@ -129,6 +132,8 @@ class RoutedForwards:
             self.first_step = _nearest(timestep, timesteps) if place is None else place
             if self.first_step:  # image to image
                 self.refreshed.add(self.first_step)
+            number = self.pipe.__dict__.get("_num_timesteps")
+            self.last_step = self.num_steps - 1 if number is None else self.first_step + number - 1
         step = self.first_step + self.num_calls[model]
         is_known = place == step or (place is None and self.is_offloaded)
         if step >= self.num_steps or not is_known:
@@ -137,6 +142,8 @@ class RoutedForwards:
             _check_halves(sample)
         called_with = (sample.shape, sample.dtype, sample.device, inputs)
         signature = _Signature(called_with, self.settings.read())
+        if step > self.last_step:  # the pipeline had said less, and what was kept is gone
+            self.refreshed.add(step)
         if model in self.seen and not signature.equals(self.seen[model]):
             if model == "unet" and step not in self.refreshed and len(self.models) > 1:
                 self.timesteps = None
@@ -165,6 +172,12 @@ class RoutedForwards:
                     f"Group offload of the {model} is not supported with a schedule: it waits for calls of whole "
                     "blocks. Use pipe.enable_model_cpu_offload() or pipe.enable_sequential_cpu_offload() instead."
                 )
+        for name, (module, known) in self.graph.opened.items():
+            if type(module) is not known or "forward" in module.__dict__ or _has_hooks(module):
+                raise ValueError(
+                    f"{name} has hooks or a forward of its own, which would not be called: a schedule calls what is in "
+                    "it. Undo that, or remove_schedule(pipe) for such runs."
+                )
         if hasattr(type(self.pipe), "num_timesteps"):
             number = self.pipe.__dict__.get("_num_timesteps")
             if number is None or isinstance(number, _Seen):
@@ -174,7 +187,8 @@ class RoutedForwards:
     def before_controlnets(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Several ControlNets run one after the other: what changes for the last of them must be known before the
         first, for all are refreshed together."""
-        inputs = signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        original: nn.Module = getattr(module, "_orig_mod", module)
+        inputs = signature(type(original).forward).bind(module, *args, **kwargs).arguments
         sample, timestep = inputs.pop("sample"), inputs.pop("timestep")
         del inputs["self"]
         self.begin(_ALL_CONTROLNETS, timestep, sample, inputs)
@@ -242,6 +256,8 @@ def _unet_forward(
         kwargs = _halved(kwargs)
     call = ops.unet_call(unet, sample, timestep, encoder_hidden_states, **kwargs)
     values = forwards.execute("unet", step, call, dict(zip(forwards.graph.residuals, residuals, strict=True)))
+    if step >= forwards.last_step:
+        forwards.end_run()
     prediction = values[forwards.graph.output]
     if is_half:
         prediction = torch.cat([prediction - values[forwards.graph.guidance], prediction])
@@ -312,9 +328,14 @@ def _foreign(what: str) -> str:
     )
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def _check_halves(sample: Tensor) -> None:
     """Looked at once per run, in its first step."""
-    if len(sample) % 2 or not torch.equal(*sample.chunk(2)):
+    half = len(sample) // 2
+    if len(sample) % 2 or not torch.allclose(sample[:half], sample[half:], rtol=0, atol=0, equal_nan=True):
         raise ValueError(
             "The batch is not the same latents twice, for an unguided and a guided half: PAG, InstructPix2Pix and the "
             "like have a third part. Schedules do not support that; remove_schedule(pipe) first."

@@ -56,12 +56,14 @@ class Node:
 class Graph:
     """Nodes in execution order; `output` is the UNet's prediction, `guidance` its guided less its unguided half
     (nothing reads it: see `hgc_learn.plan`), `residuals[n]` the n-th ControlNet residual as the UNet receives it
-    (empty without a ControlNet)."""
+    (empty without a ControlNet), `opened` by path the modules that are not called themselves but in parts, with their
+    types."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
     output: str = "unet:eps"
     guidance: str = "unet:guidance"
     residuals: tuple[str, ...] = ()
+    opened: dict[str, tuple[nn.Module, type]] = field(default_factory=dict)
 
     def consumers(self) -> dict[str, list[str]]:
         """Maps every node to the nodes that read it, in execution order."""
@@ -94,16 +96,23 @@ def build_graph(
             feed-forward sites); the others are one node that calls the module. None lays all of them open.
 
     Raises:
-        ValueError: a model or block of a type whose dataflow is not known here; the message names it.
+        ValueError: a model or block of a type whose dataflow is not known here, or a ControlNet that is in the list
+            twice; the message names it.
     """
     builder = _Builder(None if expand is None else set(expand))
     nets = controlnet_list(controlnet)
+    for index, net in enumerate(nets):
+        if any(net is other for other in nets[:index]):
+            raise ValueError(
+                f"controlnet.nets.{index} is one of the ControlNets before it, the same object. Give the pipeline "
+                "a copy of it (copy.deepcopy) instead: each has values of its own to keep."
+            )
     controls = []
     for index, net in enumerate(nets):
         path = "controlnet" if len(nets) == 1 else f"controlnet.nets.{index}"
         controls.append(builder.add_controlnet(path, net))
     builder.add_unet(unet, list(zip(*controls, strict=True)))
-    return Graph(nodes=builder.nodes, residuals=tuple(builder.residuals))
+    return Graph(nodes=builder.nodes, residuals=tuple(builder.residuals), opened=builder.opened)
 
 
 class _Builder:
@@ -113,6 +122,7 @@ class _Builder:
         self.expand = expand
         self.nodes: dict[str, Node] = {}
         self.residuals: list[str] = []
+        self.opened: dict[str, tuple[nn.Module, type]] = {}
         self.model = ""
         self.temb = ""
 
@@ -121,6 +131,18 @@ class _Builder:
         assert all(i in self.nodes for i in inputs), (name, inputs)
         self.nodes[name] = Node(name, self.model, inputs, run)
         return name
+
+    def open(self, path: str, module: nn.Module) -> None:
+        self.opened[path] = module, type(module)
+
+    def open_block(self, path: str, block: nn.Module) -> None:
+        if type(block) not in SUPPORTED_BLOCKS:
+            known = ", ".join(b.__name__ for b in SUPPORTED_BLOCKS)
+            raise ValueError(f"{path} is a {type(block).__name__}, whose dataflow is not known. Supported: {known}.")
+        for attention in getattr(block, "attentions", []):
+            if type(attention) is not Transformer2DModel:
+                raise ValueError(f"{path} holds a {type(attention).__name__}; only Transformer2DModel is supported.")
+        self.open(path, block)
 
     def add_controlnet(self, path: str, net: ControlNetModel) -> list[str]:
         """Returns the residuals: one per down-block tensor, then the mid block's."""
@@ -173,7 +195,7 @@ class _Builder:
         skips = [x]
         for i, block in enumerate(model.down_blocks):
             block_path = f"{path}.down_blocks.{i}"
-            _check_block(block_path, block)
+            self.open_block(block_path, block)
             for j, resnet in enumerate(block.resnets):
                 x = self.add_layer(block_path, block, j, resnet, x)
                 skips.append(x)
@@ -186,7 +208,7 @@ class _Builder:
     def add_mid(self, path: str, block: Any, x: str) -> str:
         if block is None:
             return x
-        _check_block(path, block)
+        self.open_block(path, block)
         x = self.add_resnet(f"{path}.resnets.0", block.resnets[0], x)
         for j, (attention, resnet) in enumerate(zip(block.attentions, block.resnets[1:], strict=True)):
             x = self.add_transformer(f"{path}.attentions.{j}", attention, x)
@@ -195,7 +217,7 @@ class _Builder:
 
     def add_up(self, path: str, block: Any, x: str, skips: list[str], level: int) -> str:
         """Consumes the block's share of `skips` from the end; `level` is that of the tensor after upsampling."""
-        _check_block(path, block)
+        self.open_block(path, block)
         for j, resnet in enumerate(block.resnets):
             x = self.add(f"{path}.resnets.{j}.concat", partial(ops.concat_skip, block), x, skips.pop())
             x = self.add_layer(path, block, j, resnet, x)
@@ -215,15 +237,18 @@ class _Builder:
     def add_resnet(self, path: str, resnet: ResnetBlock2D, x: str) -> str:
         if not self.is_expanded(path):
             return self.add(f"{path}:out", partial(ops.resnet, resnet), x, self.temb)
+        self.open(path, resnet)
         branch = self.add(f"{path}:branch", partial(ops.resnet_branch, resnet), x, self.temb)
         return self.add(f"{path}:out", partial(ops.resnet_sum, resnet), x, branch)
 
     def add_transformer(self, path: str, transformer: Transformer2DModel, x: str) -> str:
         if not _can_expand(transformer) or not self.is_expanded(path):
             return self.add(f"{path}:out", partial(ops.transformer, transformer), x)
+        self.open(path, transformer)
         h = self.add(f"{path}.proj_in", partial(ops.transformer_in, transformer), x)
         for k, block in enumerate(transformer.transformer_blocks):
             block_path = f"{path}.transformer_blocks.{k}"
+            self.open(block_path, block)
             for part in ("attn1", "attn2", "ff"):
                 if getattr(block, part) is None:
                     continue
@@ -234,15 +259,6 @@ class _Builder:
                 h = self.add(name, ops.add_all, branch, h)
         branch = self.add(f"{path}:branch", partial(ops.transformer_out, transformer), h, x)
         return self.add(f"{path}:out", ops.add_all, branch, x)
-
-
-def _check_block(path: str, block: nn.Module) -> None:
-    if type(block) not in SUPPORTED_BLOCKS:
-        known = ", ".join(b.__name__ for b in SUPPORTED_BLOCKS)
-        raise ValueError(f"{path} is a {type(block).__name__}, whose dataflow is not known. Supported: {known}.")
-    for attention in getattr(block, "attentions", []):
-        if type(attention) is not Transformer2DModel:
-            raise ValueError(f"{path} holds a {type(attention).__name__}; only Transformer2DModel is supported.")
 
 
 def _can_expand(transformer: Transformer2DModel) -> bool:

@@ -67,8 +67,7 @@ def apply_schedule(
         runtime = Runtime(pipe, schedule, graph, RuntimeOptions(resample, exact_savings, max_steps_at_once))
     except ValueError as error:
         raise ScheduleError(f"sites: {error}") from None
-    remove_schedule(pipe)
-    runtime.install()
+    _replace(runtime)
     return ScheduleHandle(pipe, runtime)
 
 
@@ -83,20 +82,29 @@ def apply_exact_savings(pipe: Any) -> ScheduleHandle:
         raise ValueError(f"{type(pipe).__name__} has no unet; diffusers pipelines with a UNet are supported.")
     unet, *controlnets = routed_models(pipe).values()
     runtime = Runtime(pipe, None, build_graph(unet, controlnets, ()), RuntimeOptions())
-    remove_schedule(pipe)
-    runtime.install()
+    _replace(runtime)
     return ScheduleHandle(pipe, runtime)
 
 
 def remove_schedule(pipe: Any) -> None:
-    """Gives the pipeline its own forwards back. Does nothing if no schedule is applied.
+    """Gives the pipeline's models their own forwards back, also where a schedule was applied to another pipeline that
+    has one of them. Does nothing if no schedule is applied.
 
     Raises:
         ValueError: others have wrapped the forwards since, and must be undone first.
     """
-    runtime = RoutedForwards.installed_on(routed_models(pipe)["unet"])
-    if runtime is not None:
-        runtime.uninstall()
+    for model in routed_models(pipe).values():
+        runtime = RoutedForwards.installed_on(model)
+        if runtime is not None:
+            runtime.uninstall()
+
+
+def _replace(runtime: Runtime) -> None:
+    """Puts it in the place of one that has the UNet; raises ValueError where others have a ControlNet of it."""
+    before = RoutedForwards.installed_on(runtime.models["unet"])
+    if before is not None:
+        before.uninstall()
+    runtime.install()
 
 
 class ScheduleHandle:

@@ -78,9 +78,10 @@ class Runtime(RoutedForwards):
     def compile(self, **options: Any) -> None:
         """Runs its programs by torch.compile from now on, but for refreshed steps and batches of steps."""
         programs = [
-            (program, step.is_half)
+            (program, is_half)
             for of_model in self.programs.values()
             for program, step in zip(of_model, self.plan.steps, strict=True)
+            for is_half in {step.is_half, False}  # where guidance is switched off there are no halves
         ]
         self.compile_options = options
         self.compiled = CompiledPrograms(programs, self.graph.guidance, options)
@@ -98,8 +99,11 @@ class Runtime(RoutedForwards):
 
     def new_run(self) -> None:
         super().new_run()
-        self.ahead: dict[int, dict[str, Tensor]] = {}  # by step: what has been computed before its turn
         self.may_run_ahead = True
+        self.end_run()
+
+    def end_run(self) -> None:
+        self.ahead: dict[int, dict[str, Tensor]] = {}  # by step: what has been computed before its turn
         self.cache.values.clear()
         if self.once is not None:
             self.once.clear()
@@ -211,8 +215,6 @@ class Runtime(RoutedForwards):
             for name in program.store:
                 if name in values:
                     kept[name, step] = values[name]
-        if step == self.num_steps - 1 and model == "unet" and self.once is not None:
-            self.once.clear()
         return values
 
     def _keep_for_all(self, model: str, step: int, values: dict[str, Tensor]) -> None:
@@ -299,7 +301,7 @@ class Runtime(RoutedForwards):
             macs_cached = plan.macs(costs, batch_size=batch, attention=attention)
             result[f"macs_full{suffix}"] = macs_full
             result[f"macs_cached{suffix}"] = macs_cached
-            result[f"macs_reduction{suffix}"] = 1 - macs_cached / macs_full
+            result[f"macs_reduction{suffix}"] = 1 - macs_cached / macs_full if macs_full else 0.0  # before any run
         result["num_patterns"] = plan.num_patterns()
         result["cache_bytes"] = plan.cache_bytes(costs, batch_size=batch, itemsize=self.pipe.unet.dtype.itemsize)
         result["steps_run"] = self.num_calls["unet"]

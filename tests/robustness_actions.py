@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import diffusers
@@ -209,6 +211,41 @@ def group_offload(pipe: Any) -> None:
 
 def compile_whole(pipe: Any) -> None:
     pipe.unet = torch.compile(pipe.unet, backend="eager")
+
+
+def compile_controlnets(pipe: Any) -> None:
+    pipe.controlnet = torch.compile(pipe.controlnet, backend="eager")
+
+
+def one_controlnet_twice(pipe: Any) -> None:
+    pipe.controlnet.nets[1] = pipe.controlnet.nets[0]
+
+
+def hook_on(path: str) -> Callable[[Any], None]:
+    """A hook that changes what a module of the pipeline gives."""
+
+    def register(pipe: Any) -> None:
+        attrgetter(path)(pipe).register_forward_hook(lambda module, args, output: output * 0.5)
+
+    return register
+
+
+def replace_forward_of(path: str) -> Callable[[Any], None]:
+    def replace(pipe: Any) -> None:
+        module = attrgetter(path)(pipe)
+        module.forward = partial(type(module).forward, module)
+
+    return replace
+
+
+def subclass_of(path: str) -> Callable[[Any], None]:
+    """As packages that merge tokens do it."""
+
+    def change(pipe: Any) -> None:
+        module = attrgetter(path)(pipe)
+        module.__class__ = type("Patched", (type(module),), {})
+
+    return change
 
 
 def mid_lora(pipe: Any, tensors: Any = None) -> None:

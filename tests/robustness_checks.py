@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -154,6 +155,49 @@ def shared_controlnet() -> None:
     with pytest.raises(ValueError, match="The controlnet is shared with a pipeline that has a schedule"):
         apply_schedule(second, schedule)
     assert "forward" not in second.unet.__dict__
+
+
+def controlnet_left() -> None:
+    """Its new pipeline gets a schedule when that of the old one has been removed, which may be long gone."""
+    first, second = build(), build()
+    controlnet = first.controlnet
+    apply_schedule(first, schedule_for(first, {}))
+    run(first)
+    del first
+    second.controlnet = controlnet
+    schedule = schedule_for(second, schedules(second)[0])
+    with pytest.raises(ValueError, match=r"shared with a pipeline that has a schedule: remove_schedule\(pipe\)"):
+        apply_schedule(second, schedule)
+    remove_schedule(second)
+    plain = run(second)
+    with apply_schedule(second, schedule):
+        assert not torch.equal(run(second), plain)
+    assert torch.equal(run(second), plain)
+
+
+def float32_after_bfloat16() -> None:
+    """A run's precision leaves no trace in the numbers that a schedule fills in with."""
+    pipe = build(dtype=torch.float32)
+    site, num_fills = "unet.mid_block.resnets.0:out", NUM_STEPS - 2
+    shape = num_fills, pipe.unet.mid_block.resnets[0].out_channels
+    tensors = {f"{site}/{name}": torch.rand(shape) for name in ("scale", "reach")}
+    schedule = replace(schedule_for(pipe, {}), sites={site: "CC" + "t" * num_fills}, tensors=tensors)
+    apply_schedule(pipe, schedule)
+    expected = run(pipe)
+    apply_schedule(pipe, schedule)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run(pipe)
+    assert torch.equal(run(pipe), expected)
+
+
+def compiled_without_halves(**call: Any) -> None:
+    """Steps that the plan runs on the guided half alone find nothing to halve."""
+    pipe = build()
+    rows = {"unet:guidance": "C-" * (NUM_STEPS // 2), "unet.up_blocks.1.attentions.0:out": "C-" * (NUM_STEPS // 2)}
+    handle = apply_schedule(pipe, schedule_for(pipe, rows), max_steps_at_once=1)
+    expected = run(pipe, **call)
+    handle.compile(backend="eager")
+    assert_close(run(pipe, **call), expected)
 
 
 def compiled_then_changed() -> None:

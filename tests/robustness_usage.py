@@ -254,6 +254,8 @@ def around() -> list[Row]:
         neutral("UNet compiled in place", change=lambda pipe: pipe.unet.compile(backend="eager")),
         neutral("compile_repeated_blocks", change=lambda pipe: pipe.unet.compile_repeated_blocks(backend="eager")),
         neutral("save_pretrained", change=act.save_and_load),
+        row("handle.compile(), guidance off", check=partial(check.compiled_without_halves, guidance_scale=1.0)),
+        row("handle.compile(), guess mode", check=partial(check.compiled_without_halves, guess_mode=True)),
         row("handle.compile(), then LoRA, FreeU, another size", check=check.compiled_then_changed, is_slow=True),
         row("save_pretrained after a run", check=check.saved_after_a_run),
         row("deepcopy", check=partial(check.deepcopied, 1)),
@@ -265,6 +267,31 @@ def around() -> list[Row]:
             check=check.removed_while_wrapped,
             refused="forward of the unet has been wrapped since.*Undo that first",
         ),
+        row(
+            "a hook on a block",
+            change=act.hook_on("unet.mid_block"),
+            refused=r"unet.mid_block has hooks.*remove_schedule\(pipe\) for such runs",
+        ),
+        row("a hook on a layer in a block", change=act.hook_on("unet.mid_block.resnets.0.conv1")),
+        row(
+            "a forward of a block's own",
+            change=act.replace_forward_of("unet.up_blocks.0"),
+            refused="unet.up_blocks.0 has hooks or a forward of its own",
+        ),
+        row(
+            "a block made one of a subclass",
+            change=act.subclass_of("unet.up_blocks.0"),
+            refused="unet.up_blocks.0 ",
+        ),
+        row(
+            "one ControlNet twice",
+            partial(build, **TWO),
+            change=act.one_controlnet_twice,
+            refused="controlnet.nets.1 is .*the same object.*deepcopy|controlnet.nets.1 is not the one",
+        ),
+        neutral("torch.compile of several ControlNets", partial(build, **TWO), change=act.compile_controlnets),
+        row("a ControlNet that is left of a pipeline with a schedule", check=check.controlnet_left),
+        row("float32 after bfloat16", check=check.float32_after_bfloat16),
         row(
             "UNet replaced", change=lambda pipe: setattr(pipe, "unet", build().unet), refused="pipe.unet is not the one"
         ),

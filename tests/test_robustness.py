@@ -57,6 +57,8 @@ def test_right(row: Row) -> None:
             if row.change and not is_changed_before:
                 row.change(pipe)
             assert_close(row(pipe), expected, row.tolerance)
+            assert not handle.runtime.cache.values
+            assert handle.runtime.once.num_bytes == 0
             assert handle.stats()["steps_refreshed"] == len({*row.refreshed} | ({row.first_step} - {0}))
             if not row.refreshed:
                 assert_close(row(pipe), expected, row.tolerance)
@@ -84,6 +86,7 @@ def test_refused(row: Row) -> None:
             row(pipe)
 
 
+@pytest.mark.filterwarnings("ignore:guidance_scale is")
 @pytest.mark.parametrize("row", cases(lambda row: row.check is not None))
 def test_checked(row: Row) -> None:
     assert row.check is not None
