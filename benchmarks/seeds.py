@@ -64,8 +64,7 @@ class Recipe:
             start = time.monotonic()
             arguments = [f"--config=configs/compare/train/learned-{self.sampler}.yaml", f"--model.model={self.model}"]
             arguments += [f"--trainer.default_root_dir={folder}", f"--checkpoint.dirpath={folder}"]
-            if train(["fit", *arguments, f"--seed_everything={seed}", *changes]).trainer.interrupted:
-                raise KeyboardInterrupt
+            train(["fit", *arguments, f"--seed_everything={seed}", *changes])
             save_json(minutes, {"training": round((time.monotonic() - start) / 60, 2)})
         return folder / "last.ckpt", json.loads(minutes.read_text())["training"]
 

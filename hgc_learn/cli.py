@@ -65,8 +65,18 @@ class RouterCLI(LightningCLI):
 
 
 def train(args: Sequence[str] | None = None) -> RouterCLI:
-    """Runs `fit`, `validate`, ... with the given arguments, or those of the command line."""
-    return _cli(None if args is None else list(args), run=True)
+    """Runs `fit`, `validate`, ... with the given arguments, or those of the command line.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted, and has saved a checkpoint.
+        SystemExit: an argument is not understood; what is wrong has been printed.
+    """
+    try:
+        return _cli(None if args is None else list(args), run=True)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # what Lightning makes of it
+            raise KeyboardInterrupt from None
+        raise
 
 
 def rebuild(config: str) -> RouterCLI:

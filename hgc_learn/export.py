@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import pickle
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError
 from rich.progress import Progress
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from hgc_learn import fills, reorder, specialise
 from hgc_learn.cli import rebuild
@@ -59,6 +58,8 @@ def export(
     module.router.check_budget(budget)
     if not module.objective.is_specialised:
         learning = replace(learning, reorder_trials=0, specialise_updates=0, tune_updates=0)
+    num_samples = len(data.train_dataloader().dataset)
+    learning = replace(learning, learning_samples=min(learning.learning_samples, num_samples))
     with Progress() as progress:
 
         def reporter(description: str, total: int) -> Report:
@@ -126,10 +127,10 @@ def decide(
 
 
 def training_batches(module: RouterModule, data: Any, learning_samples: int, batch_size: int) -> list[dict[str, Any]]:
-    """The first samples of the training's own data, on the module's device."""
-    loader = DataLoader(data.train_dataloader().dataset, batch_size)
-    batches = itertools.islice(loader, math.ceil(learning_samples / batch_size))
-    return [module.transfer_batch_to_device(batch, module.device, 0) for batch in batches]
+    """The first samples of the training's own data, all if there are fewer, on the module's device."""
+    dataset = data.train_dataloader().dataset
+    first = Subset(dataset, range(min(learning_samples, len(dataset))))
+    return [module.transfer_batch_to_device(batch, module.device, 0) for batch in DataLoader(first, batch_size)]
 
 
 def load_trained(setting: Setting, ckpt_path: str, policy: str) -> tuple[RouterModule, Any]:

@@ -14,7 +14,7 @@ class ScheduleMonitor(L.Callback):
     """Draws, after every validation and for every budget, the gates and the pictures that the schedule gives.
 
     Args:
-        num_pictures: pictures per grid, from the first validation batch.
+        num_pictures: pictures per grid, from the first validation batch; 0 for none.
     """
 
     def __init__(self, num_pictures: int = 4):
@@ -27,18 +27,21 @@ class ScheduleMonitor(L.Callback):
             return
         board, step = trainer.logger.experiment, trainer.global_step
         router = pl_module.router
-        assert trainer.val_dataloaders is not None
-        batch = next(iter(trainer.val_dataloaders))
-        batch = {name: values[: self.num_pictures] for name, values in batch.items()}
-        batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-        full = pl_module.rollout(batch, None, "pt")
         for budget in pl_module.hparams["budgets"]:
             p = router.probabilities(router.price(budget))
             hard = pl_module.hard_schedule(budget)
             board.add_figure(f"gates/{budget:g}/soft", gate_heatmap(p.cpu(), router.sites, "P(compute)"), step)
             heatmap = gate_heatmap(hard.compute, router.sites, "exported", router.dead(hard.compute))
             board.add_figure(f"gates/{budget:g}/hard", heatmap, step)
-            cached = pl_module.rollout(batch, pl_module.draft(hard), "pt")
+        if self.num_pictures < 1:
+            return
+        assert trainer.val_dataloaders is not None
+        batch = next(iter(trainer.val_dataloaders))
+        batch = {name: values[: self.num_pictures] for name, values in batch.items()}
+        batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+        full = pl_module.rollout(batch, None, "pt")
+        for budget in pl_module.hparams["budgets"]:
+            cached = pl_module.rollout(batch, pl_module.draft(pl_module.hard_schedule(budget)), "pt")
             rows = {
                 "control": batch["conditioning_image"],
                 "full": full,

@@ -10,15 +10,18 @@ from hgc_learn.hard import HardSchedule
 from hgc_learn.router import Router
 
 
-def threshold(router: Router, budget: float, max_patterns: int) -> HardSchedule:
-    """The hard schedule that computes as many of the highest logits as the budget allows, with a cap on how many
-    different steps it may have, the first included: steps that want nearly the same share their mean logits.
+def cap(router: Router, schedule: HardSchedule, budget: float, max_patterns: int) -> HardSchedule:
+    """The router's schedule for a budget, if it has no more than so many different steps, the first included; or one
+    that computes as many of the highest logits as the budget allows, where steps that want nearly the same share their
+    mean logits.
 
     Raises:
         ValueError: a budget that cannot be met, or a cap below 2: the first step computes everything.
     """
     if max_patterns < 2:
         raise ValueError(f"max_patterns is {max_patterns}; it must be at least 2: the first step computes everything.")
+    if count(router, schedule) <= max_patterns:
+        return schedule
     logits = router.logits.detach()
     wanted = torch.sigmoid((logits[1:] - router.price(budget)) / router.temperature)
     tree = linkage(wanted.cpu().double().numpy(), method="ward")

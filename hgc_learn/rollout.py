@@ -25,6 +25,9 @@ class SamplingConfig:
         negative_prompt: prompt of the unguided half.
         controlnet_conditioning_scale: weight of the ControlNet.
         scheduler: class name of a diffusers scheduler; the model's own if not given.
+
+    Raises:
+        ValueError: no step, or a picture of no size.
     """
 
     num_inference_steps: int = 20
@@ -34,6 +37,11 @@ class SamplingConfig:
     negative_prompt: str = ""
     controlnet_conditioning_scale: float = 1.0
     scheduler: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_inference_steps", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
 
 
 def load_pipeline(

@@ -15,7 +15,7 @@ from hgc_learn.data import hold_out
 from hgc_learn.fills import Report
 from hgc_learn.hard import HardSchedule
 from hgc_learn.objectives import Rollout
-from hgc_learn.patterns import threshold
+from hgc_learn.patterns import cap
 
 if TYPE_CHECKING:
     from hgc_learn.training import RouterModule
@@ -75,4 +75,13 @@ def specialise(
 
 
 def _rounded(module: RouterModule, budget: float, max_patterns: int | None) -> HardSchedule:
-    return module.hard_schedule(budget) if max_patterns is None else threshold(module.router, budget, max_patterns)
+    schedule = module.hard_schedule(budget)
+    if max_patterns is None:
+        return schedule
+    capped = cap(module.router, schedule, budget, max_patterns)
+    if capped is not schedule and not module.objective.is_specialised:
+        raise ValueError(
+            f"max_patterns is {max_patterns}; the schedule of a router trained for {module.objective.policy} has more "
+            "different steps, and making them fewer would undo its rule. Leave max_patterns out."
+        )
+    return capped

@@ -58,7 +58,9 @@ class RouterModule(L.LightningModule):
     ):
         super().__init__()
         self.objective = objective = objective or Rollout()
-        sites = sites or objective.default_sites
+        sites = objective.default_sites if sites is None else sites
+        if not sites or not budgets:
+            raise ValueError(f"sites are {list(sites)} and budgets {list(budgets)}; at least one of each is needed.")
         self.save_hyperparameters(
             {
                 "model": model,

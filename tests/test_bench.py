@@ -26,10 +26,17 @@ def test_rows_of_policies_files_and_peers(tmp_path: Path) -> None:
     rule, file = "deepcache:interval=2,control=fresh", tmp_path / "uniform.json"
     assert main(["schedule", "uniform", "--model", str(TEACHER), "--steps", "4", "--output", str(file)]) == 0
     more = ["--steps", "4", "--policy", "all-compute", "--policy", rule, "--schedule", str(file), "--peers"]
-    more += ["--rounds", "1"]
+    other = tmp_path / "other" / file.name  # of the same name, with another schedule
+    other_options = ["--model", str(TEACHER), "--steps", "4", "--interval", "4", "--output", str(other)]
+    assert main(["schedule", "uniform", *other_options]) == 0
+    more += ["--rounds", "1", "--schedule", str(other)]
     rows = bench(tmp_path / "speed.json", *more)
-    assert list(rows) == ["all-compute", rule, "uniform.json", PACKAGE]
-    assert rows["uniform.json"]["macs_ratio"] > 1.3
+    names = [name.rpartition(" ")[0] for name in rows]
+    assert names[2:4] == [str(file), str(other)]
+    assert [*rows][:2] == ["all-compute", rule]
+    assert [*rows][4:] == [PACKAGE]
+    of_file, of_other = [*rows.values()][2:4]
+    assert of_other["macs_ratio"] > of_file["macs_ratio"] > 1.3
     computes, cached = rows["all-compute"], rows[rule]
     assert computes["macs_ratio"] == 1
     assert computes["overhead"] == pytest.approx(1 / computes["speedup"] - 1, abs=1e-3)

@@ -10,8 +10,10 @@ from training_fixtures import BUDGET
 
 from hgc_learn import patterns
 from hgc_learn.inference import apply_schedule
+from hgc_learn.objectives import L2C, Rollout
 from hgc_learn.plan import compile_plan
 from hgc_learn.setting import Setting
+from hgc_learn.specialise import specialise
 from hgc_learn.training import RouterModule
 
 ROWS = {"unet:guidance": "CC----", "unet.up_blocks.1.attentions.0:out": "C-C-C-"}
@@ -79,7 +81,7 @@ def test_patterns_are_capped_within_the_budget(module: RouterModule, max_pattern
     generator = torch.Generator().manual_seed(seed)
     router.logits.data.copy_(torch.randn(router.logits.shape, generator=generator))
     assert patterns.count(router, router.threshold(BUDGET)) > 3
-    schedule = patterns.threshold(router, BUDGET, max_patterns)
+    schedule = patterns.cap(router, router.threshold(BUDGET), BUDGET, max_patterns)
     assert patterns.count(router, schedule) <= max_patterns
     assert BUDGET - 0.3 < router.kept(schedule.compute) <= BUDGET
     setting: Setting = module.setting
@@ -87,6 +89,22 @@ def test_patterns_are_capped_within_the_budget(module: RouterModule, max_pattern
     assert compile_plan(setting.graph, rows, setting.num_steps).num_patterns() <= max_patterns
 
 
+def test_a_cap_that_does_not_bind_changes_nothing(module: RouterModule) -> None:
+    for objective in (Rollout(), L2C(intervals=[2])):
+        schedule = objective.hard_schedule(module.router, 0.8)
+        assert patterns.cap(module.router, schedule, 0.8, patterns.count(module.router, schedule)) is schedule
+
+
+def test_a_cap_that_would_undo_full_steps_is_refused(module: RouterModule) -> None:
+    module.router.logits.data.copy_(torch.randn(module.router.logits.shape, generator=torch.Generator().manual_seed(0)))
+    own, module.objective = module.objective, L2C(intervals=[2])
+    try:
+        with pytest.raises(ValueError, match="max_patterns is 2; the schedule of a router trained for l2c has more"):
+            specialise(module, 0.8, [], 0, max_patterns=2)
+    finally:
+        module.objective = own
+
+
 def test_an_impossible_cap_is_refused(module: RouterModule) -> None:
     with pytest.raises(ValueError, match="max_patterns is 1; it must be at least 2"):
-        patterns.threshold(module.router, BUDGET, 1)
+        patterns.cap(module.router, module.hard_schedule(BUDGET), BUDGET, 1)

@@ -132,7 +132,7 @@ def test_numbers_out_of_range_are_refused(shared_module: RouterModule) -> None:
         with pytest.raises(ValueError, match=f"{name} is {number}; it must be"):
             Learning(**{name: number})
     data = SceneDataModule(num_train=4, num_val=2)
-    assert [len(batch["text"]) for batch in training_batches(shared_module, data, 3, 2)] == [2, 2]
+    assert [len(batch["text"]) for batch in training_batches(shared_module, data, 3, 2)] == [2, 1]
 
 
 def test_what_is_left_is_spent(module: RouterModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hgc_learn.inference import HGCSchedule, apply_schedule
 from hgc_learn.learning import Learning
 from hgc_learn.objectives import Rollout
 from hgc_learn.plan import compile_plan
-from hgc_learn.rollout import generate
+from hgc_learn.rollout import SamplingConfig, generate
 from hgc_learn.training import RouterModule
 
 
@@ -105,7 +106,7 @@ def test_interrupted_training_resumes_to_the_same_router(
             raise KeyboardInterrupt
         training_step(self, batch, batch_idx)
 
-    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RouterModule, "training_step", interrupted)
         fit(teacher, tmp_path / "parts", 4, *more)
     ckpt_path = tmp_path / "parts" / "checkpoints" / "last.ckpt"
@@ -114,6 +115,24 @@ def test_interrupted_training_resumes_to_the_same_router(
     assert resumed["global_step"] == 4
     for name in names:
         torch.testing.assert_close(resumed["state_dict"][name], whole["state_dict"][name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            lambda: {"sampling": SamplingConfig(num_inference_steps=0)},
+            "num_inference_steps is 0; it must be",
+        ),
+        (lambda: {"budgets": []}, "at least one of each is needed"),
+        (lambda: {"sites": []}, "at least one of each is needed"),
+        (lambda: {"objective": Rollout(final_temperature=0)}, "final_temperature is 0"),
+        (lambda: {"objective": Rollout(num_directions=-1)}, "num_directions -1"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: Callable[[], dict[str, Any]], message: str, teacher: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        RouterModule(**{"model": str(teacher), "sampling": SAMPLING} | settings())
 
 
 def test_saturated_pictures_keep_their_gradient(module: RouterModule) -> None:

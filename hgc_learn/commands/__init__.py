@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hgc_learn.architectures import Architecture
+    from hgc_learn.data import ControlDataModule
+    from hgc_learn.rollout import SamplingConfig
 
 
 def add_architecture(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -25,3 +27,29 @@ def named_architecture(args: argparse.Namespace) -> Architecture:
     from hgc_learn.architectures import build_architecture, load_architecture
 
     return build_architecture(args.arch) if args.arch else load_architecture(args.model)
+
+
+def add_data(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds --data, `what` it is for, and how it is read: as the settings of training's data."""
+    parser.add_argument("--data", metavar="DIR", help=f"control images and prompts {what}")
+    parser.add_argument("--condition", choices=["canny"], help="make the control images from the photographs of --data")
+    for column, content in (("conditioning_image", "control image"), ("image", "photograph"), ("text", "prompt")):
+        help_ = f"column of --data with the {content} (default {column})"
+        parser.add_argument(f"--{column}_column", default=column, metavar="NAME", help=help_)
+
+
+def data_module(args: argparse.Namespace, sampling: SamplingConfig, num_train: int, num_val: int) -> ControlDataModule:
+    """What --data names."""
+    from hgc_learn.data import ControlDataModule
+
+    return ControlDataModule(
+        args.data,
+        height=sampling.height,
+        width=sampling.width,
+        conditioning_image_column=args.conditioning_image_column,
+        image_column=args.image_column,
+        text_column=args.text_column,
+        condition=args.condition,
+        num_train=num_train,
+        num_val=num_val,
+    )

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +141,10 @@ def _candidates(pipe: Any, setting: Setting, args: argparse.Namespace) -> dict[s
             apply_schedule, pipe, POLICIES[name].schedule(setting, **_knobs(POLICIES[name], spec, args))
         )
     for file in args.schedule:
-        found[Path(file).name] = partial(apply_schedule, pipe, _adapted(HGCSchedule.load(file), file, pipe, setting))
+        schedule = HGCSchedule.from_pretrained(file)
+        # Files change, and share names: rounds are added to those of the same schedule only.
+        digest = sha256(json.dumps(schedule.to_dict(), sort_keys=True).encode()).hexdigest()
+        found[f"{file} {digest[:8]}"] = partial(apply_schedule, pipe, _adapted(schedule, file, pipe, setting))
     if args.peers:
         for name, (interval, branch) in PEERS.items():
             found[name] = partial(_by_deepcache_package, pipe, interval, branch)

@@ -5,7 +5,7 @@ processes with one thread each (OMP_NUM_THREADS=1) share the work. Then the repo
 DIR/NAME.md, DIR/pareto.png and DIR/grid.png. Run it from the root of the repository.
 
   hgc_learn compare --config configs/compare/demo.yaml
-  hgc_learn compare --config configs/compare/demo.yaml --policies uniform deepcache -- --tuning.num_scenes=4
+  hgc_learn compare --config configs/compare/demo.yaml --policies uniform -- --output=runs/compare --report=runs/compare
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> None:
 
     config = read_config(args.config, args.overrides)
     selection = Selection.of(config, args.samplers, args.policies, args.budgets)
-    if args.redo and not args.report_only:
+    if args.redo and (args.timing or args.report_only):
+        raise ValueError("--redo runs cells again; --timing and --report_only run none. Give one of the three.")
+    if args.redo:
         for cell in selection.cells():
             files = cell_files(config, *cell)
             for path in (files.figures, files.timing):

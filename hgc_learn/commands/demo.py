@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-TEACHER = "hgc_learn/demo/teacher"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")
@@ -26,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if not args.config.is_file():
         raise ValueError(f"{args.config}: no such file; run the demo from the root of the repository.")
+    if args.num_scenes < 1:
+        raise ValueError(f"--num_scenes is {args.num_scenes}; at least 1 is needed to judge on.")
     from hgc_learn.demo.journey import run_demo
 
     run_demo(

@@ -2,7 +2,8 @@
 
 Writes DIR/hgc_schedule.json and a picture of it, DIR/hgc_schedule.png. One training run can be exported at several
 budgets. Needs the `train` extra. The checkpoint's configuration names classes that are built: export your own
-checkpoints, and share schedule files, which are only data.
+checkpoints, and share schedule files, which are only data. Routers trained by other objectives than Rollout are
+exported as they are: of the numbers below only the budget and max_patterns count for them.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from hgc_learn.schedule import HGCSchedule
 
-    schedule = HGCSchedule.load(args.schedule) if args.schedule else None
+    schedule = HGCSchedule.from_pretrained(args.schedule) if args.schedule else None
     architecture = named_architecture(args)
     result = count_macs(
         architecture, schedule, num_steps=args.steps, size=args.size, guidance_scale=args.guidance_scale
@@ -167,8 +167,9 @@ def _table(result: dict[str, Any]) -> str:
         lines.append(row("one image, scheduled", result["macs_cached"], result["macs_cached_with_attention"]))
         reduction = f"{result['macs_reduction']:.1%}", f"{result['macs_reduction_with_attention']:.1%}"
         lines.append(f"{'reduction':<28}{reduction[0]:>20}{reduction[1]:>20}")
+        patterns = f"{result['num_patterns']} patterns (different sets of what runs at a step)"
         mebibytes = f"{result['cache_bytes_float16'] / 2**20:.1f} MiB"
-        lines += ["", f"{result['num_patterns']} distinct steps; cache at most {mebibytes} per image in float16", ""]
+        lines += ["", f"{patterns}; cache at most {mebibytes} per image in float16", ""]
         pairs = zip(result["macs_cached_per_step"], result["macs_cached_per_step_with_attention"], strict=True)
         lines += [row(f"step {i}", *pair) for i, pair in enumerate(pairs)]
     return "\n".join(lines)

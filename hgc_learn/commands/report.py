@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hgc_learn.commands import add_data, data_module
 from hgc_learn.commands.schedule import DEMO_TEACHER
 
 if TYPE_CHECKING:
@@ -29,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--controlnet_model", metavar="DIR", help="of a ControlNet, if the pipeline holds none")
     parser.add_argument("--comparison", type=Path, metavar="JSON", help="of `hgc_learn compare`, for its Pareto curves")
     parser.add_argument("--num_pictures", type=int, default=0, help="full and cached, same seeds (default 0)")
-    parser.add_argument(
-        "--data", metavar="DIR", help="control images and prompts for them (default: the demonstration's scenes)"
-    )
+    add_data(parser, "for the pictures (default: the demonstration's scenes)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -43,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
     comparison = read_comparison(args.comparison) if args.comparison else ()
     if args.num_pictures < 0:
         raise ValueError(f"--num_pictures is {args.num_pictures}; it must be 0 (none) or more.")
+    if args.data is not None and not args.num_pictures:
+        raise ValueError("--data is for pictures: say how many with --num_pictures.")
     if args.num_pictures:
         architecture, pictures = _draw(args, schedule)
     else:
@@ -133,11 +134,7 @@ def _samples(args: argparse.Namespace, sampling: SamplingConfig) -> list[dict[st
     from torch.utils.data import DataLoader
 
     if args.data is not None:
-        from hgc_learn.data import ControlDataModule
-
-        module = ControlDataModule(
-            args.data, height=sampling.height, width=sampling.width, num_train=0, num_val=args.num_pictures
-        )
+        module = data_module(args, sampling, 0, args.num_pictures)
         module.setup("validate")
         return list(DataLoader(module.val_data, 1))
     if Path(args.model).resolve() != DEMO_TEACHER.resolve():

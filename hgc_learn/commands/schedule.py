@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hgc_learn.commands import add_data, data_module
 from hgc_learn.commands.macs import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, finite, image_size
 
 if TYPE_CHECKING:
@@ -66,11 +67,10 @@ def policy_parser(policy: Policy, kind: type[argparse.ArgumentParser], prog: str
     )
     add("--size", type=image_size, help="image size in pixels, N or HEIGHTxWIDTH (default: the model's)")
     add("--negative_prompt", default="", metavar="TEXT", help="for policies that measure (default: none)")
-    add(
-        "--data",
-        metavar="DIR",
-        help="control images and prompts for policies that measure: an image folder with metadata.jsonl "
-        "(default: drawn scenes for the demonstration's teacher, none for other models)",
+    add_data(
+        parser,
+        "for policies that measure: an image folder with metadata.jsonl (default: drawn scenes for the demonstration's "
+        "teacher, none for other models)",
     )
     add("--num_samples", type=int, default=8, help="samples that such a policy measures on (default 8)")
     add("--batch_size", type=int, default=4, help="samples that run at once (default 4)")
@@ -123,11 +123,7 @@ def _samples(args: argparse.Namespace, sampling: SamplingConfig) -> list[dict[st
     from torch.utils.data import DataLoader
 
     if args.data is not None:
-        from hgc_learn.data import ControlDataModule
-
-        module = ControlDataModule(
-            args.data, height=sampling.height, width=sampling.width, num_train=args.num_samples, num_val=0
-        )
+        module = data_module(args, sampling, args.num_samples, 0)
         module.setup("fit")
         return list(DataLoader(module.train_data, args.batch_size))
     if Path(args.model).resolve() == DEMO_TEACHER.resolve():

@@ -79,7 +79,8 @@ def read_cell(config: CompareConfig, sampler: str, policy: str, budget: float) -
     other_knobs = any(cell["settings"].get(name) != value for name, value in fixed.items() if "settings" in cell)
     if cell["protocol"] != protocol(config, sampler) or other_knobs:
         raise ValueError(
-            f"{path} was made with other settings than those asked for now. Set another output, or run with --redo."
+            f"{path} was made with other settings than those asked for now. Set another output (-- --output=DIR), or "
+            "run all cells of the comparison again (--redo)."
         )
     return cell
 

@@ -14,6 +14,7 @@ def checkpoint(config: CompareConfig, sampler: str, policy: str) -> Path:
 
     Raises:
         ValueError: there is no training configuration for them, or it cannot be read.
+        KeyboardInterrupt: the training was interrupted; it goes on at the next call.
     """
     folder = Path(config.output) / "trained" / sampler / policy
     ckpt_path, done = folder / "last.ckpt", folder / "trained.json"
@@ -32,11 +33,9 @@ def checkpoint(config: CompareConfig, sampler: str, policy: str) -> Path:
         arguments.append(f"--ckpt_path={ckpt_path}")
     start = time.monotonic()
     try:
-        trainer = train(arguments).trainer
+        train(arguments)
     except SystemExit as error:  # how the command line says that it does not like a setting
         raise ValueError(f"{training} is not a configuration of train.py; what is wrong is printed above.") from error
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     minutes = round((time.monotonic() - start) / 60, 2)
     save_json(done, {"training": str(training), "minutes": minutes, "resumed": resumed})
     return ckpt_path

@@ -39,6 +39,9 @@ class Rollout(Objective):
         num_warm_start_batches: batches that measure each gate's effect on the uncached trajectory, to start from; 0 to
             start with equal gates.
         num_directions: random ones in which second-order effects are measured; 0 leaves these out.
+
+    Raises:
+        ValueError: a number out of range.
     """
 
     policy: ClassVar[str] = "learned"
@@ -53,6 +56,11 @@ class Rollout(Objective):
         num_directions: int = 1,
     ):
         super().__init__()
+        if not (final_temperature > 0 and num_warm_start_batches >= 0 and num_directions >= 0):
+            raise ValueError(
+                f"final_temperature is {final_temperature}, num_warm_start_batches {num_warm_start_batches} and "
+                f"num_directions {num_directions}; the first must be above 0, the others 0 or more."
+            )
         self.learning_rate = learning_rate
         self.final_temperature = final_temperature
         self.num_warm_start_batches = num_warm_start_batches

@@ -37,7 +37,7 @@ def evolutionary(
     """Evolves, per step, where the decoder starts from and whether ControlNet, guidance and attention are reused.
 
     Minimises the mean squared error of the final latents in real rollouts. It starts from all rules that do one thing
-    at all steps but evenly spaced full ones, at the budget. `setting.memo["num_rollouts"]` counts what it costs.
+    at all steps but evenly spaced full ones, at the budget.
 
     Args:
         budget: fraction of the full MACs that must not be exceeded.
