@@ -96,7 +96,6 @@ def site_statistics(setting: Setting, sites: Sequence[str]) -> dict[str, SiteSta
             for site, history in _histories(setting, group, batch).items():
                 statistics = SiteStatistics.of(history)
                 known[site] = known[site] + statistics if site in known else statistics
-            count_rollouts(setting, len(batch["seed"]))
     return {site: known[site] for site in sites}
 
 
@@ -170,11 +169,6 @@ class ObservedForwards(RoutedForwards):
 # Rollouts of drafts
 
 
-def count_rollouts(setting: Setting, num_samples: float) -> None:
-    """Notes what has been spent, in full trajectories of one sample: `setting.memo["num_rollouts"]`."""
-    setting.memo["num_rollouts"] = setting.memo.get("num_rollouts", 0.0) + num_samples
-
-
 def latent_error(setting: Setting, draft: Draft) -> float:
     """Mean squared error of a draft's final latents on the setting's samples, against the uncached pipeline's."""
     errors: dict[Any, float] = setting.memo.setdefault("latent_errors", {})
@@ -191,7 +185,6 @@ def latent_error(setting: Setting, draft: Draft) -> float:
             num_samples += len(reference)
     finally:
         remove_schedule(setting.pipe)
-    count_rollouts(setting, num_samples * setting.kept(draft))
     error = total / num_samples
     if key is not None:
         errors[key] = error
@@ -203,7 +196,6 @@ def reference_latents(setting: Setting) -> list[Tensor]:
     if "reference_latents" not in setting.memo:
         batches = progress(setting.batches, "uncached trajectories")
         setting.memo["reference_latents"] = [generate(setting.pipe, setting.sampling, batch) for batch in batches]
-        count_rollouts(setting, sum(len(batch["seed"]) for batch in setting.batches))
     references: list[Tensor] = setting.memo["reference_latents"]
     return references
 

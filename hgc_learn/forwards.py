@@ -2,7 +2,7 @@
 
 `RoutedForwards` stands where the models' own `forward` stood, keeps count of the step, notices when inputs change in
 mid-run, and leaves to a subclass what is executed: the plan of a schedule (`inference`) or every node with gates in
-between (`probe`). Nothing is read back from the device in mid-run, but in inference mode (see `_Signature`).
+between (`probe`). Nothing is read back from the device in mid-run, but in inference mode (see `unchanged`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from hgc_learn import ops
 from hgc_learn.graph import Graph, controlnet_list
 from hgc_learn.takeover import give_back, owner_of_forward, take_over
+from hgc_learn.unchanged import Settings, Signature
 
 _ALL_CONTROLNETS = "controlnet"  # the name that a single one has
 _SLOT = "_hgc_forwards"
-_FREEU = ("s1", "s2", "b1", "b2")
 
 
 class RoutedForwards:
@@ -112,7 +112,7 @@ class RoutedForwards:
 
     def new_run(self) -> None:
         self.num_calls = dict.fromkeys([*self.models, _ALL_CONTROLNETS], 0)
-        self.seen: dict[str, _Signature] = {}
+        self.seen: dict[str, Signature] = {}
         self.refreshed: set[int] = set()
         self.first_step, self.last_step = 0, self.num_steps - 1
         self.is_offloaded = False
@@ -126,7 +126,7 @@ class RoutedForwards:
             self.new_run()
             self._check_pipeline()
             self.check_run(timesteps)
-            self.timesteps, self.settings = timesteps, _Settings(self.models)
+            self.timesteps, self.settings = timesteps, Settings(self.models)
             offloaded = [*self.models.values(), getattr(self.pipe, "controlnet", None)]
             self.is_offloaded = any(hasattr(module, "_hf_hook") for module in offloaded)  # by copies of the arguments
             self.first_step = _nearest(timestep, timesteps) if place is None else place
@@ -141,7 +141,7 @@ class RoutedForwards:
         if model == "unet" and step == self.first_step and self.is_guided:
             _check_halves(sample)
         called_with = (sample.shape, sample.dtype, sample.device, inputs)
-        signature = _Signature(called_with, self.settings.read())
+        signature = Signature(called_with, self.settings.read())
         if step > self.last_step:  # the pipeline had said less, and what was kept is gone
             self.refreshed.add(step)
         if model in self.seen and not signature.equals(self.seen[model]):
@@ -152,8 +152,8 @@ class RoutedForwards:
                     "followed; remove_schedule(pipe) for such runs."
                 )
             self.refreshed.add(step)
-            self.settings = _Settings(self.models)  # with the layers that a LoRA has brought
-            signature = _Signature(called_with, self.settings.read())
+            self.settings = Settings(self.models)  # with the layers that a LoRA has brought
+            signature = Signature(called_with, self.settings.read())
         self.seen[model] = signature
         self.num_calls[model] += 1
         return step
@@ -355,66 +355,3 @@ def _nearest(timestep: Any, timesteps: Tensor) -> int:
     """The same from its value; of a pair of equal ones, a step begins at the latter."""
     distances = [abs(t - float(timestep)) for t in timesteps.tolist()]
     return max(i for i, distance in enumerate(distances) if distance == min(distances))
-
-
-class _Settings:
-    """What can be changed on models in mid-run without being an argument of theirs: attention processors and their
-    scale (IP-Adapter), LoRA, FreeU."""
-
-    def __init__(self, models: dict[str, Any]):
-        modules = [module for model in models.values() for module in model.modules()]
-        self.models = list(models.values())
-        self.attentions = [m for m in modules if hasattr(m, "processor")]
-        self.adapted = [m for m in modules if hasattr(m, "merged_adapters")]
-        self.blocks = [m for m in modules if hasattr(m, "resolution_idx")]
-
-    def read(self) -> tuple[Any, ...]:
-        """At every model call, so in plain values: what may be changed in place is copied."""
-        processors = [m.processor for m in self.attentions]
-        scales = [getattr(processor, "scale", None) for processor in processors]
-        return (
-            processors,
-            [tuple(scale) if isinstance(scale, list) else scale for scale in scales],
-            [
-                (dict(m.scaling), tuple(m.active_adapters), tuple(m.merged_adapters), m.disable_adapters)
-                for m in self.adapted
-            ],
-            [getattr(m, name, None) for m in self.blocks for name in _FREEU],
-            [tuple(getattr(m, "peft_config", ())) for m in self.models],
-        )
-
-
-class _Signature:
-    """Identity of everything that must stay the same for kept tensors to be right. Tensors are compared by memory
-    and version, not by value, so that nothing is read from the device; they are held so that no other tensor can
-    take their place in memory. Those made in inference mode have no version, so of them the values are compared.
-
-    Args:
-        inputs: what a model is called with, nested.
-        settings: compared as they are.
-    """
-
-    def __init__(self, inputs: Any, settings: tuple[Any, ...]):
-        self.settings = settings
-        self.held: list[Tensor] = []
-        self.copies: list[Tensor] = []
-        self.key = self._key(inputs)
-
-    def equals(self, other: _Signature) -> bool:
-        is_same = self.key == other.key and self.settings == other.settings
-        return is_same and all(map(torch.equal, self.copies, other.copies))
-
-    def _key(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            self.held.append(value)
-            version = 0
-            if value.is_inference():
-                self.copies.append(value.clone())
-            else:
-                version = value._version
-            return (value.data_ptr(), version, tuple(value.shape), value.stride(), value.dtype, value.device)
-        if isinstance(value, dict):
-            return tuple((key, self._key(value[key])) for key in sorted(value))
-        if isinstance(value, list | tuple):
-            return tuple(self._key(v) for v in value)
-        return value

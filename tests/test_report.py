@@ -174,6 +174,7 @@ def test_pictures_of_samplers_with_more_calls_than_steps(scheduler: str, teacher
         (["--num_pictures", "-1"], "--num_pictures is -1"),
         (["--num_pictures", "1", "--model", "a/b"], "give a folder of them with --data"),
         (["--data", "folder"], "--data is for pictures: say how many with --num_pictures"),
+        (["--controlnet_model", "folder"], "--controlnet_model is for pictures: say how many with --num_pictures"),
         (["--comparison", "none.json"], "none.json: cannot be read"),
         (["--comparison", str(EXAMPLE)], "no rows with figures"),
     ],

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN_OR_FILE", help="a schedule file, or a folder or hub id with one")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="page to write, .html")
     parser.add_argument("--model", metavar="DIR", help="folder of the pipeline; for pictures, or a hub id")
-    parser.add_argument("--controlnet_model", metavar="DIR", help="of a ControlNet, if the pipeline holds none")
+    parser.add_argument(
+        "--controlnet_model", metavar="DIR", help="of a ControlNet, if the pipeline of --model has none"
+    )
     parser.add_argument("--comparison", type=Path, metavar="JSON", help="of `hgc_learn compare`, for its Pareto curves")
     parser.add_argument("--num_pictures", type=int, default=0, help="full and cached, same seeds (default 0)")
     add_data(parser, "for the pictures (default: the demonstration's scenes)")
@@ -42,8 +44,9 @@ def run(args: argparse.Namespace) -> None:
     comparison = read_comparison(args.comparison) if args.comparison else ()
     if args.num_pictures < 0:
         raise ValueError(f"--num_pictures is {args.num_pictures}; it must be 0 (none) or more.")
-    if args.data is not None and not args.num_pictures:
-        raise ValueError("--data is for pictures: say how many with --num_pictures.")
+    for name in ("data", "controlnet_model"):
+        if getattr(args, name) is not None and not args.num_pictures:
+            raise ValueError(f"--{name} is for pictures: say how many with --num_pictures.")
     if args.num_pictures:
         architecture, pictures = _draw(args, schedule)
     else:

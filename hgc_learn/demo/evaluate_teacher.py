@@ -146,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--output", type=Path, help="folder for figures.json and grid.png; default: beside the weights")
     args = parser.parse_args(argv)
+    if args.num_scenes < 1:
+        parser.error(f"--num_scenes is {args.num_scenes}; it must be at least 1.")
     output = args.output or args.pipeline
     output.mkdir(parents=True, exist_ok=True)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hgc_learn import calibration
 from hgc_learn.calibration import SiteStatistics, latent_error, layer_sites, reference_latents, site_statistics
+from hgc_learn.comparison.tune import count_rollouts
 from hgc_learn.inference import HGCSchedule, apply_schedule, remove_schedule
 from hgc_learn.rollout import generate
 from hgc_learn.setting import Draft
@@ -76,11 +77,12 @@ def test_calibration_runs_the_pipelines_own_trajectory_and_leaves_no_trace() -> 
 def test_what_is_known_is_not_measured_again() -> None:
     setting = measured_setting()
     num_samples = sum(len(batch["seed"]) for batch in setting.batches)
-    site_statistics(setting, ["unet:eps", "unet.conv_in:out"])
-    site_statistics(setting, ["unet:eps"])
-    assert setting.memo["num_rollouts"] == num_samples
-    site_statistics(setting, ["unet:eps", "unet.mid_block.resnets.0:out"])
-    assert setting.memo["num_rollouts"] == 2 * num_samples
+    with count_rollouts(setting) as rollouts:
+        site_statistics(setting, ["unet:eps", "unet.conv_in:out"])
+        site_statistics(setting, ["unet:eps"])
+        assert rollouts.num_samples == pytest.approx(num_samples)
+        site_statistics(setting, ["unet:eps", "unet.mid_block.resnets.0:out"])
+    assert rollouts.num_samples == pytest.approx(2 * num_samples)
 
 
 def test_sites_that_do_not_fit_into_memory_together_take_more_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,8 +90,9 @@ def test_sites_that_do_not_fit_into_memory_together_take_more_runs(monkeypatch: 
     together = site_statistics(shared_setting(), sites)
     monkeypatch.setattr(calibration, "MAX_HISTORY_BYTES", 1)
     setting = measured_setting()
-    apart = site_statistics(setting, sites)
-    assert setting.memo["num_rollouts"] == 3 * sum(len(batch["seed"]) for batch in setting.batches)
+    with count_rollouts(setting) as rollouts:
+        apart = site_statistics(setting, sites)
+    assert rollouts.num_samples == pytest.approx(3 * sum(len(batch["seed"]) for batch in setting.batches))
     for site in sites:
         assert torch.equal(apart[site].gram, together[site].gram)
 
@@ -113,7 +116,9 @@ def test_latent_error_is_that_of_the_applied_schedule() -> None:
         remove_schedule(setting.pipe)
         errors += (cached - full).square().flatten(1).mean(1).tolist()
     assert latent_error(setting, draft) == pytest.approx(sum(errors) / len(errors))
-    assert setting.memo["num_rollouts"] == pytest.approx(3 + 3 * 0.6)  # uncached, and three of five steps
+    with count_rollouts(setting) as rollouts:
+        assert latent_error(setting, draft) == pytest.approx(sum(errors) / len(errors))
+        assert rollouts.num_samples == 0
     assert latent_error(setting, Draft({})) == 0
 
 

@@ -5,6 +5,7 @@ import pytest
 from measured import shared_setting, single_sample_setting
 
 from hgc_learn.calibration import latent_error
+from hgc_learn.comparison.tune import count_rollouts
 from hgc_learn.genetic import Genes, search
 from hgc_learn.plan import compile_plan
 from hgc_learn.policies import POLICIES
@@ -68,11 +69,11 @@ def test_the_same_seed_finds_the_same_schedule_and_counts_its_rollouts() -> None
     drafts = []
     for _ in range(2):
         setting = single_sample_setting()
-        drafts.append(evolutionary(setting, budget=0.4, population=4, generations=2, seed=3))
+        with count_rollouts(setting) as rollouts:
+            drafts.append(evolutionary(setting, budget=0.4, population=4, generations=2, seed=3))
         num_rules = len(rules(Encoding(setting), 0.4))
         num_samples = sum(len(batch["seed"]) for batch in setting.batches)
-        spent = setting.memo["num_rollouts"]
-        assert num_samples < spent <= num_samples * (1 + 0.4 * (num_rules + 2 * 4))
+        assert num_samples < rollouts.num_samples <= num_samples * (1 + num_rules + 2 * 4)
     assert drafts[0] == drafts[1]
 
 
