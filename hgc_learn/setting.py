@@ -57,14 +57,6 @@ class Setting:
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_architecture(cls, architecture: Architecture, sampling: SamplingConfig) -> Setting:
-        """For policies that need neither weights nor samples; timesteps are spaced evenly from 999 on."""
-        graph, costs = architecture.measure((sampling.height, sampling.width))
-        num_steps = sampling.num_inference_steps
-        timesteps = tuple(999.0 - 1000.0 * i / num_steps for i in range(num_steps))
-        return cls(graph, costs, sampling, timesteps)
-
-    @classmethod
     def of_pipeline(cls, pipe: Any, sampling: SamplingConfig, batches: Sequence[dict[str, Any]] = ()) -> Setting:
         graph, costs = Architecture.of(pipe).measure((sampling.height, sampling.width))
         return cls(graph, costs, sampling, scheduler_timesteps(pipe, sampling.num_inference_steps), pipe, batches)

@@ -5,6 +5,4 @@ from hgc_learn.objectives.harmonica import HarmoniCa
 from hgc_learn.objectives.l2c import L2C
 from hgc_learn.objectives.rollout import Rollout
 
-OBJECTIVES: dict[str, type[Objective]] = {"rollout": Rollout, "l2c": L2C, "harmonica": HarmoniCa}
-
-__all__ = ["DEFAULT_SITES", "L2C", "OBJECTIVES", "HarmoniCa", "Objective", "Rollout"]
+__all__ = ["DEFAULT_SITES", "L2C", "HarmoniCa", "Objective", "Rollout"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from diffusers.models.attention_processor import Attention
 from tiny_models import GUIDANCE_SCALE, IMAGE_SIZE, VAE_SCALE_FACTOR, TinyPipeline, build_pipeline
 from torch import Tensor
 
-from hgc_learn.architectures import build_architecture
 from hgc_learn.inference import apply_schedule
 from hgc_learn.policies import POLICIES
 from hgc_learn.rollout import SamplingConfig
@@ -102,12 +100,6 @@ def denoise(tiny: TinyPipeline, gate: int, begin_step: Callable[[int], None]) ->
 def distance(a: Tensor, b: Tensor) -> float:
     """Relative to `b`."""
     return float((a - b).norm() / b.norm())
-
-
-@cache
-def sd15_controlnet_setting() -> Setting:
-    """20 steps, 512x512, with guidance."""
-    return Setting.of_architecture(build_architecture("sd15-controlnet"), SamplingConfig(20, 7.5, 512, 512))
 
 
 def sd15_attention_macs(*, controlnet: bool) -> tuple[int, int]:

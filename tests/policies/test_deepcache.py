@@ -15,6 +15,7 @@ import pytest
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UniPCMultistepScheduler
 from tiny_models import GUIDANCE_SCALE, IMAGE_SIZE, NUM_STEPS, SHAPES, TinyPipeline, build_pipeline, shared_pipeline
 from torch import Tensor
+from unmeasured import unmeasured_setting
 
 from hgc_learn.architectures import build_architecture
 from hgc_learn.inference import apply_schedule
@@ -147,7 +148,7 @@ def test_two_controlnets_and_another_sampler() -> None:
 
 @pytest.fixture(scope="module")
 def sd15() -> Setting:
-    return Setting.of_architecture(build_architecture("sd15-controlnet"), SamplingConfig(20, 7.5, 512, 512))
+    return unmeasured_setting("sd15-controlnet")
 
 
 def test_branch_names(sd15: Setting) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from tiny_models import GUIDANCE_SCALE, IMAGE_SIZE, NUM_STEPS, SHAPES, shared_pipeline
+from unmeasured import unmeasured_setting
 
-from hgc_learn.architectures import build_architecture
 from hgc_learn.inference import apply_schedule
 from hgc_learn.policies import POLICIES
 from hgc_learn.policies.faster_diffusion import PAPER_KEYS, key_steps
@@ -49,7 +49,7 @@ def test_every_number_of_keys_gives_that_many() -> None:
 
 @pytest.fixture(scope="module")
 def sd15() -> Setting:
-    return Setting.of_architecture(build_architecture("sd15-controlnet"), SamplingConfig(20, 7.5, 512, 512))
+    return unmeasured_setting("sd15-controlnet")
 
 
 def macs_by_part(setting: Setting) -> dict[str, int]:
@@ -86,7 +86,7 @@ def test_sites_are_the_skips_the_mid_block_and_their_residuals(sd15: Setting) ->
     assert len([site for site in draft.sites if site.endswith(":control")]) == 13
     assert {"unet.conv_in:out", "unet.mid_block.resnets.1:out"} < set(draft.sites)
     assert set(draft.sites.values()) == {"C---------C---------"}
-    plain = Setting.of_architecture(build_architecture("sdxl"), SamplingConfig(20, 7.5, 512, 512))
+    plain = unmeasured_setting("sdxl")
     assert len(FASTER_DIFFUSION.write(plain).sites) == 9 + 1
 
 

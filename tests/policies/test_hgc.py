@@ -15,11 +15,11 @@ from attention_pipelines import (
     run,
     run_policy,
     sd15_attention_macs,
-    sd15_controlnet_setting,
 )
 from tiny_models import IMAGE_SIZE
 from torch import Tensor
 from torch.utils._pytree import tree_map
+from unmeasured import unmeasured_setting
 
 from hgc_learn.policies import POLICIES
 from hgc_learn.rollout import SamplingConfig
@@ -125,7 +125,7 @@ def test_without_guidance_nothing_is_averaged_or_dropped() -> None:
 
 def test_default_costs_what_the_paper_says() -> None:
     """6.70T, and by hand: interval 3, three of four decoder blocks held, cross-attention every second step, gate 13."""
-    setting = sd15_controlnet_setting()
+    setting = unmeasured_setting("sd15-controlnet")
     plan = setting.plan(POLICIES["hgc"].write(setting))
     macs = plan.macs(setting.costs)
     assert macs == pytest.approx(6.70e12, rel=0.01)
@@ -144,13 +144,13 @@ def test_default_costs_what_the_paper_says() -> None:
 def test_the_file_says_that_it_is_a_reconstruction() -> None:
     tiny = build(controlnet=True)
     policy = POLICIES["hgc"]
-    schedule = policy.schedule(Setting.of_pipeline(tiny.pipe, sd15_controlnet_setting().sampling))
+    schedule = policy.schedule(Setting.of_pipeline(tiny.pipe, unmeasured_setting("sd15-controlnet").sampling))
     assert "reconstruction" in schedule.producer["paper"]
     assert "reconstruction" in policy.summary
 
 
 def test_the_grid_reaches_every_budget() -> None:
-    setting = sd15_controlnet_setting()
+    setting = unmeasured_setting("sd15-controlnet")
     policy = POLICIES["hgc"]
     kept = [setting.kept(policy.write(setting, **knobs)) for knobs in policy.candidates(setting)]
     for budget in (0.60, 0.50, 0.37, 0.25, 0.15):
@@ -167,4 +167,4 @@ def test_the_grid_reaches_every_budget() -> None:
 )
 def test_wrong_knobs_are_refused(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        POLICIES["hgc"].write(sd15_controlnet_setting(), **knobs)
+        POLICIES["hgc"].write(unmeasured_setting("sd15-controlnet"), **knobs)

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from attention_pipelines import build, distance, run, run_policy, sd15_attention_macs, sd15_controlnet_setting
+from attention_pipelines import build, distance, run, run_policy, sd15_attention_macs
 from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from torch import nn
+from unmeasured import unmeasured_setting
 
 from hgc_learn.policies import POLICIES
 
@@ -76,7 +77,7 @@ def test_macs_by_hand(
     cross_interval: int, self_interval: int, num_cross_reused: int, num_self_reused: int, controlnet: bool
 ) -> None:
     """SD1.5 with a ControlNet, 20 steps, guidance."""
-    setting = sd15_controlnet_setting()
+    setting = unmeasured_setting("sd15-controlnet")
     draft = POLICIES["pab"].write(
         setting, cross_interval=cross_interval, self_interval=self_interval, controlnet=controlnet
     )
@@ -87,7 +88,7 @@ def test_macs_by_hand(
 
 
 def test_no_setting_comes_below_what_is_not_attention() -> None:
-    setting = sd15_controlnet_setting()
+    setting = unmeasured_setting("sd15-controlnet")
     policy = POLICIES["pab"]
     kept = [setting.kept(policy.write(setting, **knobs)) for knobs in policy.candidates(setting)]
     assert 0.88 < min(kept) < 0.89
@@ -95,4 +96,4 @@ def test_no_setting_comes_below_what_is_not_attention() -> None:
 
 def test_wrong_knobs_are_refused() -> None:
     with pytest.raises(ValueError, match=r"cross_interval is 0; it must be at least 1\."):
-        POLICIES["pab"].write(sd15_controlnet_setting(), cross_interval=0)
+        POLICIES["pab"].write(unmeasured_setting("sd15-controlnet"), cross_interval=0)

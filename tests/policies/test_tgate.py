@@ -15,9 +15,9 @@ from attention_pipelines import (
     run,
     run_policy,
     sd15_attention_macs,
-    sd15_controlnet_setting,
 )
 from tgate.tgate_utils import register_forward, tgate_scheduler
+from unmeasured import unmeasured_setting
 
 from hgc_learn.policies import POLICIES
 
@@ -112,7 +112,7 @@ def test_macs_by_hand(
     gate: int, interval: int, late_interval: int, num_reused: int, num_reused_late: int, controlnet: bool
 ) -> None:
     """SD1.5 with a ControlNet, 20 steps, guidance: two samples per step before the gate, one after it."""
-    setting = sd15_controlnet_setting()
+    setting = unmeasured_setting("sd15-controlnet")
     draft = POLICIES["tgate"].write(
         setting,
         gate=gate,
@@ -128,7 +128,7 @@ def test_macs_by_hand(
 
 
 def test_the_grid_reaches_half_the_macs_and_not_much_less() -> None:
-    setting = sd15_controlnet_setting()
+    setting = unmeasured_setting("sd15-controlnet")
     policy = POLICIES["tgate"]
     kept = [setting.kept(policy.write(setting, **knobs)) for knobs in policy.candidates(setting)]
     assert min(abs(k - 0.5) for k in kept) < 0.005
@@ -137,6 +137,6 @@ def test_the_grid_reaches_half_the_macs_and_not_much_less() -> None:
 
 def test_wrong_knobs_are_refused() -> None:
     with pytest.raises(ValueError, match=r"gate is 0; it must be at least 1\."):
-        POLICIES["tgate"].write(sd15_controlnet_setting(), gate=0)
+        POLICIES["tgate"].write(unmeasured_setting("sd15-controlnet"), gate=0)
     with pytest.raises(ValueError, match="self_attention_interval is 0"):
-        POLICIES["tgate"].write(sd15_controlnet_setting(), self_attention_interval=0)
+        POLICIES["tgate"].write(unmeasured_setting("sd15-controlnet"), self_attention_interval=0)
