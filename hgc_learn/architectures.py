@@ -84,12 +84,19 @@ class Architecture:
         return cls(pipe.unet, getattr(pipe, "controlnet", None), pipe.vae_scale_factor, num_tokens)
 
     def measure(self, size: tuple[int, int] | None = None) -> tuple[Graph, dict[str, NodeCost]]:
-        """The expanded graph and its costs at an image size (height, width) in pixels; see `measure_costs`."""
+        """The expanded graph and its costs at an image size (height, width) in pixels; see `measure_costs`.
+
+        Raises:
+            ValueError: a size that has no whole number of latent pixels.
+        """
         height, width = size or self.default_size
+        scale = self.vae_scale_factor
+        if height % scale or width % scale:
+            raise ValueError(f"The size is {height}x{width}; this model takes multiples of {scale}.")
         return measure_costs(
             self.unet,
             self.controlnet,
-            latent_size=(height // self.vae_scale_factor, width // self.vae_scale_factor),
+            latent_size=(height // scale, width // scale),
             image_size=(height, width),
             num_tokens=self.num_tokens,
         )

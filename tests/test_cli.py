@@ -157,6 +157,9 @@ def test_inspect_with_the_model_shows_what_nothing_reads(capsys: pytest.CaptureF
     assert (shares[0], shares[1], shares[3]) == ("100%", "0%", "100%")
     assert 0 < int(shares[2].rstrip("%")) < 100
     assert "made for another model" in refused(capsys, "inspect", str(path), "--arch", "sd15")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"height": 1}))
+    message = refused(capsys, "inspect", str(path), "--model", str(tmp_path))
+    assert "The size is 1x16; this model takes multiples of 2" in message
 
 
 def test_inspect_of_a_schedule_that_reuses_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -88,11 +88,8 @@ def count_macs(
     guidance_scale = DEFAULT_GUIDANCE_SCALE if guidance_scale is None else guidance_scale
     if not 1 <= num_steps <= 4096:
         raise ValueError(f"--steps is {num_steps}; it must be 1 to 4096.")
-    scale = architecture.vae_scale_factor
-    height, width = size or architecture.default_size
-    if height % scale or width % scale:
-        raise ValueError(f"--size is {height}x{width}; this model takes multiples of {scale}.")
 
+    height, width = size or architecture.default_size
     graph, costs = architecture.measure((height, width))
     batch_size = 2 if guidance_scale > 1 else 1
     per_forward: dict[str, dict[str, int]] = {}

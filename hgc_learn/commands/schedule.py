@@ -106,8 +106,6 @@ def write(policy: Policy, args: argparse.Namespace) -> None:
     )
     pipe = load_pipeline(args.model, sampling, controlnet=args.controlnet_model)
     height, width = args.size or Architecture.of(pipe).default_size
-    if height % pipe.vae_scale_factor or width % pipe.vae_scale_factor:
-        raise ValueError(f"--size is {height}x{width}; this model takes multiples of {pipe.vae_scale_factor}.")
     sampling = replace(sampling, height=height, width=width)
     setting = Setting.of_pipeline(pipe, sampling, _samples(args, sampling))
     schedule = policy.schedule(setting, **{name: getattr(args, name) for name in policy.knobs})

@@ -115,33 +115,28 @@ def _run_policy(
 ) -> None:
     where = f"{bench.sampler} {policy}"
     policy_bench = PolicyBench(bench, POLICIES[policy], lambda words: display.say(f"{where}: {words}"))
-    no_checkpoint = None
+    training: dict[str, Any] = {}
     if policy_bench.needs_checkpoint:
         with display.paused():  # training has a display of its own
-            no_checkpoint = _attempt(lambda: policy_bench.ckpt_path)
+            training = _attempt(lambda: {"ckpt_path": policy_bench.ckpt_path})
     for budget in budgets:
         where = f"{bench.sampler} {policy} {budget:g}"
         start = time.monotonic()
-        row: dict[str, Any] = {"policy": policy, "sampler": bench.sampler, "budget": budget}
-        error = no_checkpoint or _attempt(partial(_fill, row, policy_bench, budget))
-        if error:
-            row |= {"error": error, "protocol": protocol(bench.config, bench.sampler)}
+        row = training if "error" in training else _attempt(partial(policy_bench.run, budget))
+        if "error" in row:
+            row = {"policy": policy, "sampler": bench.sampler, "budget": budget, **row}
+            row["protocol"] = protocol(bench.config, bench.sampler)
         save_json(cell_files(bench.config, bench.sampler, policy, budget).figures, row)
         display.advance(num_done())
         display.log(f"{where}: {_outcome(row)} ({time.monotonic() - start:.0f} s; {display.count()})")
 
 
-def _fill(row: dict[str, Any], policy_bench: PolicyBench, budget: float) -> None:
-    row.update(policy_bench.run(budget))
-
-
-def _attempt(action: Callable[[], object]) -> str | None:
-    """Runs `action`; the traceback if it fails. Ctrl-C passes."""
+def _attempt(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `action` returns, or its traceback as `error`. Ctrl-C passes."""
     try:
-        action()
+        return action()
     except Exception:
-        return traceback.format_exc()
-    return None
+        return {"error": traceback.format_exc()}
 
 
 def _is_done(cell: dict[str, Any] | None) -> bool:

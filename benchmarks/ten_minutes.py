@@ -1,0 +1,93 @@
+"""How good a schedule is that took ten minutes on two cores: `python benchmarks/ten_minutes.py`.
+
+Trains by the comparison's configuration on two devices, so with half as many updates of two samples each, and exports
+by rounding alone: nothing is learned at the export. What comes out is judged on the comparison's test scenes, beside
+the best other policy of the comparison, whose cells must be there. Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hgc_learn.comparison.config import CompareConfig, read_config
+from hgc_learn.comparison.ranking import collect
+from hgc_learn.comparison.samples import draw_batches, render, save_json
+from hgc_learn.comparison.statistics import mean_interval, paired_difference
+from hgc_learn.evaluation import picture_psnr
+from hgc_learn.export import decide, load_run
+from hgc_learn.learning import Learning
+
+ROUNDING = Learning(reorder_trials=0, specialise_updates=0, tune_updates=0)
+# Adam moves a logit by the learning rate per update: of half as many updates each moves farther, by the root of two.
+CHANGES = ("--trainer.devices=2", "--model.objective.learning_rate=0.14")
+
+
+def train(config: Path, folder: Path) -> float:
+    """Minutes that `train.py` takes, from its start to its end."""
+    paths = f"--trainer.default_root_dir={folder}", f"--checkpoint.dirpath={folder}"
+    command = [sys.executable, "train.py", "fit", f"--config={config}", *CHANGES, *paths]
+    start = time.monotonic()
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return (time.monotonic() - start) / 60
+
+
+def judge(config: CompareConfig, sampler: str, ckpt_path: Path) -> Iterator[dict[str, Any]]:
+    """A row per budget."""
+    module, data = load_run(ckpt_path)
+    scenes = draw_batches("test", config.samplers[sampler].num_test, config.batch_size, config.test_offset)
+    full = render(module.pipe, module.sampling, scenes).pictures
+    for ranking in collect(config)[0]:
+        if ranking.sampler != sampler:
+            continue
+        start = time.monotonic()
+        hard, draft = decide(module, data, ranking.budget, ROUNDING)
+        seconds = time.monotonic() - start
+        schedule = module.setting.schedule(draft, policy="learned", settings={})
+        psnr = picture_psnr(render(module.pipe, module.sampling, scenes, schedule).pictures, full).tolist()
+        other = next(cell for cell in ranking.cells if cell["policy"] != "learned")
+        difference, interval = paired_difference(psnr, other["samples"]["psnr_db"])
+        yield {
+            "budget": ranking.budget,
+            "kept_macs": round(module.router.kept(hard.compute), 4),
+            "exporting_seconds": round(seconds, 1),
+            "num_samples": len(psnr),
+            "psnr_db": round(sum(psnr) / len(psnr), 3),
+            "psnr_ci": [round(bound, 3) for bound in mean_interval(psnr)],
+            "best_other": other["policy"],
+            "difference_db": round(difference, 3),
+            "difference_ci": [round(bound, 3) for bound in interval],
+        }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sampler", default="UniPC-20")
+    parser.add_argument("--config", type=Path, default=Path("configs/compare/demo.yaml"), help="of the comparison")
+    parser.add_argument("--folder", type=Path, default=Path("runs/ten_minutes"), help="of the training")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/ten_minutes.json"))
+    args = parser.parse_args(argv)
+    minutes = train(Path(f"configs/compare/train/learned-{args.sampler}.yaml"), args.folder)
+    result = {
+        "sampler": args.sampler,
+        "changes": CHANGES,
+        "num_cores": os.cpu_count(),
+        "training_minutes": round(minutes, 2),
+        "rows": list(judge(read_config(args.config), args.sampler, args.folder / "last.ckpt")),
+    }
+    save_json(args.output, result)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    torch.set_flush_denormal(True)
+    main()
