@@ -98,10 +98,9 @@ ALONE = "trained for this budget alone"
 
 EXPORTS = {
     WHOLE: ALL,
-    "no steps trading places": replace(ALL, reorder_trials=0),
     "no specialising": replace(ALL, specialise_updates=0),
     "no learned fill-ins": replace(ALL, tune_updates=0),
-    "none of these": Learning(reorder_trials=0, specialise_updates=0, tune_updates=0),
+    "none of these": Learning(specialise_updates=0, tune_updates=0),
     ALONE: ALL,
 }
 

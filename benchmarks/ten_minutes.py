@@ -27,7 +27,7 @@ from hgc_learn.evaluation import picture_psnr
 from hgc_learn.export import decide, load_run
 from hgc_learn.learning import Learning
 
-ROUNDING = Learning(reorder_trials=0, specialise_updates=0, tune_updates=0)
+ROUNDING = Learning(specialise_updates=0, tune_updates=0)
 # Adam moves a logit by the learning rate per update: of half as many updates each moves farther, by the root of two.
 CHANGES = ("--trainer.devices=2", "--model.objective.learning_rate=0.14")
 

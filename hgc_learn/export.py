@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError
 from rich.progress import Progress
 from torch.utils.data import DataLoader, Subset
 
-from hgc_learn import fills, reorder, specialise
+from hgc_learn import fills, specialise
 from hgc_learn.cli import rebuild
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import gate_heatmap, save_figure
@@ -30,7 +30,6 @@ from hgc_learn.training import RouterModule
 class Reports:
     """Called with (number, log error) as each part of `Learning` goes on."""
 
-    reorder: Report = lambda *_: None
     specialise: Report = lambda *_: None
     tune: Report = lambda *_: None
 
@@ -57,9 +56,7 @@ def export(
     module, data = load_run(ckpt_path)
     module.router.check_budget(budget)
     if not module.objective.is_specialised:
-        learning = replace(learning, reorder_trials=0, specialise_updates=0, tune_updates=0)
-    num_samples = len(data.train_dataloader().dataset)
-    learning = replace(learning, learning_samples=min(learning.learning_samples, num_samples))
+        learning = replace(learning, specialise_updates=0, tune_updates=0)
     with Progress() as progress:
 
         def reporter(description: str, total: int) -> Report:
@@ -71,7 +68,6 @@ def export(
             return report
 
         reports = Reports(
-            reporter("trading places of steps", learning.reorder_trials),
             reporter("specialising the router", learning.specialise_updates),
             reporter("learning to fill in", learning.tune_updates),
         )
@@ -112,9 +108,6 @@ def decide(
     batches = partial(training_batches, module, data)
     trained = {name: value.clone() for name, value in module.router.state_dict().items()}
     try:
-        if learning.reorder_trials:
-            learned = batches(learning.learning_samples, reorder.BATCH_SIZE)
-            reorder.reorder(module, budget, learned, learning.reorder_trials, report=reports.reorder)
         learned = batches(learning.learning_samples, specialise.BATCH_SIZE) if learning.specialise_updates else []
         hard = specialise.specialise(
             module, budget, learned, learning.specialise_updates, max_patterns=max_patterns, report=reports.specialise

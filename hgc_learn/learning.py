@@ -11,8 +11,7 @@ class Learning:
     trained is exported as it is.
 
     Attributes:
-        learning_samples: training samples to learn from.
-        reorder_trials: rollouts that try whether steps should trade places (`reorder`); 0 for none.
+        learning_samples: training samples to learn from; all, if there are fewer.
         specialise_updates: of the router (`specialise`); 0 for none.
         tune_updates: of how the schedule fills in what it skips (`fills`); 0 for none.
 
@@ -21,7 +20,6 @@ class Learning:
     """
 
     learning_samples: int = 64
-    reorder_trials: int = 96
     specialise_updates: int = 192
     tune_updates: int = 128
 
@@ -29,7 +27,7 @@ class Learning:
         if self.learning_samples < 1:
             raise ValueError(
                 f"learning_samples is {self.learning_samples}; it must be at least 1. For no learning at export set "
-                "reorder_trials, specialise_updates and tune_updates to 0."
+                "specialise_updates and tune_updates to 0."
             )
         for name, number in list(asdict(self).items())[1:]:
             if number < 0:

@@ -232,14 +232,11 @@ class RouterModule(L.LightningModule):
         latents = self.rollout(batch, schedule if isinstance(schedule, Draft) else self.draft(schedule))
         return (self.outcome(latents) - self.target(batch)).square().flatten(1).mean(1)
 
-    def log_errors(self, batch: dict[str, Any], schedule: HardSchedule | Draft) -> Tensor:
-        """Logarithm of the outcome's squared error per sample [batch] under a schedule."""
-        return self.rollout_errors(batch, schedule).clamp_min(1e-30).log()
-
     def log_error(self, batches: Iterable[dict[str, Any]], schedule: HardSchedule | Draft) -> float:
         """Mean over samples of the logarithm of the outcome's squared error under a schedule: as PSNR is judged,
         and not ruled by the few samples with the largest errors. Infinite if a trajectory is lost."""
-        error = float(torch.cat([self.log_errors(batch, schedule) for batch in batches]).mean())
+        errors = torch.cat([self.rollout_errors(batch, schedule) for batch in batches])
+        error = float(errors.clamp_min(1e-30).log().mean())
         return error if math.isfinite(error) else math.inf
 
     @torch.no_grad()

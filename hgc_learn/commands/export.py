@@ -20,7 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     for name, words in (
         ("learning_samples", "training samples that the following learn from"),
-        ("reorder_trials", "rollouts that try whether steps should trade places, for this budget; 0 for none"),
         ("specialise_updates", "more training steps of the router, for this budget alone; 0 for none"),
         ("tune_updates", "steps of learning how to fill in what is skipped; 0 for none"),
     ):
@@ -37,6 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from hgc_learn.export import export
 
-    learning = Learning(args.learning_samples, args.reorder_trials, args.specialise_updates, args.tune_updates)
+    learning = Learning(args.learning_samples, args.specialise_updates, args.tune_updates)
     path = export(args.ckpt_path, args.output, args.budget, learning, args.max_patterns)
     print(f"wrote {path}")

@@ -14,7 +14,6 @@ def learned(
     ckpt_path: str = "",
     budget: float = 0.5,
     learning_samples: int = Learning.learning_samples,
-    reorder_trials: int = Learning.reorder_trials,
     specialise_updates: int = Learning.specialise_updates,
     tune_updates: int = Learning.tune_updates,
 ) -> Draft:
@@ -23,14 +22,13 @@ def learned(
     Args:
         ckpt_path: checkpoint of `train.py fit`.
         budget: fraction of the full MACs to keep.
-        learning_samples: of the training's own samples that all of the following learn from.
-        reorder_trials: rollouts that try whether steps should trade places; 0 for none.
+        learning_samples: of the training's own samples that all of the following learn from; all, if there are fewer.
         specialise_updates: of the router, for this budget alone; 0 for none.
         tune_updates: steps of learning how the schedule fills in what it skips; 0 for none.
     """
     from hgc_learn.export import decide, load_trained
 
-    learning = Learning(learning_samples, reorder_trials, specialise_updates, tune_updates)
+    learning = Learning(learning_samples, specialise_updates, tune_updates)
     module, data = load_trained(setting, ckpt_path, "learned")
     _, draft = decide(module, data, budget, learning)
     return draft
