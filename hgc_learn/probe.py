@@ -168,7 +168,8 @@ class ProbedForwards(RoutedForwards):
 
     def collect(self, site: str, step: int, gradient: Tensor) -> None:
         """Takes the gradient by what a site gives at a step and notes its products with the site's fresh values."""
-        before = [j for j in self.computed[site] if j < step]
+        # The unguided half is filled in from full steps only, so that its sources lie farther back.
+        before = [j for j in self.computed[site] if j < step and not self.is_half[j]]
         first = before[-REACH] if len(before) >= REACH else 0
         if site not in self.products:
             self.products[site] = gradient.new_zeros(self.num_steps, self.num_steps, len(gradient))
