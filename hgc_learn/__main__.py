@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(run: Callable[[], object]) -> int:
-    """Runs a program; returns the exit status: 0, or 2 for what the user can put right (a ValueError or OSError, told
-    in one line)."""
+    """Runs a program; returns the exit status: 0, or 2 for what the user can put right (a ValueError or OSError, a
+    package that is not installed), told in one line."""
     # Threads that wait by spinning starve each other when something else takes a core: some hundred times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # transformers warns of each image processor that it finds no torchvision for; none is used here.
@@ -70,6 +70,16 @@ def guarded(run: Callable[[], object]) -> int:
         run()
     except BrokenPipeError:  # the reader (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "hgc_learn"):
+            raise
+        print(
+            f"hgc_learn: this needs {package}, which is not installed: pip install '.[train,canny,metrics,policies]' "
+            "brings all that any command needs.",
+            file=sys.stderr,
+        )
+        return 2
     except (ValueError, OSError) as error:
         print(f"hgc_learn: {printable(str(error))}", file=sys.stderr)
         return 2

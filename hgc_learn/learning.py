@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Learning:
     """What is learned at an export, for its budget alone, one after the other; only by `Rollout`, what other objectives
     trained is exported as it is.

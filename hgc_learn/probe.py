@@ -172,11 +172,12 @@ class ProbedForwards(RoutedForwards):
         before = [j for j in self.computed[site] if j < step and not self.is_half[j]]
         first = before[-REACH] if len(before) >= REACH else 0
         if site not in self.products:
-            self.products[site] = gradient.new_zeros(self.num_steps, self.num_steps, len(gradient))
-        gradient = gradient.flatten(1)
+            shape = self.num_steps, self.num_steps, len(gradient)
+            self.products[site] = gradient.new_zeros(shape, dtype=torch.float32)
+        gradient = gradient.flatten(1).float()  # what is wanted are small differences of these products
         for j, fresh in self.fresh[site].items():
             if first <= j <= step:
-                self.products[site][step, j] = (gradient * fresh.flatten(1)).sum(1)
+                self.products[site][step, j] = (gradient * fresh.flatten(1).float()).sum(1)
 
     def coefficients_of(self, site: str, step: int, sources: tuple[int, ...]) -> tuple[float, ...]:
         """Of the values computed at the steps `sources`, the latest first."""

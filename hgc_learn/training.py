@@ -147,8 +147,10 @@ class RouterModule(L.LightningModule):
 
     def outcome(self, latents: Tensor) -> Tensor:
         """What errors are measured on, of final latents [batch, channels, h, w]: pictures [batch, 3, height, width],
-        not cut off at 0 and 1, where no gradient would be left; or the latents themselves. Differentiable."""
-        return unclamped_pictures(self.pipe, latents) if self.hparams["errors_of"] == "pictures" else latents
+        not cut off at 0 and 1, where no gradient would be left; or the latents themselves. Differentiable, and float32
+        whatever the models compute in: errors are small differences, and their sums are large."""
+        outcome = unclamped_pictures(self.pipe, latents) if self.hparams["errors_of"] == "pictures" else latents
+        return outcome.float()
 
     def effects(self, batch: dict[str, Any], schedule: HardSchedule, num_directions: int = 1) -> Effects:
         """Rolls a hard schedule out on the student's own trajectory, and measures what changes of it would do to the

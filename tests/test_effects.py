@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from training_fixtures import SAMPLING, changed, random_schedule
+from training_fixtures import BUDGET, SAMPLING, changed, random_schedule
 
 from hgc_learn.effects import Choices
 from hgc_learn.hard import HardSchedule
+from hgc_learn.objectives import DEFAULT_SITES
 from hgc_learn.predictors import BY_CODE
 from hgc_learn.rollout import generate
 from hgc_learn.training import RouterModule
@@ -161,3 +163,14 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(
     assert torch.equal(results[0].weights, results[1].weights)
     assert results[0].flips.any()
     assert kept[0] < 0.6 * kept[1]
+
+
+def test_errors_of_half_precision_models_are_measured_in_full(teacher: Path, batch: dict[str, Any]) -> None:
+    sites = [*DEFAULT_SITES, "unet:guidance"]
+    module = RouterModule(str(teacher), SAMPLING, budgets=[BUDGET], sites=sites, dtype="bfloat16")
+    schedule = random_schedule(module, 0.9, seed=1)
+    effects = module.effects(batch, schedule)
+    assert effects.flips.any()
+    for errors in (effects.errors, module.rollout_errors(batch, schedule)):
+        assert errors.dtype == torch.float32
+        assert (errors != errors.bfloat16()).any()

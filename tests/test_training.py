@@ -151,7 +151,7 @@ def test_export_writes_a_schedule_that_runs(
     ckpt_path = fit(teacher, tmp_path, 1)
     for budget in (0.4, 0.7):
         output = tmp_path / str(budget)
-        path = export(ckpt_path, output, budget, Learning(2, 1, 1, 2))
+        path = export(ckpt_path, output, budget, Learning(learning_samples=2, specialise_updates=1, tune_updates=2))
         schedule = HGCSchedule.load(path)
         assert schedule.macs["cached"] <= budget * schedule.macs["full"]
         assert schedule.producer["settings"]["budget"] == budget

@@ -11,7 +11,6 @@ DIR/NAME.md, DIR/pareto.png and DIR/grid.png. Run it from the root of the reposi
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 
@@ -31,9 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    for package, extra in (("jsonargparse", "train"), ("scipy", "metrics")):
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"compare needs {package}: pip install '.[train,metrics]' (it is in {extra}).")
     from hgc_learn.comparison.cells import cell_files
     from hgc_learn.comparison.config import read_config
     from hgc_learn.comparison.report import write_report

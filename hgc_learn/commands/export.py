@@ -36,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from hgc_learn.export import export
 
-    learning = Learning(args.learning_samples, args.specialise_updates, args.tune_updates)
+    learning = Learning(
+        learning_samples=args.learning_samples,
+        specialise_updates=args.specialise_updates,
+        tune_updates=args.tune_updates,
+    )
     path = export(args.ckpt_path, args.output, args.budget, learning, args.max_patterns)
     print(f"wrote {path}")

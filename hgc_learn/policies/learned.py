@@ -28,7 +28,9 @@ def learned(
     """
     from hgc_learn.export import decide, load_trained
 
-    learning = Learning(learning_samples, specialise_updates, tune_updates)
+    learning = Learning(
+        learning_samples=learning_samples, specialise_updates=specialise_updates, tune_updates=tune_updates
+    )
     module, data = load_trained(setting, ckpt_path, "learned")
     _, draft = decide(module, data, budget, learning)
     return draft
