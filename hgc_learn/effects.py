@@ -51,15 +51,6 @@ class Effects:
     flips: Tensor
     weights: Tensor
 
-    @classmethod
-    def join(cls, parts: Sequence[Effects]) -> Effects:
-        """Of several batches."""
-        return cls(
-            torch.cat([part.errors for part in parts]),
-            torch.cat([part.flips for part in parts], dim=1),
-            torch.cat([part.weights for part in parts], dim=1),
-        )
-
     def of_each_flip(self) -> Tensor:
         """What each gate alone, if it chose the other way, would add to the mean log error, to second order, [steps,
         sites]."""

@@ -51,10 +51,17 @@ def export(
         max_patterns: how many different steps the schedule may have, for `torch.compile` makes one graph for each.
 
     Raises:
-        ValueError: the checkpoint cannot be found or read, or the budget cannot be met.
+        ValueError: the checkpoint cannot be found or read, its data have no validation samples, or the budget cannot be
+            met.
+        OSError: the folder cannot be made.
     """
     module, data = load_run(ckpt_path)
     module.router.check_budget(budget)
+    if not len(data.val_dataloader().dataset):
+        raise ValueError(
+            f"{ckpt_path}: its data have no validation samples to measure a schedule on; set data.num_val."
+        )
+    output.mkdir(parents=True, exist_ok=True)  # rather now than after all has been learned
     if not module.objective.is_specialised:
         learning = replace(learning, specialise_updates=0, tune_updates=0)
     with Progress() as progress:

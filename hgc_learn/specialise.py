@@ -68,9 +68,9 @@ def specialise(
             optimizer.step()
             router.clamp()
             report(update, float(logs["loss"].clamp_min(1e-30).log()))
-        end = _rounded(module, budget, max_patterns)
     finally:
         router.temperature = temperature
+    end = _rounded(module, budget, max_patterns)
     return min([end, start], key=lambda schedule: module.log_error(judges, schedule))
 
 

@@ -91,7 +91,7 @@ class RouterModule(L.LightningModule):
 
     def use_pipeline(self, pipe: Any) -> None:
         """Runs trajectories on this pipeline, of the same models, from now on."""
-        self.pipe = pipe  # no nn.Module: not saved
+        self.pipe = self.setting.pipe = pipe  # no nn.Module: not saved
         inside = {enclosing_module(name) for name in self.router.sites if is_inside(name)}
         graph = build_graph(pipe.unet, getattr(pipe, "controlnet", None), inside)
         self.forwards = ProbedForwards(

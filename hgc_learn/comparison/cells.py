@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -40,9 +41,6 @@ class CellFiles:
 
     folder: Path
     budget: float
-
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def figures(self) -> Path:
@@ -134,11 +132,12 @@ class Bench:
         return figures | {"fid": self.fid(pictures), "fid_num_samples": len(pictures), "full": self.full_figures}
 
     def tuning_psnr(self, candidate: Candidate, policy: Policy, num_scenes: int) -> float:
-        """Mean PSNR on the first tuning scenes."""
+        """Mean PSNR on the first tuning scenes; minus infinity if a trajectory is lost."""
         (batch,) = self.tuning
         batch = {name: values[:num_scenes] for name, values in batch.items()}
         samples = render(self.pipe, self.sampling, [batch], candidate.schedule(self.setting, policy))
-        return float(picture_psnr(samples.pictures, self.tuning_full.pictures[:num_scenes]).mean())
+        psnr = float(picture_psnr(samples.pictures, self.tuning_full.pictures[:num_scenes]).mean())
+        return psnr if math.isfinite(psnr) else -math.inf
 
 
 class PolicyBench:
@@ -208,6 +207,8 @@ class PolicyBench:
         self.report("test set")
         schedule = chosen.schedule(bench.setting, self.policy)
         samples = render(bench.pipe, bench.sampling, bench.test, schedule)
+        if not samples.latents.isfinite().all():
+            raise ValueError("what the chosen schedule makes of the test scenes is not finite")
         per_sample = closeness(samples, bench.test_full)
         figures: dict[str, Any] = closeness_figures(per_sample)
         figures |= bench.scene_figures(samples.pictures)
@@ -233,14 +234,15 @@ def _reason(offered: Candidates, budget: float) -> str:
     """Why no candidate meets a budget.
 
     Raises:
-        ValueError: the policy refused every candidate, and not for the budget.
+        ValueError: the policy refused every candidate, and none for the budget.
     """
     if offered.found:
         least = min(offered.found, key=lambda candidate: candidate.kept)
         knobs = ", ".join(f"{name}={value}" for name, value in plain(least.knobs).items())
         return f"keeps at least {least.kept:.4f} of the MACs, at {knobs or 'its only setting'}"
-    if offered.refused and all("budget" in words for words in offered.refused):
-        return offered.refused[0]
+    for words in offered.refused:
+        if "budget" in words:
+            return words
     words = f"; the first: {offered.refused[0]}" if offered.refused else ""
     raise ValueError(f"none of its {offered.num_candidates} candidates could be written{words}")
 

@@ -35,9 +35,6 @@ class Samples:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def __getitem__(self, samples: slice) -> Samples:
-        return Samples(self.latents[samples], self.pictures[samples])
-
 
 @dataclass(frozen=True)
 class Obedience:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,7 +82,19 @@ def full_samples(
         weights: what identifies the models; a file of other models, samples or settings is replaced.
     """
     seeds = [int(seed) for batch in batches for seed in batch["seed"]]
-    made_of = json.dumps({"sampling": asdict(sampling), "split": split, "seeds": seeds, "weights": weights})
+    content = hashlib.sha256()
+    for batch in batches:
+        content.update(json.dumps(batch["text"]).encode())
+        content.update(batch["conditioning_image"].contiguous().numpy().tobytes())
+    made_of = json.dumps(
+        {
+            "sampling": asdict(sampling),
+            "split": split,
+            "seeds": seeds,
+            "content": content.hexdigest(),
+            "weights": weights,
+        }
+    )
     with claim(path.with_suffix(".lock"), wait=True):
         if path.is_file():
             with safe_open(path, "pt") as file:
