@@ -256,26 +256,22 @@ def test_the_core_install_is_enough_for_commands(tmp_path: Path, argv: list[str]
 
 
 @pytest.mark.parametrize(
-    ("package", "argv"),
+    ("package", "command"),
     [
-        ("jsonargparse", ["export", "--ckpt_path", "last.ckpt", "--output", "runs"]),
-        ("scipy", ["compare", "--config", "configs/compare/demo.yaml"]),
-        (
-            "torchmetrics",
-            ["report", "examples/demo_schedule.json", "--model", "hgc_learn/demo/teacher", "--num_pictures", "1"],
-        ),
+        ("jsonargparse", "export --ckpt_path last.ckpt --output x"),
+        ("torchmetrics", "compare --config configs/compare/demo.yaml"),
+        ("rich", "report examples/demo_schedule.json --output x --model hgc_learn/demo/teacher --num_pictures 1"),
     ],
 )
-def test_a_package_that_is_not_installed_is_named(package: str, argv: list[str]) -> None:
+def test_a_package_that_is_not_installed_is_named(package: str, command: str) -> None:
     program = """if True:
         import contextlib
         from hgc_learn.__main__ import main
         with contextlib.redirect_stderr(sys.stdout):
             assert main(sys.argv[1:]) == 2
     """
-    lines = run_with_the_core(program, *argv).splitlines()
-    assert lines == [line for line in lines if line.startswith(f"hgc_learn: this needs {package}, which is not")]
-    assert "pip install '.[train," in lines[0]
+    (line,) = run_with_the_core(program, *command.split()).splitlines()
+    assert line.startswith(f"hgc_learn: this needs {package}, which is not installed: pip install '.[train,")
 
 
 def test_the_core_install_is_enough_to_run_a_schedule() -> None:

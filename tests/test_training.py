@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_data import write_folder
 from training_fixtures import BUDGET, SAMPLING, changed, fit, random_schedule
 
 from hgc_learn.__main__ import guarded, main
@@ -180,6 +181,19 @@ def test_export_refuses_clearly(arguments: list[str], message: str, capsys: pyte
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_export_misses_at_once_what_it_needs_last(teacher: Path, tmp_path: Path) -> None:
+    ckpt_path = fit(teacher, tmp_path, 1, "--model.objective.num_warm_start_batches=0")
+    taken = tmp_path / "taken"
+    taken.touch()
+    with pytest.raises(FileExistsError, match="taken"):
+        export(ckpt_path, taken)
+    data = "--data=ControlDataModule", f"--data.dataset={write_folder(tmp_path / 'data')}", "--data.num_val=0"
+    sizes = "--data.height=64", "--data.width=64"
+    ckpt_path = fit(teacher, tmp_path / "b", 1, "--model.objective.num_warm_start_batches=0", *data, *sizes)
+    with pytest.raises(ValueError, match="no validation samples"):
+        export(ckpt_path, tmp_path / "out")
 
 
 def test_checkpoint_of_another_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,13 +19,15 @@ from PIL import Image
 from hgc_learn.__main__ import main
 from hgc_learn.comparison.cells import cell_files
 from hgc_learn.comparison.config import CompareConfig, read_config
+from hgc_learn.comparison.metrics import Samples
 from hgc_learn.comparison.ranking import Ranking
 from hgc_learn.comparison.run import Selection, read_cell
-from hgc_learn.comparison.samples import claim, read_batches
+from hgc_learn.comparison.samples import claim, full_samples, read_batches
 from hgc_learn.comparison.trained import checkpoint
 from hgc_learn.policies import POLICIES, Policy
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.setting import Draft, Setting
+from hgc_learn.training import RouterModule
 
 ROOT = Path(__file__).parent.parent.parent
 SAMPLER = "UniPC-5"
@@ -195,13 +197,17 @@ def test_policies_that_refuse_everything(settings: dict[str, Any], tmp_path: Pat
     def picky(setting: Setting) -> Draft:
         raise ValueError("It wants other samples.")
 
-    for write_draft in (strict, picky):
+    def both(setting: Setting, *, budget: float = 0.5, interval: int = 2) -> Draft:
+        raise ValueError(f"A budget of {budget} cannot be met." if interval == 3 else "It was trained for 3.")
+
+    for write_draft in (strict, picky, both):
         policy = Policy(write_draft.__name__, write_draft, "none", lambda setting: {})
         monkeypatch.setitem(POLICIES, policy.name, policy)
-    settings |= {"policies": ["strict", "picky"], "budgets": [0.6]}
+    monkeypatch.setitem(POLICIES, "both", Policy("both", both, "none", lambda setting: {"interval": [2, 3, 4]}))
+    settings |= {"policies": ["strict", "picky", "both"], "budgets": [0.6]}
     assert main(["compare", "--config", str(write(settings, tmp_path))]) == 2
     found = rows(settings)
-    assert found["strict", 0.6]["reason"] == "A budget of 0.6 cannot be met."
+    assert found["strict", 0.6]["reason"] == found["both", 0.6]["reason"] == "A budget of 0.6 cannot be met."
     assert "It wants other samples." in found["picky", 0.6]["error"]
 
 
@@ -216,6 +222,42 @@ def test_cells_made_with_other_settings_are_refused_until_redone(
         assert "--redo" in capsys.readouterr().err
     assert main(["compare", "--config", str(path), "--redo", "--", "--tuning.num_scenes=1"]) == 0
     assert main(["compare", "--config", str(path), "--", "--tuning.num_scenes=1"]) == 0
+
+
+def test_schedules_that_lose_their_trajectories_lose(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In tuning to all that do not; where there is nothing else the cell fails, and is told."""
+
+    def lossy(setting: Setting, *, scale: float = 1.0, interval: int = 2) -> Draft:
+        row = "".join("t" if step % interval else "C" for step in range(setting.num_steps))
+        scales = torch.full((row.count("t"), 4), scale)
+        return Draft({"unet:eps": row}, {"unet:eps/scale": scales, "unet:eps/reach": torch.zeros_like(scales)})
+
+    for name, scales in (("risky", [1e38, 1.0]), ("lost", [1e38])):
+        grid = {"scale": scales, "interval": [2]}
+        monkeypatch.setitem(POLICIES, name, Policy(name, lossy, "none", lambda setting, grid=grid: grid))
+    settings |= {"policies": ["risky", "lost"], "budgets": [0.6]}
+    assert main(["compare", "--config", str(write(settings, tmp_path))]) == 2
+    found = rows(settings)
+    assert found["risky", 0.6]["settings"]["scale"] == 1.0
+    assert "not finite" in found["lost", 0.6]["error"]
+
+
+def test_references_are_of_the_samples_that_they_are_asked_for(
+    module: RouterModule, batch: dict[str, Any], tmp_path: Path
+) -> None:
+    def references(batch: dict[str, Any]) -> Samples:
+        path = tmp_path / "references.safetensors"
+        return full_samples(path, module.pipe, module.sampling, "test", [batch], weights={})
+
+    first = references(batch)
+    assert torch.equal(references(batch).latents, first.latents)
+    for other in (
+        batch | {"text": batch["text"][::-1]},
+        batch | {"conditioning_image": batch["conditioning_image"].flip(0)},
+    ):
+        assert not torch.equal(references(other).latents, first.latents)
 
 
 def test_work_is_claimed_by_one_at_a_time(tmp_path: Path) -> None:
