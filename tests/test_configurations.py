@@ -1,4 +1,4 @@
-"""Every recipe in configs/ is read, agrees with itself, and trains through the command line, made small."""
+"""Every configuration in configs/ is read, agrees with itself, and trains through the command line, made small."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from hgc_learn.cli import train
 from hgc_learn.comparison.config import read_config
 
 ROOT = Path(__file__).parent.parent
-RECIPES = [path for folder in ("configs", "configs/compare/train") for path in sorted((ROOT / folder).glob("*.yaml"))]
+CONFIGURATIONS = [
+    path for folder in ("configs", "configs/compare/train") for path in sorted((ROOT / folder).glob("*.yaml"))
+]
 TO_FILL_IN = ["custom", "sd15_canny", "sd15_segmentation", "sd15_depth", "sdxl_canny"]
 NUM_STEPS = 3
 
@@ -37,11 +39,11 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "ignore:The 'train_dataloader' does not have many workers",
     "ignore:You are trying to `self.log",
 )
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_trains(recipe: Path, models: Path, photographs: Path, tmp_path: Path) -> None:
-    """One update on a small model of the recipe's shape: dtype, sites, objective and data are the recipe's own."""
-    config = yaml.safe_load(recipe.read_text())
-    family = models / ("sdxl" if "sdxl" in recipe.stem else "sd15")
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_every_configuration_trains(configuration: Path, models: Path, photographs: Path, tmp_path: Path) -> None:
+    """One update on a small model of its shape: dtype, sites, objective and data are the configuration's own."""
+    config = yaml.safe_load(configuration.read_text())
+    family = models / ("sdxl" if "sdxl" in configuration.stem else "sd15")
     arguments = {
         "model.model": family / "model",
         "model.controlnet": family / "controlnet",
@@ -64,7 +66,7 @@ def test_every_recipe_trains(recipe: Path, models: Path, photographs: Path, tmp_
     if config["data"]["class_path"] == "ControlDataModule":
         arguments |= {"data.dataset": photographs, "data.height": 64, "data.width": 64}
         arguments |= {"data.train_split": "train", "data.val_split": "null"}  # without slices of theirs
-    train(["fit", f"--config={recipe}", *(f"--{name}={value}" for name, value in arguments.items())])
+    train(["fit", f"--config={configuration}", *(f"--{name}={value}" for name, value in arguments.items())])
     checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 1
     logits = checkpoint["state_dict"]["router.logits"]
@@ -76,10 +78,12 @@ def test_every_recipe_trains(recipe: Path, models: Path, photographs: Path, tmp_
     assert kept["model"]["dtype"] == config["model"].get("dtype", "float32")
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_parses_and_prints_readably(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_every_configuration_parses_and_prints_readably(
+    configuration: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        train(["fit", "--config", str(recipe), "--print_config"])
+        train(["fit", "--config", str(configuration), "--print_config"])
     assert exit_info.value.code in (None, 0)
     printed = capsys.readouterr().out
     assert "num_inference_steps" in printed
@@ -92,18 +96,18 @@ def test_every_comparison_parses(path: Path) -> None:
     assert read_config(path).budgets
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_says_how_it_is_run_and_has_its_own_folder(recipe: Path) -> None:
-    text = recipe.read_text()
-    assert f"python train.py fit --config {recipe.relative_to(ROOT)}" in text
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_every_configuration_says_how_it_is_run_and_has_its_own_folder(configuration: Path) -> None:
+    text = configuration.read_text()
+    assert f"python train.py fit --config {configuration.relative_to(ROOT)}" in text
     config = yaml.safe_load(text)
     folder = config["trainer"]["default_root_dir"]
-    assert folder == f"runs/{recipe.stem}"
+    assert folder == f"runs/{configuration.stem}"
     assert config["checkpoint"]["dirpath"] == f"{folder}/checkpoints"
 
 
 @pytest.mark.parametrize("name", TO_FILL_IN)
-def test_recipes_say_what_to_fill_in(name: str) -> None:
+def test_configurations_say_what_to_fill_in(name: str) -> None:
     """Model, ControlNet and data are marked; sizes agree."""
     text = (ROOT / f"configs/{name}.yaml").read_text()
     marked = [line.split(":")[0].strip() for line in text.splitlines()[1:] if "# <-" in line]
