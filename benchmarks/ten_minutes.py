@@ -41,23 +41,22 @@ def train(config: Path, folder: Path) -> float:
     return (time.monotonic() - start) / 60
 
 
-def judge(config: CompareConfig, sampler: str, ckpt_path: Path) -> Iterator[dict[str, Any]]:
-    """A row per budget."""
+def judge(
+    config: CompareConfig, sampler: str, others: dict[float, dict[str, Any]], ckpt_path: Path
+) -> Iterator[dict[str, Any]]:
+    """A row per budget; `others` are the cells to compare with."""
     module, data = load_run(ckpt_path)
     scenes = draw_batches("test", config.samplers[sampler].num_test, config.batch_size, config.test_offset)
     full = render(module.pipe, module.sampling, scenes).pictures
-    for ranking in collect(config)[0]:
-        if ranking.sampler != sampler:
-            continue
+    for budget, other in others.items():
         start = time.monotonic()
-        hard, draft = decide(module, data, ranking.budget, ROUNDING)
+        hard, draft = decide(module, data, budget, ROUNDING)
         seconds = time.monotonic() - start
         schedule = module.setting.schedule(draft, policy="learned", settings={})
         psnr = picture_psnr(render(module.pipe, module.sampling, scenes, schedule).pictures, full).tolist()
-        other = next(cell for cell in ranking.cells if cell["policy"] != "learned")
         difference, interval = paired_difference(psnr, other["samples"]["psnr_db"])
         yield {
-            "budget": ranking.budget,
+            "budget": budget,
             "kept_macs": round(module.router.kept(hard.compute), 4),
             "exporting_seconds": round(seconds, 1),
             "num_samples": len(psnr),
@@ -76,13 +75,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/ten_minutes"), help="of the training")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/ten_minutes.json"))
     args = parser.parse_args(argv)
+    config = read_config(args.config)
+    others = {
+        ranking.budget: next(cell for cell in ranking.cells if cell["policy"] != "learned")
+        for ranking in collect(config)[0]
+        if ranking.sampler == args.sampler
+    }  # before the training: they may be missing
     minutes = train(Path(f"configs/compare/train/learned-{args.sampler}.yaml"), args.folder)
     result = {
         "sampler": args.sampler,
         "changes": CHANGES,
         "num_cores": os.cpu_count(),
         "training_minutes": round(minutes, 2),
-        "rows": list(judge(read_config(args.config), args.sampler, args.folder / "last.ckpt")),
+        "rows": list(judge(config, args.sampler, others, args.folder / "last.ckpt")),
     }
     save_json(args.output, result)
     print(json.dumps(result, indent=1))
