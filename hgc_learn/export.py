@@ -110,7 +110,7 @@ def decide(
     the first samples of the training's own data. The router itself stays as it is.
 
     Raises:
-        ValueError: a budget that cannot be met.
+        BudgetError: it cannot be met.
     """
     batches = partial(training_batches, module, data)
     trained = {name: value.clone() for name, value in module.router.state_dict().items()}

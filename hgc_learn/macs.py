@@ -23,6 +23,10 @@ from hgc_learn.graph import Graph, architecture_key, build_graph, controlnet_lis
 _ATTENTION_OPS = ("bmm", "baddbmm", "_scaled_dot_product", "_efficient_attention", "_flash_attention")
 
 
+class BudgetError(ValueError):
+    """A budget, the fraction of the full MACs to keep, that cannot be met. Says what can."""
+
+
 @dataclass(frozen=True)
 class NodeCost:
     """MACs, output elements and channels of one node for one sample (half of a guided pair)."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hgc_learn.graph import Graph
 from hgc_learn.hard import HardSchedule, hold_weights
-from hgc_learn.macs import NodeCost
+from hgc_learn.macs import BudgetError, NodeCost
 from hgc_learn.plan import ExpectedMacs, Liveness, live_step
 
 MAX_LOGIT = 8.0
@@ -58,7 +58,7 @@ class Router(nn.Module):
         spent.
 
         Raises:
-            ValueError: a budget that cannot be met.
+            BudgetError: it cannot be met.
         """
         uniform = torch.rand(self.logits.shape, generator=generator, device=self.logits.device)
         noisy = self.logits + self.temperature * uniform.clamp(1e-6, 1 - 1e-6).logit()
@@ -78,7 +78,7 @@ class Router(nn.Module):
         """The lowest logit that computes when the highest do that the budget allows, of other logits if given.
 
         Raises:
-            ValueError: a budget that cannot be met.
+            BudgetError: it cannot be met.
         """
         self.check_budget(budget)
         logits = self.logits.detach() if logits is None else logits
@@ -105,8 +105,9 @@ class Router(nn.Module):
         self.logits.data.clamp_(-MAX_LOGIT, MAX_LOGIT)
 
     def check_budget(self, budget: float) -> None:
+        """Raises BudgetError if it cannot be met."""
         if not self.least_budget < budget <= 1:
-            raise ValueError(
+            raise BudgetError(
                 f"A budget of {budget} cannot be met: it is the fraction of full MACs kept, at most 1, and the sites "
                 f"that are routed leave at least {self.least_budget:.3f} (the first step computes everything)."
             )
@@ -157,7 +158,7 @@ class Router(nn.Module):
         """The hard schedule that computes as many of the highest logits as the budget allows.
 
         Raises:
-            ValueError: a budget that cannot be met.
+            BudgetError: it cannot be met.
         """
         return self.hard(self.logits.detach() >= self.price(budget))
 

@@ -117,7 +117,7 @@ class RouterModule(L.LightningModule):
         """The hard schedule that the router stands for at a budget.
 
         Raises:
-            ValueError: a budget that cannot be met.
+            BudgetError: it cannot be met.
         """
         return self.objective.hard_schedule(self.router, budget)
 

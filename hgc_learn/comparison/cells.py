@@ -27,6 +27,7 @@ from hgc_learn.comparison.trained import checkpoint
 from hgc_learn.comparison.tune import Candidate, Candidates, best, count_rollouts, list_candidates, plain, shortlist
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.fingerprint import ModelFingerprint
+from hgc_learn.macs import BudgetError
 from hgc_learn.policies import Policy
 from hgc_learn.rollout import load_pipeline
 from hgc_learn.setting import Setting
@@ -240,9 +241,9 @@ def _reason(offered: Candidates, budget: float) -> str:
         least = min(offered.found, key=lambda candidate: candidate.kept)
         knobs = ", ".join(f"{name}={value}" for name, value in plain(least.knobs).items())
         return f"keeps at least {least.kept:.4f} of the MACs, at {knobs or 'its only setting'}"
-    for words in offered.refused:
-        if "budget" in words:
-            return words
+    for refusal in offered.refused:
+        if isinstance(refusal, BudgetError):
+            return str(refusal)
     words = f"; the first: {offered.refused[0]}" if offered.refused else ""
     raise ValueError(f"none of its {offered.num_candidates} candidates could be written{words}")
 

@@ -37,12 +37,12 @@ class Candidates:
     Attributes:
         found: drafts that differ, in the order of the policy's grid.
         num_candidates: how many combinations of knobs there were.
-        refused: what the policy said to combinations that it cannot write (ValueError).
+        refused: what the policy raised at combinations that it cannot write.
     """
 
     found: list[Candidate] = field(default_factory=list)
     num_candidates: int = 0
-    refused: list[str] = field(default_factory=list)
+    refused: list[ValueError] = field(default_factory=list)
 
 
 def list_candidates(policy: Policy, setting: Setting, fixed: dict[str, Any]) -> Candidates:
@@ -58,7 +58,7 @@ def list_candidates(policy: Policy, setting: Setting, fixed: dict[str, Any]) -> 
             draft = policy.write(setting, **knobs)
             kept = setting.kept(draft)
         except ValueError as error:
-            result.refused.append(str(error))
+            result.refused.append(error)
             continue
         if (key := _identity(draft)) not in seen:
             seen.add(key)

@@ -46,7 +46,7 @@ class Objective(nn.Module):
         """The hard schedule for a budget, a fraction of the full MACs.
 
         Raises:
-            ValueError: a budget that cannot be met.
+            BudgetError: it cannot be met.
         """
         return router.threshold(budget)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hgc_learn.distributed import own_noise
 from hgc_learn.hard import HardSchedule
+from hgc_learn.macs import BudgetError
 from hgc_learn.objectives.base import Objective
 from hgc_learn.objectives.blend import BlendedForwards
 from hgc_learn.router import Router
@@ -63,14 +64,15 @@ class L2C(Objective):
         """As the base class's; every `interval`-th step is full. By default it is the shortest that the budget allows.
 
         Raises:
-            ValueError: an interval that was not trained, or a budget that cannot be met.
+            ValueError: an interval that was not trained.
+            BudgetError: it cannot be met.
         """
         if interval is not None and interval not in self.intervals:
             raise ValueError(f"interval is {interval}; this router was trained for {self.intervals}.")
         least = {k: router.kept(self._full_steps(router, k)) for k in self.intervals}
         interval = interval or next((k for k in self.intervals if least[k] <= budget), self.intervals[-1])
         if least[interval] > budget:
-            raise ValueError(
+            raise BudgetError(
                 f"A budget of {budget} cannot be met: with every step in {interval} full, L2C keeps at least "
                 f"{least[interval]:.3f} of the MACs. A larger interval reaches lower budgets."
             )

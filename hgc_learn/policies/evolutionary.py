@@ -9,6 +9,7 @@ import numpy as np
 
 from hgc_learn.calibration import latent_error
 from hgc_learn.graph import Graph
+from hgc_learn.macs import BudgetError
 from hgc_learn.plan import live_step
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
@@ -48,7 +49,7 @@ def evolutionary(
     setting.need_samples("evolutionary")
     encoding = Encoding(setting)
     if not encoding.least_kept() <= budget <= 1:
-        raise ValueError(f"budget is {budget}; with this model it can be {encoding.least_kept():.3f} to 1.")
+        raise BudgetError(f"budget is {budget}; with this model it can be {encoding.least_kept():.3f} to 1.")
     if population < 2 or generations < 0:
         raise ValueError(f"population is {population}, generations {generations}; at least 2 and 0 are needed.")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import random as chance
 
+from hgc_learn.macs import BudgetError
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import select_sites
@@ -31,7 +32,7 @@ def random(setting: Setting, *, budget: float = 0.5, seed: int = 0, sites: str =
         sites: glob patterns of the sites, separated by spaces.
     """
     if not 0 < budget <= 1:
-        raise ValueError(f"budget is {budget:g}; it is a fraction of the full MACs, above 0 and at most 1.")
+        raise BudgetError(f"budget is {budget:g}; it is a fraction of the full MACs, above 0 and at most 1.")
     names = select_sites(setting.graph, sites.split())
     generator = chance.Random(seed)
     draws = {name: [generator.random() for _ in range(setting.num_steps)] for name in names}
@@ -47,5 +48,5 @@ def random(setting: Setting, *, budget: float = 0.5, seed: int = 0, sites: str =
     index = bisect.bisect_right(probabilities, budget, key=lambda keep: setting.kept(draft(keep)))
     if index == 0:
         least = setting.kept(draft(0.0))
-        raise ValueError(f"budget is {budget:g}; with {sites!r} the least is {least:.3f}: more sites reach further.")
+        raise BudgetError(f"budget is {budget:g}; with {sites!r} the least is {least:.3f}: more sites reach further.")
     return draft(probabilities[index - 1])

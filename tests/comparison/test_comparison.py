@@ -24,6 +24,7 @@ from hgc_learn.comparison.ranking import Ranking
 from hgc_learn.comparison.run import Selection, read_cell
 from hgc_learn.comparison.samples import claim, full_samples, read_batches
 from hgc_learn.comparison.trained import checkpoint
+from hgc_learn.macs import BudgetError
 from hgc_learn.policies import POLICIES, Policy
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.setting import Draft, Setting
@@ -192,13 +193,15 @@ def test_policies_that_refuse_everything(settings: dict[str, Any], tmp_path: Pat
     """A budget that a policy says it cannot meet is a reason; anything else that it refuses is a failure."""
 
     def strict(setting: Setting, *, budget: float = 0.5) -> Draft:
-        raise ValueError(f"A budget of {budget} cannot be met.")
+        raise BudgetError(f"A budget of {budget} cannot be met.")
 
     def picky(setting: Setting) -> Draft:
-        raise ValueError("It wants other samples.")
+        raise ValueError("It wants other samples, whatever the budget.")
 
     def both(setting: Setting, *, budget: float = 0.5, interval: int = 2) -> Draft:
-        raise ValueError(f"A budget of {budget} cannot be met." if interval == 3 else "It was trained for 3.")
+        if interval == 3:
+            raise BudgetError(f"A budget of {budget} cannot be met.")
+        raise ValueError("It was trained for 3.")
 
     for write_draft in (strict, picky, both):
         policy = Policy(write_draft.__name__, write_draft, "none", lambda setting: {})
@@ -208,7 +211,7 @@ def test_policies_that_refuse_everything(settings: dict[str, Any], tmp_path: Pat
     assert main(["compare", "--config", str(write(settings, tmp_path))]) == 2
     found = rows(settings)
     assert found["strict", 0.6]["reason"] == found["both", 0.6]["reason"] == "A budget of 0.6 cannot be met."
-    assert "It wants other samples." in found["picky", 0.6]["error"]
+    assert "It wants other samples, whatever the budget." in found["picky", 0.6]["error"]
 
 
 def test_cells_made_with_other_settings_are_refused_until_redone(
