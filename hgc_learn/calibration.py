@@ -7,6 +7,7 @@ follows from the Gram matrix alone: histories are kept for the batch at hand onl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hgc_learn import ops
+from hgc_learn.evaluation import picture_psnr
 from hgc_learn.forwards import RoutedForwards
 from hgc_learn.graph import Graph, build_graph
 from hgc_learn.inference import apply_schedule, remove_schedule
@@ -169,34 +171,37 @@ class ObservedForwards(RoutedForwards):
 # Rollouts of drafts
 
 
-def latent_error(setting: Setting, draft: Draft) -> float:
-    """Mean squared error of a draft's final latents on the setting's samples, against the uncached pipeline's."""
-    errors: dict[Any, float] = setting.memo.setdefault("latent_errors", {})
+def mean_psnr(setting: Setting, draft: Draft) -> float:
+    """Mean PSNR, dB, of what a draft makes of the setting's samples, to the uncached pictures: what comparisons judge.
+    Minus infinity if a trajectory is lost."""
+    known: dict[Any, float] = setting.memo.setdefault("mean_psnr", {})
     key = frozenset(draft.sites.items()) if not draft.tensors and draft.timesteps is None else None
-    if key in errors:
-        return errors[key]
-    total, num_samples = 0.0, 0
-    references = reference_latents(setting)
+    if key in known:
+        return known[key]
+    references = reference_pictures(setting)
     apply_schedule(setting.pipe, setting.schedule(draft, policy="trial", settings={}))
     try:
-        for batch, reference in zip(setting.batches, references, strict=True):
-            latents = generate(setting.pipe, setting.sampling, batch)
-            total += float((latents - reference).float().square().flatten(1).mean(1).sum())
-            num_samples += len(reference)
+        psnr = [
+            picture_psnr(generate(setting.pipe, setting.sampling, batch, output_type="pt"), reference)
+            for batch, reference in zip(setting.batches, references, strict=True)
+        ]
     finally:
         remove_schedule(setting.pipe)
-    error = total / num_samples
+    mean = float(torch.cat(psnr).mean())
+    mean = mean if math.isfinite(mean) else -math.inf
     if key is not None:
-        errors[key] = error
-    return error
+        known[key] = mean
+    return mean
 
 
-def reference_latents(setting: Setting) -> list[Tensor]:
-    """The uncached pipeline's final latents of every batch."""
-    if "reference_latents" not in setting.memo:
-        batches = progress(setting.batches, "uncached trajectories")
-        setting.memo["reference_latents"] = [generate(setting.pipe, setting.sampling, batch) for batch in batches]
-    references: list[Tensor] = setting.memo["reference_latents"]
+def reference_pictures(setting: Setting) -> list[Tensor]:
+    """The uncached pipeline's pictures of every batch, [batch, 3, height, width] in [0, 1]."""
+    if "reference_pictures" not in setting.memo:
+        setting.memo["reference_pictures"] = [
+            generate(setting.pipe, setting.sampling, batch, output_type="pt")
+            for batch in progress(setting.batches, "uncached trajectories")
+        ]
+    references: list[Tensor] = setting.memo["reference_pictures"]
     return references
 
 

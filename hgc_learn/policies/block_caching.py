@@ -11,7 +11,7 @@ from hgc_learn.setting import Draft, Setting
 
 PAPER = "Cache Me if You Can, Wimbauer et al., CVPR 2024, arXiv 2312.03209"
 BLOCKS = ("*.resnets.*:branch", "*.attentions.*:branch")
-GRID = {"delta": geometric(0.02, 10.0, 28), "controlnet": ("computed", "layers", "residuals")}
+GRID = {"delta": geometric(0.02, 10.0, 82), "controlnet": ("computed", "layers", "residuals")}
 
 
 @register("block_caching", paper=PAPER, grid=GRID)

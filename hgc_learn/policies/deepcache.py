@@ -13,6 +13,7 @@ import numpy as np
 from hgc_learn.graph import Graph
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
+from hgc_learn.spacing import full_steps, intervals
 
 
 def num_branches(graph: Graph) -> int:
@@ -49,16 +50,17 @@ def nearest_sites(graph: Graph, name: str) -> list[str]:
     "deepcache",
     paper="DeepCache, Ma et al. 2023, arXiv 2312.00858",
     grid=lambda setting: {
-        "interval": range(2, 11),
+        "interval": intervals(setting.num_steps, 20),
         "branch": range(num_branches(setting.graph)),
         "control": ("held", "fresh") if setting.graph.residuals else ("held",),
         "spacing": ("uniform", "quadratic"),
+        "center": sorted({setting.num_steps * tenths // 10 for tenths in (1, 2, 3)}),
     },
 )
 def deepcache(
     setting: Setting,
     *,
-    interval: int = 3,
+    interval: float = 3,
     branch: int = 0,
     control: Literal["held", "fresh"] = "held",
     spacing: Literal["uniform", "quadratic"] = "uniform",
@@ -68,7 +70,7 @@ def deepcache(
     """Full steps at intervals; between them only the UNet's outermost layers run.
 
     Args:
-        interval: steps per full step.
+        interval: steps per full step; 2.5 for the steps 0, 2, 5, 7, ...
         branch: decoder layer, counted from the end, whose input from below is reused; 0 reuses most.
         control: between full steps the ControlNet's residuals are `held`, or `fresh`: what the shell reads of them is
             computed. (The authors' code knows no ControlNet and so runs all of it at every step, to the same effect.)
@@ -79,13 +81,10 @@ def deepcache(
     last = num_branches(setting.graph) - 1
     if not 0 <= branch <= last:
         raise ValueError(f"branch is {branch}; this UNet has branches 0 to {last}.")
-    if interval < 1:
-        raise ValueError(f"interval is {interval}; it must be at least 1.")
-    if spacing == "uniform" or interval == 1:
-        full = list(range(0, setting.num_steps, interval))
-    else:
+    full = full_steps(setting.num_steps, interval)
+    if spacing == "quadratic" and interval > 1:
         center = setting.num_steps * 3 // 10 if center is None else center
-        full = quadratic_steps(setting.num_steps, -(-setting.num_steps // interval), center=center, power=power)
+        full = quadratic_steps(setting.num_steps, len(full), center=center, power=power)
     row = "".join("C" if i in full else "-" for i in range(setting.num_steps))
     reused = [site for site in shallow_inputs(setting.graph, branch) if not site.endswith(":control")]
     rows = dict.fromkeys(reused, row)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,13 +12,14 @@ from hgc_learn.calibration import SiteStatistics, site_statistics
 from hgc_learn.policies.registry import register
 from hgc_learn.predictors.per_channel import CHOICES
 from hgc_learn.setting import Draft, Setting
+from hgc_learn.spacing import full_steps, intervals
 
 
 @register(
     "hyca",
     paper="HyCa, Zheng et al. 2025, arXiv 2510.04188",
-    grid={
-        "interval": range(2, 21),
+    grid=lambda setting: {
+        "interval": intervals(setting.num_steps, 20),
         "site": ("last_block", "prediction"),
         "num_clusters": (1, 8),
         "solvers": ("all", "hold", "linear", "hold linear", "linear taylor2 ab2 bdf2 foca"),
@@ -25,7 +28,7 @@ from hgc_learn.setting import Draft, Setting
 def hyca(
     setting: Setting,
     *,
-    interval: int = 2,
+    interval: float = 2,
     site: str = "last_block",
     num_clusters: int = 8,
     solvers: str = "all",
@@ -35,7 +38,7 @@ def hyca(
     Descriptors and errors are measured on uncached trajectories, errors at the very steps that are skipped.
 
     Args:
-        interval: every interval-th step is computed.
+        interval: steps per full step; 2.5 for the steps 0, 2, 5, 7, ...
         site: what is forecast: `last_block` (the decoder's last tensor; only the output convolution runs between
             full steps) or `prediction` (nothing runs).
         num_clusters: of the k-means over channels.
@@ -43,8 +46,9 @@ def hyca(
             the best on uncached trajectories need not be the best on cached ones.
     """
     setting.need_samples("hyca")
-    if interval < 1 or num_clusters < 1:
-        raise ValueError(f"interval is {interval}, num_clusters {num_clusters}; both must be at least 1.")
+    if num_clusters < 1:
+        raise ValueError(f"num_clusters is {num_clusters}; it must be at least 1.")
+    full = full_steps(setting.num_steps, interval)
     known = [choice.name for choice in CHOICES]
     pool = known if solvers == "all" else solvers.split()
     if not pool or not set(pool) <= set(known):
@@ -54,12 +58,12 @@ def hyca(
     if site not in names:
         raise ValueError(f"site is {site!r}; it is one of {', '.join(names)}.")
     name = names[site]
-    row = "".join("C" if i % interval == 0 else "p" for i in range(setting.num_steps))
+    row = "".join("C" if i in full else "p" for i in range(setting.num_steps))
     if "p" not in row:
         return Draft({})
     statistics = site_statistics(setting, [name])[name]
     clusters = cluster_channels(descriptors(statistics), num_clusters)
-    errors = solver_errors(statistics, interval)
+    errors = solver_errors(statistics, full)
     errors[[name not in pool for name in known]] = torch.inf
     chosen = choose_solvers(errors, clusters)
     return Draft({name: row}, {f"{name}/predictor": chosen})
@@ -103,14 +107,14 @@ def cluster_channels(features: Tensor, num_clusters: int) -> Tensor:
     return torch.from_numpy(KMeans(num_clusters, n_init=10, random_state=0).fit_predict(points)).long()
 
 
-def solver_errors(statistics: SiteStatistics, interval: int) -> Tensor:
-    """Squared error of each of CHOICES over the steps between those computed: float64 [choices, channels]."""
+def solver_errors(statistics: SiteStatistics, full: Sequence[int]) -> Tensor:
+    """Squared error of each of CHOICES over the steps that are not computed: float64 [choices, channels]."""
     channels, num_steps = statistics.total.shape
     errors = torch.zeros(len(CHOICES), channels, dtype=torch.float64)
     for step in range(num_steps):
-        if step % interval == 0:
+        if step in full:
             continue
-        computed = range(step - step % interval, -1, -interval)  # the latest first
+        computed = [j for j in reversed(full) if j < step]  # the latest first
         for index, solver in enumerate(CHOICES):
             ages = [step - j for j in computed[: solver.num_values]]
             coefficients = solver.fill(ages, step, {}).coefficients

@@ -17,9 +17,9 @@ LAYER_TYPES = {"attn1": "*.attn1:out", "attn2": "*.attn2:out", "ff": "*.ff:out",
     "smoothcache",
     paper="SmoothCache, Liu et al. 2024, arXiv 2411.10510",
     # The paper's max_skip is 3; a longer one is needed to reach few MACs.
-    grid={
-        "alpha": geometric(0.03, 3.0, 16),
-        "max_skip": (3, 6, 19),
+    grid=lambda setting: {
+        "alpha": geometric(0.03, 3.0, 46),
+        "max_skip": (3, 6, setting.num_steps - 1),
         "grouping": ("type", "layer"),
         "controlnet": ("computed", "layers", "residuals"),
     },

@@ -5,17 +5,24 @@ from __future__ import annotations
 from hgc_learn.policies.registry import register
 from hgc_learn.predictors import PREDICTORS
 from hgc_learn.setting import Draft, Setting
+from hgc_learn.spacing import full_steps, intervals
 
 
 @register(
     "uniform",
-    paper="FORA, Selvaraju et al. 2024, arXiv 2407.01425",
-    grid={"interval": range(2, 21), "predictor": ("hold", "linear", "taylor2", "ab2", "bdf2", "foca")},
+    paper="whole steps, spaced as in FORA (Selvaraju et al. 2024, arXiv 2407.01425), which keeps every layer's output",
+    grid=lambda setting: {
+        "interval": intervals(setting.num_steps, 20),
+        "predictor": ("hold", "linear", "taylor2", "ab2", "bdf2", "foca"),
+    },
 )
-def uniform(setting: Setting, *, interval: int = 2, predictor: str = "hold") -> Draft:
-    """Computes every `interval`-th step; between them the prediction is held or forecast."""
-    if interval < 1:
-        raise ValueError(f"interval is {interval}; it must be at least 1.")
+def uniform(setting: Setting, *, interval: float = 2, predictor: str = "hold") -> Draft:
+    """Computes every `interval`-th step; between them the prediction is held or forecast.
+
+    Args:
+        interval: steps per full step; 2.5 for the steps 0, 2, 5, 7, ...
+        predictor: of the steps between.
+    """
+    full = set(full_steps(setting.num_steps, interval))
     code = PREDICTORS[predictor].code
-    row = "".join("C" if i % interval == 0 else code for i in range(setting.num_steps))
-    return Draft({setting.graph.output: row})
+    return Draft({setting.graph.output: "".join("C" if i in full else code for i in range(setting.num_steps))})

@@ -8,7 +8,7 @@ from measured import measured_setting, shared_setting
 from torch import Tensor
 
 from hgc_learn import calibration
-from hgc_learn.calibration import SiteStatistics, latent_error, layer_sites, reference_latents, site_statistics
+from hgc_learn.calibration import SiteStatistics, layer_sites, mean_psnr, reference_pictures, site_statistics
 from hgc_learn.comparison.tune import count_rollouts
 from hgc_learn.inference import HGCSchedule, apply_schedule, remove_schedule
 from hgc_learn.rollout import generate
@@ -67,11 +67,11 @@ def test_statistics_are_those_of_the_modules_outputs(site: str) -> None:
 def test_calibration_runs_the_pipelines_own_trajectory_and_leaves_no_trace() -> None:
     setting = measured_setting()
     pipe, batch = setting.pipe, setting.batches[0]
-    before = generate(pipe, setting.sampling, batch)
+    before = generate(pipe, setting.sampling, batch, output_type="pt")
     site_statistics(setting, ["unet:eps"])
     assert "forward" not in pipe.unet.__dict__ and "forward" not in pipe.controlnet.__dict__
-    assert torch.equal(generate(pipe, setting.sampling, batch), before)
-    assert torch.equal(reference_latents(setting)[0], before)
+    assert torch.equal(generate(pipe, setting.sampling, batch, output_type="pt"), before)
+    assert torch.equal(reference_pictures(setting)[0], before)
 
 
 def test_what_is_known_is_not_measured_again() -> None:
@@ -104,22 +104,22 @@ def test_squared_error_is_that_of_the_linear_combination() -> None:
     torch.testing.assert_close(error, expected)
 
 
-def test_latent_error_is_that_of_the_applied_schedule() -> None:
+def test_mean_psnr_is_that_of_the_applied_schedule() -> None:
     setting = measured_setting()
     draft = Draft({"unet:eps": "CC-C-"})
     schedule: HGCSchedule = setting.schedule(draft, policy="by_hand", settings={})
-    errors = []
+    expected: list[float] = []
     for batch in setting.batches:
-        full = generate(setting.pipe, setting.sampling, batch)
+        full = generate(setting.pipe, setting.sampling, batch, output_type="pt")
         apply_schedule(setting.pipe, schedule)
-        cached = generate(setting.pipe, setting.sampling, batch)
+        cached = generate(setting.pipe, setting.sampling, batch, output_type="pt")
         remove_schedule(setting.pipe)
-        errors += (cached - full).square().flatten(1).mean(1).tolist()
-    assert latent_error(setting, draft) == pytest.approx(sum(errors) / len(errors))
+        expected += (-10 * (cached - full).square().flatten(1).mean(1).log10()).tolist()
+    assert mean_psnr(setting, draft) == pytest.approx(sum(expected) / len(expected))
     with count_rollouts(setting) as rollouts:
-        assert latent_error(setting, draft) == pytest.approx(sum(errors) / len(errors))
+        assert mean_psnr(setting, draft) == pytest.approx(sum(expected) / len(expected))
         assert rollouts.num_samples == 0
-    assert latent_error(setting, Draft({})) == 0
+    assert mean_psnr(setting, Draft({})) == 120
 
 
 def test_layers_of_the_controlnet_are_chosen_by_the_knob() -> None:

@@ -5,7 +5,7 @@ import torch
 from measured import measured_setting, shared_setting
 from torch import Tensor
 
-from hgc_learn.calibration import SiteStatistics, latent_error, site_statistics
+from hgc_learn.calibration import SiteStatistics, mean_psnr, site_statistics
 from hgc_learn.policies import POLICIES
 from hgc_learn.policies.hyca import choose_solvers, cluster_channels, descriptors, hyca, solver_errors
 from hgc_learn.predictors.per_channel import CHOICES
@@ -90,7 +90,7 @@ def test_the_draft_forecasts_its_site_between_full_steps(site: str, name: str) -
     assert draft.sites == {name: "CpCpC"}
     predictor = draft.tensors[f"{name}/predictor"]
     assert predictor.shape == (site_statistics(setting, [name])[name].gram.shape[0],)
-    assert 0 < latent_error(setting, draft) < latent_error(setting, Draft({"unet:eps": "C----"}))
+    assert 120 > mean_psnr(setting, draft) > mean_psnr(setting, Draft({"unet:eps": "C----"}))
     assert POLICIES["hyca"].schedule(setting, interval=2, site=site).sites == draft.sites
 
 
