@@ -1,1 +1,1 @@
-"""Every policy at equal compute on the demonstration teacher: tuned alike, judged on the same held-out samples."""
+"""Every policy at equal compute on one teacher: knobs tuned alike, judged on the same held-out samples."""

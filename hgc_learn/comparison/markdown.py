@@ -11,6 +11,7 @@ from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.ranking import Ranking, public_rows
 from hgc_learn.comparison.samples import read_json
 from hgc_learn.comparison.statistics import Interval
+from hgc_learn.policies import POLICIES
 
 OURS = "learned"
 
@@ -54,6 +55,7 @@ def markdown(config: CompareConfig, rankings: Sequence[Ranking], *, command: str
     for paragraph in paragraphs:
         lines += [fill(paragraph, 118, break_long_words=False, break_on_hyphens=False), ""]
     lines += _summary(rankings)
+    lines += _policies(config)
     for ranking in rankings:
         lines += _section(config, ranking)
     lines += _tuning_costs(config, rankings)
@@ -90,6 +92,11 @@ def _summary(rankings: Sequence[Ranking]) -> list[str]:
         entries += [f"`{lead[0]}`", _with_interval(lead[1], lead[2], "+.2f")] if lead else ["-", "-"]
         lines.append(_line(entries))
     return [*lines, ""]
+
+
+def _policies(config: CompareConfig) -> list[str]:
+    papers = {name: POLICIES[name].paper for name in config.policy_names}
+    return ["## The policies", "", *(f"- `{name}`: {paper}" for name, paper in papers.items()), ""]
 
 
 def _section(config: CompareConfig, ranking: Ranking) -> list[str]:

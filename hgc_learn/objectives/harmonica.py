@@ -5,9 +5,11 @@ their kept value, and a layer's value is kept anew only where beta > threshold. 
 full models predict from the same latents: weight[step] * |full - blended|^2 + penalty * sum(beta). A step's weight is
 the error of the final latents that caching at that step alone causes.
 
-What is a reconstruction here: weights have mean 1; they are measured on a few samples, at the router's present
-schedule, and with everything cached at steps where that computes all. What is kept is what inference would keep, by
-liveness.
+What is a reconstruction here: weights have mean 1; they are measured on a few samples, for each step alone, at the
+router's present schedule, and with everything cached at steps where that computes all (the authors' code measures soft
+gates, of all steps up to each). Values are kept above a threshold of 0.5, where the authors' commands have 0.1; logits
+begin alike instead of at random, for trainings are short. What is kept is what inference would keep, by liveness. One
+training serves all budgets, for each of which the threshold is solved: what is exported was not on policy.
 """
 
 from __future__ import annotations

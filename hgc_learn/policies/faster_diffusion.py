@@ -27,6 +27,8 @@ def faster_diffusion(
 ) -> Draft:
     """ControlNet, encoder and mid block run at key steps only; the decoder runs at every step.
 
+    Without the noise that the authors' pipeline adds to the latents at late steps: it changes what is aimed at.
+
     Args:
         num_keys: number of key steps; the paper's own if not given.
         spacing: the paper's pattern, dense at the noisy end, stretched to the run, or `uniform`.

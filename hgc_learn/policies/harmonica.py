@@ -6,7 +6,7 @@ from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
 
 
-@register("harmonica", paper="HarmoniCa, Huang et al. 2025, arXiv 2410.01723", grid={})
+@register("harmonica", paper="HarmoniCa, Huang et al. 2025, arXiv 2410.01723 (reconstruction)", grid={})
 def harmonica(setting: Setting, *, ckpt_path: str = "", budget: float = 0.5) -> Draft:
     """The layers that a router holds dearest which was trained on its own trajectory with soft caches.
 

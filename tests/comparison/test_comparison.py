@@ -89,6 +89,7 @@ def test_a_comparison_writes_figures_reasons_tables_and_pictures(settings: dict[
     text = (tmp_path / "report" / "tiny.md").read_text()
     assert f"## {SAMPLER}, 60% of the MACs" in text
     assert "`uniform` is not here: keeps at least" in text
+    assert f"- `uniform`: {POLICIES['uniform'].paper}" in text
     for name in ("pareto.png", "grid.png"):
         assert (tmp_path / "report" / name).stat().st_size > 5000
     schedule = HGCSchedule.load(tmp_path / "run" / "cells" / SAMPLER / "uniform" / "0.6.schedule.json")
