@@ -31,7 +31,7 @@ class Cache:
             for sources in (load.guided, load.unguided)
             if sources
         }
-        self.moved: dict[Any, Fill] = {}  # by fill, dtype and device: the same, to be multiplied with values
+        self.moved: dict[Any, Fill] = {}  # by fill and device: the same, to be multiplied with values
 
     @property
     def num_bytes(self) -> int:
@@ -75,11 +75,12 @@ class Cache:
         total = values[0][samples] * fill.coefficients[0]
         for value, coefficient in zip(values[1:], fill.coefficients[1:], strict=False):
             total = total + value[samples] * coefficient
-        return total if fill.bias is None else total + fill.bias
+        total = total if fill.bias is None else total + fill.bias
+        return total.to(values[0].dtype)
 
     def _fill_on(self, value: Tensor, site: str, step: int, sources: tuple[int, ...]) -> Fill:
         """The coefficients on the device of `value`, shaped to be multiplied with it; moved once."""
-        key = site, step, sources, value.dtype, value.device
+        key = site, step, sources, value.device
         if key not in self.moved:
             self.moved[key] = self._move(self.fills[site, step, sources], value, site)
         return self.moved[key]
@@ -92,7 +93,8 @@ class Cache:
                 raise ScheduleError(
                     f"tensors: those of {site!r} have {tensor.numel()} channels, it has {num_channels}."
                 )
-        return fill.map(lambda t: t.reshape((1, -1, 1, 1) if is_image else (1, 1, -1)).to(value))
+        # Coefficients stay float32: bfloat16 has steps of 0.8 % above 1, as large as what is learned.
+        return fill.map(lambda t: t.reshape((1, -1, 1, 1) if is_image else (1, 1, -1)).to(value.device))
 
 
 def _coefficients(

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from hgc_learn import ops
-from hgc_learn.evaluation import picture_psnr
 from hgc_learn.forwards import RoutedForwards
 from hgc_learn.graph import Graph, build_graph
 from hgc_learn.inference import apply_schedule, remove_schedule
@@ -174,6 +173,8 @@ class ObservedForwards(RoutedForwards):
 def mean_psnr(setting: Setting, draft: Draft) -> float:
     """Mean PSNR, dB, of what a draft makes of the setting's samples, to the uncached pictures: what comparisons judge.
     Minus infinity if a trajectory is lost."""
+    from hgc_learn.evaluation import picture_psnr  # torchmetrics: not for those who only list policies
+
     known: dict[Any, float] = setting.memo.setdefault("mean_psnr", {})
     key = frozenset(draft.sites.items()) if not draft.tensors and draft.timesteps is None else None
     if key in known:
@@ -182,7 +183,7 @@ def mean_psnr(setting: Setting, draft: Draft) -> float:
     apply_schedule(setting.pipe, setting.schedule(draft, policy="trial", settings={}))
     try:
         psnr = [
-            picture_psnr(generate(setting.pipe, setting.sampling, batch, output_type="pt"), reference)
+            picture_psnr(generate(setting.pipe, setting.sampling, batch, output_type="pt").cpu(), reference)
             for batch, reference in zip(setting.batches, references, strict=True)
         ]
     finally:
@@ -195,10 +196,10 @@ def mean_psnr(setting: Setting, draft: Draft) -> float:
 
 
 def reference_pictures(setting: Setting) -> list[Tensor]:
-    """The uncached pipeline's pictures of every batch, [batch, 3, height, width] in [0, 1]."""
+    """The uncached pipeline's pictures of every batch, [batch, 3, height, width] in [0, 1], on the CPU."""
     if "reference_pictures" not in setting.memo:
         setting.memo["reference_pictures"] = [
-            generate(setting.pipe, setting.sampling, batch, output_type="pt")
+            generate(setting.pipe, setting.sampling, batch, output_type="pt").cpu()
             for batch in progress(setting.batches, "uncached trajectories")
         ]
     references: list[Tensor] = setting.memo["reference_pictures"]

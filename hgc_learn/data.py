@@ -274,7 +274,9 @@ class _TrainLoader(DataLoader[dict[str, Any]]):
 
     def state_dict(self) -> dict[str, int]:
         trainer = self.module.trainer
-        return {"num_done": 0 if trainer is None else trainer.global_step % len(self)}
+        if trainer is None:
+            return {"num_done": 0}
+        return {"num_done": int(trainer.global_step % min(len(self), trainer.num_training_batches))}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.num_done = state["num_done"]

@@ -21,7 +21,8 @@ UpdateMetric = Callable[[Metric, Tensor, dict[str, Any]], None]
 def picture_psnr(pictures: Tensor, references: Tensor) -> Tensor:
     """PSNR in dB of each picture [batch, 3, height, width] in [0, 1] against its reference: float32 [batch]. Of
     identical pictures it would be infinite, which no JSON number is; it ends at 120."""
-    psnr = peak_signal_noise_ratio(pictures, references, data_range=1.0, dim=(1, 2, 3), reduction="none")
+    pair = pictures.float(), references.float()  # bfloat16 has steps of up to half a decibel
+    psnr = peak_signal_noise_ratio(*pair, data_range=1.0, dim=(1, 2, 3), reduction="none")
     return psnr.clamp(max=120.0)
 
 
@@ -59,10 +60,10 @@ def evaluate_schedule(
         for way in ("full", "cached") if index % 2 else ("cached", "full"):
             latents[way], seconds[way] = _timed(pipe, sampling, batch, schedule if way == "cached" else None)
         with torch.no_grad():
-            pictures = {way: decode(pipe, x) for way, x in latents.items()}
+            pictures = {way: decode(pipe, x).cpu() for way, x in latents.items()}
         speedups.append(seconds["full"] / seconds["cached"])
         error = (latents["cached"] - latents["full"]).flatten(1).norm(dim=1)
-        latent_errors.append(error / latents["full"].flatten(1).norm(dim=1))
+        latent_errors.append((error / latents["full"].flatten(1).norm(dim=1)).cpu())
         pair = (pictures["cached"], pictures["full"])
         psnr.append(picture_psnr(*pair))
         similarity = structural_similarity_index_measure(*pair, data_range=1.0, reduction="none")

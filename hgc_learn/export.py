@@ -22,6 +22,7 @@ from hgc_learn.fills import Report
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.hard import HardSchedule
 from hgc_learn.learning import ALL, Learning
+from hgc_learn.rollout import default_device
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.training import RouterModule
 
@@ -161,7 +162,7 @@ def load_trained(setting: Setting, ckpt_path: str, policy: str) -> tuple[RouterM
 
 
 def load_run(ckpt_path: Path) -> tuple[RouterModule, Any]:
-    """Rebuilds the module (with the checkpoint's router) and the data module of a training run."""
+    """Rebuilds the module of a training run (with the checkpoint's router), on the default device, and its data."""
     if not ckpt_path.is_file():
         raise ValueError(f"{ckpt_path}: no such checkpoint.")
     try:
@@ -184,7 +185,8 @@ def load_run(ckpt_path: Path) -> tuple[RouterModule, Any]:
     except RuntimeError as error:
         raise ValueError(f"{ckpt_path}: its router is not one of its own configuration ({error}).") from None
     cli.datamodule.setup("fit")
-    cli.model.pipe.to(cli.model.device)
+    cli.model.to(device := default_device())
+    cli.model.pipe.to(device)
     return cli.model, cli.datamodule
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
@@ -12,8 +14,8 @@ from hgc_learn.router import Router
 
 def cap(router: Router, schedule: HardSchedule, budget: float, max_patterns: int) -> HardSchedule:
     """The router's schedule for a budget, if it has no more than so many different steps, the first included; or one
-    that computes as many of the highest logits as the budget allows, where steps that want nearly the same share their
-    mean logits.
+    that computes the highest logits that the budget allows, where steps that want nearly the same share their mean
+    logits.
 
     Raises:
         ValueError: a budget that cannot be met, or a cap below 2: the first step computes everything.
@@ -26,8 +28,11 @@ def cap(router: Router, schedule: HardSchedule, budget: float, max_patterns: int
     wanted = torch.sigmoid((logits[1:] - router.price(budget)) / router.temperature)
     tree = linkage(wanted.cpu().double().numpy(), method="ward")
     for num_groups in range(max_patterns - 1, 0, -1):
-        groups = torch.from_numpy(fcluster(tree, num_groups, criterion="maxclust")).to(logits.device)
-        schedule = router.hard(_threshold(router, _shared(logits, groups), budget))
+        groups = torch.from_numpy(fcluster(tree, num_groups, criterion="maxclust"))
+        members = [[1 + step for step in (groups == group).nonzero().flatten().tolist()] for group in groups.unique()]
+        shared = _shared(logits, members)
+        schedule = router.hard(shared >= router.price(budget, shared))
+        schedule = router.spend(schedule, budget, shared, members)
         if count(router, schedule) <= max_patterns:
             return schedule
     raise AssertionError("one group and the first step are two patterns")
@@ -38,14 +43,9 @@ def count(router: Router, schedule: HardSchedule) -> int:
     return len({router.pattern(row) for row in schedule.compute.tolist()})
 
 
-def _shared(logits: Tensor, groups: Tensor) -> Tensor:
-    """Every step's logits [steps, sites] replaced by the mean of its group; `groups` [steps - 1] without the first."""
+def _shared(logits: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+    """Every step's logits [steps, sites] replaced by the mean of its group."""
     result = logits.clone()
-    for group in groups.unique():
-        members = groups == group
-        result[1:][members] = logits[1:][members].mean(0)
+    for steps in groups:
+        result[steps] = logits[steps].mean(0)
     return result
-
-
-def _threshold(router: Router, logits: Tensor, budget: float) -> Tensor:
-    return logits >= router.price(budget, logits)

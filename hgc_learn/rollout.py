@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoPipelineForText2Image, ControlNetModel, DiffusionPipeline
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import Tensor
 
 
@@ -45,18 +47,25 @@ class SamplingConfig:
 
 
 def load_pipeline(
-    model: str, sampling: SamplingConfig, *, controlnet: str | None = None, dtype: str = "float32"
+    model: str,
+    sampling: SamplingConfig,
+    *,
+    controlnet: str | None = None,
+    dtype: str = "float32",
+    device: torch.device | None = None,
 ) -> Any:
-    """Loads a diffusers pipeline, frozen, with the sampler of `sampling`.
+    """Loads a diffusers pipeline, frozen, with the sampler of `sampling`. It has no safety checker: of pictures that
+    are blacked out nothing could be measured.
 
     Args:
         model: folder or hub id of a pipeline; with a ControlNet in it unless `controlnet` names one.
         sampling: its `scheduler` replaces the pipeline's.
         controlnet: folder or hub id of a ControlNet to add.
         dtype: of all models: `float32`, `float16` or `bfloat16`.
+        device: where it is moved to; `default_device()` if not given.
 
     Raises:
-        ValueError: a folder or hub id that cannot be loaded, an unknown dtype or scheduler.
+        ValueError: a folder or hub id that cannot be loaded, more than one ControlNet, an unknown dtype or scheduler.
     """
     for name, source in (("model", model), ("controlnet", controlnet)):
         if source is not None and not Path(source).is_dir() and source.count("/") != 1:
@@ -70,10 +79,20 @@ def load_pipeline(
         raise ValueError(f"dtype {dtype!r} is not one of float32, float16, bfloat16.")
     torch_dtype = getattr(torch, dtype)
     if controlnet is None:
-        pipe = _load("model", DiffusionPipeline, model, dtype=torch_dtype)
+        pipe = _load("model", DiffusionPipeline.from_pretrained, model, dtype=torch_dtype)
     else:
-        net = _load("controlnet", ControlNetModel, controlnet, dtype=torch_dtype)
-        pipe = _load("model", AutoPipelineForText2Image, model, controlnet=net, dtype=torch_dtype)
+        net = _load("controlnet", ControlNetModel.from_pretrained, controlnet, dtype=torch_dtype)
+        if "controlnet" in _load("model", DiffusionPipeline.load_config, model):
+            raise ValueError(
+                f"controlnet: the pipeline {model!r} has a ControlNet already, and {controlnet!r} is given besides; "
+                "give none (null), or a model without one."
+            )
+        pipe = _load("model", AutoPipelineForText2Image.from_pretrained, model, controlnet=net, dtype=torch_dtype)
+    if isinstance(getattr(pipe, "controlnet", None), MultiControlNetModel):
+        raise ValueError(
+            f"model: the pipeline {model!r} has several ControlNets, and data have one control image a sample; take a "
+            "pipeline with one. (`apply_schedule` runs schedules with several.)"
+        )
     if sampling.scheduler is not None:
         scheduler = getattr(diffusers, sampling.scheduler, None)
         if scheduler is None or not hasattr(scheduler, "from_config"):
@@ -86,13 +105,20 @@ def load_pipeline(
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(device or default_device())
 
 
-def _load(role: str, kind: Any, source: str, **kwargs: Any) -> Any:
+def default_device() -> torch.device:
+    """The first CUDA device, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _load(role: str, load: Callable[..., Any], source: str, **kwargs: Any) -> Any:
     try:
-        return kind.from_pretrained(source, **kwargs)
+        return load(source, **kwargs)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         what = "ControlNet" if role == "controlnet" else "diffusers pipeline"

@@ -162,20 +162,34 @@ class Router(nn.Module):
         """
         return self.hard(self.logits.detach() >= self.price(budget))
 
-    def spend(self, schedule: HardSchedule, budget: float, logits: Tensor | None = None) -> HardSchedule:
+    def spend(
+        self,
+        schedule: HardSchedule,
+        budget: float,
+        logits: Tensor | None = None,
+        groups: Sequence[Sequence[int]] | None = None,
+    ) -> HardSchedule:
         """The schedule with more gates computing, in the order of their logits (others if given), wherever the budget
-        allows: the next one of all may cost more than is left. Gates that nothing would read stay as they are."""
+        allows: the next one of all may cost more than is left. Gates that nothing would read stay as they are.
+
+        Args:
+            groups: of steps that have equal gates and logits, and keep them equal; else every step is its own.
+        """
         logits = self.logits.detach() if logits is None else logits
+        groups = [[step] for step in range(self.num_steps)] if groups is None else groups
+        members = {steps[0]: steps for steps in groups}
         rows = schedule.compute.tolist()
         kept = [1.0, *map(self._kept_by, rows[1:])]
         left = budget * self.num_steps - sum(kept)
         for index in logits.flatten().argsort(descending=True).tolist():
             step, site = divmod(index, len(self.sites))
-            if not rows[step][site]:
-                rows[step][site] = True
-                more = self._kept_by(rows[step]) - kept[step]
-                if 0 < more <= left:
-                    kept[step], left = kept[step] + more, left - more
-                else:
-                    rows[step][site] = False
+            if step not in members or rows[step][site]:
+                continue
+            row = [*rows[step]]
+            row[site] = True
+            more = self._kept_by(row) - kept[step]
+            if 0 < more * len(members[step]) <= left:
+                left -= more * len(members[step])
+                for member in members[step]:
+                    rows[member], kept[member] = row, kept[step] + more
         return replace(schedule, compute=torch.tensor(rows))

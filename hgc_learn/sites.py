@@ -39,7 +39,8 @@ def select_sites(graph: Graph, patterns: Iterable[str]) -> list[str]:
         matches = [name for name in sites if fnmatchcase(name, pattern)]
         if not matches:
             examples = ", ".join(sites[:: max(1, len(sites) // 4)][:4])
-            raise ValueError(f"No site matches {pattern!r}. Sites of this model are named like: {examples}.")
+            lacks = " The pipeline has no ControlNet." if pattern.endswith(":control") and not graph.residuals else ""
+            raise ValueError(f"No site matches {pattern!r}.{lacks} Sites of this model are named like: {examples}.")
         chosen.update(matches)
     return [name for name in sites if name in chosen]
 

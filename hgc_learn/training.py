@@ -76,10 +76,17 @@ class RouterModule(L.LightningModule):
         )
         self.automatic_optimization = False
         self.sampling = sampling
-        pipe = load_pipeline(model, sampling, controlnet=controlnet, dtype=dtype)
+        # Where it runs is Lightning's to say; it is moved there when a run begins.
+        device = torch.device("cpu")
+        pipe = load_pipeline(model, sampling, controlnet=controlnet, dtype=dtype, device=device)
         self.setting = Setting.of_pipeline(pipe, sampling)
         self.graph, self.costs, self.timesteps = self.setting.graph, self.setting.costs, self.setting.timesteps
         names = select_sites(self.graph, sites)
+        if self.graph.guidance in names and not self.setting.is_guided:
+            raise ValueError(
+                f"sites: {self.graph.guidance} is the difference that guidance makes, and there is none at a "
+                f"guidance_scale of {sampling.guidance_scale:g}. Leave it out."
+            )
         self.router = Router(self.graph, self.costs, names, self.num_steps)
         self.use_pipeline(pipe)
         self.targets: dict[tuple[str, str, int], Tensor] = {}
@@ -128,6 +135,9 @@ class RouterModule(L.LightningModule):
     # Trajectories
 
     def on_fit_start(self) -> None:
+        self.pipe.to(self.device)
+
+    def on_validation_start(self) -> None:  # `train.py validate`
         self.pipe.to(self.device)
 
     def teacher_latents(self, batch: dict[str, Any]) -> Tensor:

@@ -239,6 +239,7 @@ def run_with_the_core(program: str, *argv: str) -> str:
     [
         ["inspect", "hgc_schedule.json"],
         ["macs", "--arch", "sd15-controlnet", "--size", "64"],
+        ["policies"],
         ["report", "examples/demo_schedule.json", "--output", "report.html"],
     ],
 )

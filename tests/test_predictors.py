@@ -12,7 +12,10 @@ from safetensors.torch import load_file
 from tiny_models import NUM_STEPS, TinyPipeline
 from torch import Tensor
 
+from hgc_learn.cache import Cache
+from hgc_learn.graph import build_graph
 from hgc_learn.inference import HGCSchedule, ScheduleError, apply_schedule
+from hgc_learn.plan import compile_plan
 from hgc_learn.predictors import BY_CODE, PREDICTORS
 from hgc_learn.predictors.per_channel import CHOICES
 from hgc_learn.schedule import tensor_path
@@ -237,6 +240,19 @@ def test_tuned_has_numbers_for_every_fill(own: TinyPipeline) -> None:
     for row in ("CttCtC", "CtCCCC"):
         with pytest.raises(ScheduleError, match=r"must be torch.float32 \[fills, channels\] of \d fills, not"):
             own.schedule({EPS: row}, tensors={f"{EPS}/scale": good, f"{EPS}/reach": good})
+
+
+@pytest.mark.parametrize("scale", [0.997, 1.003])
+def test_half_precision_fills_in_by_exact_coefficients(own: TinyPipeline, scale: float) -> None:
+    """bfloat16 has no number between 0.996 and 1, nor between 1 and 1.0078."""
+    graph = build_graph(own.pipe.unet, own.pipe.controlnet)
+    plan = compile_plan(graph, {EPS: "CtCCCC"}, NUM_STEPS)
+    tensors = {f"{EPS}/scale": torch.full((1, 4), scale), f"{EPS}/reach": torch.zeros(1, 4)}
+    cache = Cache(plan, {EPS: "CtCCCC"}, tensors)
+    kept = torch.randn(2, 4, 8, 8).bfloat16()
+    cache.values[EPS, 0] = kept
+    (load,) = plan.steps[1].load
+    assert torch.equal(cache.load(load, 1), (scale * kept.float()).bfloat16())
 
 
 def test_tensors_for_other_channels_or_choices_are_refused(own: TinyPipeline) -> None:

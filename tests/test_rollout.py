@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from diffusers import StableDiffusionControlNetPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from training_fixtures import SAMPLING
+from transformers import CLIPConfig, CLIPImageProcessorPil
 
-from hgc_learn.rollout import load_pipeline
+from hgc_learn.evaluation import picture_psnr
+from hgc_learn.rollout import default_device, generate, load_pipeline
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])
@@ -22,3 +28,37 @@ def test_latents_are_not_clipped_like_pixels(teacher: Path, scheduler: str) -> N
 def test_an_unknown_scheduler_is_refused(teacher: Path) -> None:
     with pytest.raises(ValueError, match="no scheduler named 'Nothing'"):
         load_pipeline(str(teacher), replace(SAMPLING, scheduler="Nothing"))
+
+
+def test_pictures_are_not_blacked_out(teacher: Path, tmp_path: Path, batch: dict[str, Any]) -> None:
+    """A checker that flags all: what is cached and what is not would both be black, and equal."""
+    pipe = load_pipeline(str(teacher), SAMPLING)
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=4))
+    checker.concept_embeds_weights.data.fill_(-2)
+    parts = {**pipe.components, "safety_checker": checker, "feature_extractor": CLIPImageProcessorPil()}
+    checked = StableDiffusionControlNetPipeline(**parts)
+    expected = generate(pipe, SAMPLING, batch, output_type="pt")
+    assert not torch.equal(generate(checked, SAMPLING, batch, output_type="pt"), expected)
+    checked.save_pretrained(tmp_path)
+    assert torch.equal(generate(load_pipeline(str(tmp_path), SAMPLING), SAMPLING, batch, output_type="pt"), expected)
+
+
+def test_several_controlnets_are_refused(teacher: Path, tmp_path: Path) -> None:
+    pipe = load_pipeline(str(teacher), SAMPLING)
+    parts = {**pipe.components, "controlnet": [pipe.controlnet, pipe.controlnet]}
+    StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="several ControlNets"):
+        load_pipeline(str(tmp_path), SAMPLING)
+
+
+def test_pipelines_are_where_they_run_fastest(teacher: Path) -> None:
+    assert default_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert load_pipeline(str(teacher), SAMPLING).device == default_device()
+
+
+def test_psnr_of_half_precision_is_not_rounded_to_it() -> None:
+    full = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cached = (full + torch.tensor([0.01, 0.013, 0.017])[:, None, None, None]).bfloat16()
+    expected = -10 * (cached.double() - full.double()).square().flatten(1).mean(1).log10()
+    torch.testing.assert_close(picture_psnr(cached, full).double(), expected, rtol=1e-5, atol=0)

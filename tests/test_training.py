@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,20 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@contextmanager
+def interrupted_at(step: int) -> Iterator[None]:
+    training_step = RouterModule.training_step
+
+    def interrupted(self: RouterModule, batch: dict[str, Any], batch_idx: int) -> None:
+        if self.global_step == step:
+            raise KeyboardInterrupt
+        training_step(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RouterModule, "training_step", interrupted)
+        yield
+
+
 @pytest.mark.parametrize(
     ("objective", "buffers"),
     [
@@ -92,7 +107,7 @@ pytestmark = pytest.mark.filterwarnings(
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_interrupted_training_resumes_to_the_same_router(
-    objective: list[str], buffers: set[str], teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    objective: list[str], buffers: set[str], teacher: Path, tmp_path: Path
 ) -> None:
     more = [f"--model.objective={objective[0]}", *objective[1:]]
     whole = torch.load(fit(teacher, tmp_path / "whole", 4, *more), weights_only=True)
@@ -100,15 +115,7 @@ def test_interrupted_training_resumes_to_the_same_router(
     assert set(whole["state_dict"]) == names  # no frozen model
     assert list((tmp_path / "whole").rglob("events.out.tfevents*"))
 
-    training_step = RouterModule.training_step
-
-    def interrupted(self: RouterModule, batch: dict[str, Any], batch_idx: int) -> None:
-        if self.global_step == 3:
-            raise KeyboardInterrupt
-        training_step(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RouterModule, "training_step", interrupted)
+    with interrupted_at(3):
         fit(teacher, tmp_path / "parts", 4, *more)
     ckpt_path = tmp_path / "parts" / "checkpoints" / "last.ckpt"
     assert torch.load(ckpt_path, weights_only=True)["global_step"] == 3
@@ -116,6 +123,18 @@ def test_interrupted_training_resumes_to_the_same_router(
     assert resumed["global_step"] == 4
     for name in names:
         torch.testing.assert_close(resumed["state_dict"][name], whole["state_dict"][name], rtol=0, atol=0)
+
+
+def test_a_resumed_run_goes_on_where_epochs_end_early(teacher: Path, tmp_path: Path) -> None:
+    """Four batches, of which an epoch takes three: after the fourth step one of the second epoch is done."""
+    more = ["--data.batch_size=1", "--trainer.limit_train_batches=3"]
+    whole = torch.load(fit(teacher, tmp_path / "whole", 6, *more), weights_only=True)
+    with interrupted_at(4):
+        fit(teacher, tmp_path / "parts", 6, *more)
+    ckpt_path = tmp_path / "parts" / "checkpoints" / "last.ckpt"
+    resumed = torch.load(fit(teacher, tmp_path / "parts", 6, *more, f"--ckpt_path={ckpt_path}"), weights_only=True)
+    assert resumed["global_step"] == whole["global_step"] == 6
+    assert torch.equal(resumed["state_dict"]["router.logits"], whole["state_dict"]["router.logits"])
 
 
 @pytest.mark.parametrize(
@@ -207,18 +226,23 @@ def test_checkpoint_of_another_version_is_refused(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"),
+    ("arguments", "message"),
     [
         ("--model.model=nowhere", "model: 'nowhere' is neither a folder here nor a hub id"),
         ("--model.sampling.scheduler=Nonesuch", "no scheduler named 'Nonesuch'"),
         ("--model.budgets=[0.01]", "A budget of 0.01 cannot be met"),
         ("--model.sites=[nothing]", "No site matches 'nothing'"),
+        (
+            "--model.sampling.guidance_scale=1 --model.sites=[unet:guidance]",
+            "sites: unet:guidance is the difference that guidance makes",
+        ),
+        ("--model.controlnet={teacher}/controlnet", "has a ControlNet already, and"),
     ],
 )
 def test_training_refuses_in_one_line(
-    teacher: Path, tmp_path: Path, argument: str, message: str, capsys: pytest.CaptureFixture[str]
+    teacher: Path, tmp_path: Path, arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert guarded(lambda: fit(teacher, tmp_path, 1, argument)) == 2
+    assert guarded(lambda: fit(teacher, tmp_path, 1, *arguments.format(teacher=teacher).split())) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert message in lines[-1]
     assert not any("Traceback" in line for line in lines)

@@ -103,7 +103,7 @@ def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture
         with apply_schedule(pipe, schedule):
             latents.append(generate(pipe, sampling, batch))
         with torch.no_grad():
-            full, cached = (decode(pipe, each) for each in latents)
+            full, cached = (decode(pipe, each).cpu() for each in latents)
         pictures["text"] += batch["text"]
         pictures["control"] += batch["conditioning_image"]
         pictures["full"] += full

@@ -62,7 +62,7 @@ def read_batches(config: CompareConfig, split: str, num_samples: int, batch_size
 def render(
     pipe: Any, sampling: SamplingConfig, batches: Sequence[Batch], schedule: HGCSchedule | None = None
 ) -> Samples:
-    """What the pipeline makes of the batches, with a schedule or without."""
+    """What the pipeline makes of the batches, with a schedule or without; on the CPU."""
     if schedule is not None:
         apply_schedule(pipe, schedule)
         sampling = replace(sampling, num_inference_steps=schedule.num_inference_steps)
@@ -70,7 +70,8 @@ def render(
         latents = [generate(pipe, sampling, batch) for batch in batches]
     finally:
         remove_schedule(pipe)
-    return Samples(torch.cat(latents), torch.cat([decode(pipe, part) for part in latents]))
+    pictures = [decode(pipe, part).cpu() for part in latents]
+    return Samples(torch.cat(latents).cpu(), torch.cat(pictures))
 
 
 def full_samples(

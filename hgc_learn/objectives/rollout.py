@@ -94,7 +94,7 @@ class Rollout(Objective):
         schedule, price = router.sample(budget, module.generator)
         p_compute = router.probabilities(price)
         effects = module.effects(batch, schedule, self.num_directions)
-        of_computing = torch.where(schedule.compute, -1, 1) * effects.of_each_flip().to(p_compute)
+        of_computing = (torch.where(schedule.compute, -1, 1) * effects.of_each_flip()).to(p_compute)
         change = (p_compute * of_computing).sum()
         (loss_gradient,) = torch.autograd.grad(change, router.logits, retain_graph=True)
         expected = router.expected_macs(p_compute)
