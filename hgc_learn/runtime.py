@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from hgc_learn.compiled import CompiledPrograms
 from hgc_learn.forwards import RoutedForwards, routed_models
 from hgc_learn.graph import Graph
 from hgc_learn.once import Once
-from hgc_learn.plan import Plan, StepPlan, compile_plan
+from hgc_learn.plan import Load, Plan, StepPlan, compile_plan
 from hgc_learn.program import Program, compile_program, run_checkpointed, run_program
 from hgc_learn.schedule import HGCSchedule, ScheduleError
 from hgc_learn.timesteps import steps_for_calls
@@ -180,12 +180,8 @@ class Runtime(RoutedForwards):
         elif not is_refresh and step in self.batches and self.may_run_ahead and not call.cross_attention_kwargs:
             return self._execute_ahead(step, *self.batches[step], call, given, has_halves)
         values = given
-        for load in program.load:
-            if has_halves:
-                num_guided = len(call.sample) if is_half else len(call.sample) // 2
-                values[load.site] = self.cache.load_halves(load, step, num_guided, is_half)
-            elif load.site != self.graph.guidance:
-                values[load.site] = self.cache.load(load, step)
+        num_guided = len(call.sample) // (2 if has_halves and not is_half else 1)
+        self._load(values, program.load, step, num_guided, has_halves, is_half)
         self._free(program)
         guidance = self.graph.guidance
         if self.compiled is not None and not is_refresh and not self.gradient_checkpointing:
@@ -195,6 +191,22 @@ class Runtime(RoutedForwards):
         else:  # where guidance has been switched off there is no difference to compute
             self._run(program, call, values, None if has_halves else guidance)
         return self._keep(model, step, program, values, is_refresh)
+
+    def _load(
+        self,
+        values: dict[str, Tensor],
+        loads: Iterable[Load],
+        step: int,
+        num_guided: int,
+        has_halves: bool,
+        is_half: bool,
+    ) -> None:
+        """Adds to `values` what is filled in at a step."""
+        for load in loads:
+            if has_halves:
+                values[load.site] = self.cache.load_halves(load, step, num_guided, is_half)
+            elif load.site != self.graph.guidance:
+                values[load.site] = self.cache.load(load, step)
 
     def _run(self, program: Program, call: ops.Call, values: dict[str, Tensor], skip: str | None) -> None:
         run = run_checkpointed if self.gradient_checkpointing else run_program
@@ -257,11 +269,7 @@ class Runtime(RoutedForwards):
         by_step = [given]
         for step in steps:
             values = by_step[step - first] if step == first else {}
-            for load in self.plan.steps[step].load:
-                if has_halves:
-                    values[load.site] = self.cache.load_halves(load, step, num_samples, is_half)
-                elif load.site != graph.guidance:
-                    values[load.site] = self.cache.load(load, step)
+            self._load(values, self.plan.steps[step].load, step, num_samples, has_halves, is_half)
             if step > first:
                 for name in self.plan.steps[step].run:
                     if name in graph.residuals:

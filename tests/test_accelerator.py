@@ -53,9 +53,12 @@ def test_tensors_of_two_devices_are_refused() -> None:
 def test_a_router_learns_and_is_exported(teacher: Path, batch: dict[str, Any]) -> None:
     with on_accelerator(teacher, Rollout(), batch) as (module, batch):
         assert isinstance(module.router.logits.data, PretendTensor)
-        optimizer = module.objective.optimizer(module.router)
+        objective = module.objective
+        assert isinstance(objective, Rollout)
+        optimizer = objective.optimizer(module.router)
+        objective.warm_start(module, [batch])
         module.seed(1, is_own=True)
-        module.objective.gradients(module, batch, BUDGET)  # type: ignore[attr-defined]
+        objective.gradients(module, batch, BUDGET)
         module.router.check_gradients()
         optimizer.step()
         module.router.clamp()
