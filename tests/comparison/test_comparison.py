@@ -308,7 +308,8 @@ def test_a_checkpoint_is_trained_once_and_resumed(settings: dict[str, Any], teac
         "data": {"class_path": "SceneDataModule", "init_args": {"num_train": 2, "num_val": 2, "batch_size": 2}},
         "trainer": {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False, "logger": False},
     }
-    (tmp_path / f"learned-{SAMPLER}.yaml").write_text(yaml.safe_dump(training))
+    configuration = tmp_path / f"learned-{SAMPLER}.yaml"
+    configuration.write_text(yaml.safe_dump(training))
     path = checkpoint(config, SAMPLER, "learned")
     made = path.stat().st_mtime_ns
     assert checkpoint(config, SAMPLER, "learned") == path
@@ -318,6 +319,12 @@ def test_a_checkpoint_is_trained_once_and_resumed(settings: dict[str, Any], teac
     done.unlink()  # as if the training had been interrupted
     checkpoint(config, SAMPLER, "learned")
     assert json.loads(done.read_text())["resumed"] is True
+    configuration.write_text(yaml.safe_dump(training | {"seed_everything": 1}))
+    with pytest.raises(ValueError, match="trained by another configuration than"):
+        checkpoint(config, SAMPLER, "learned")
+    configuration.write_text("model: [")
+    with pytest.raises(ValueError, match=r"learned-UniPC-5\.yaml is not YAML"):
+        checkpoint(config, SAMPLER, "learned")
 
 
 def cell(policy: str, psnr: list[float]) -> dict[str, Any]:
