@@ -12,6 +12,7 @@ import lightning as L
 import torch
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -60,19 +61,30 @@ class RouterCLI(LightningCLI):
             }
         )
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's own puts the checkpoint's settings of the model over those that are asked for, without a word.
+        `RouterModule.on_load_checkpoint` says which must not differ."""
+
     def before_fit(self) -> None:
         self.trainer.strategy.checkpoint_io = AtomicCheckpoints()
+        if self.config["fit"]["ckpt_path"] is None and self.trainer.is_global_zero:
+            last = Path(self.config["fit"]["checkpoint"]["dirpath"] or ".", "last.ckpt")
+            if last.is_file():
+                last.replace(last.with_name("previous.ckpt"))
 
 
 def train(args: Sequence[str] | None = None) -> RouterCLI:
     """Runs `fit`, `validate`, ... with the given arguments, or those of the command line.
 
     Raises:
+        ValueError: a setting that the machine or the training does not allow.
         KeyboardInterrupt: it was interrupted, and has saved a checkpoint.
         SystemExit: an argument is not understood; what is wrong has been printed.
     """
     try:
         return _cli(None if args is None else list(args), run=True)
+    except MisconfigurationException as error:
+        raise ValueError(" ".join(str(error).split())) from None
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # what Lightning makes of it
             raise KeyboardInterrupt from None
@@ -110,6 +122,7 @@ def _cli(args: list[str] | dict[str, Any] | None, *, run: bool) -> RouterCLI:
             save_config_callback=KeepConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
+                "devices": 1,  # on more, an epoch has fewer updates: to be asked for
                 "max_epochs": 8,
                 "log_every_n_steps": 1,
                 "num_sanity_val_steps": 0,

@@ -68,6 +68,7 @@ class ControlDataModule(L.LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
+        _check_sizes(num_train, num_val, batch_size)
         if not 0 <= prompt_dropout <= 1:
             raise ValueError(f"prompt_dropout is {prompt_dropout}; it must be 0 (none) to 1.")
         self.save_hyperparameters()
@@ -106,6 +107,12 @@ class ControlDataModule(L.LightningDataModule):
         return DataLoader(self.val_data, self.hparams["batch_size"])
 
 
+def _check_sizes(num_train: int, num_val: int, batch_size: int) -> None:
+    for name, number, least in (("num_train", num_train, 1), ("num_val", num_val, 0), ("batch_size", batch_size, 1)):
+        if number < least:
+            raise ValueError(f"{name} is {number}; it must be at least {least}.")
+
+
 def _columns(hparams: Any) -> list[str]:
     """Of the picture and of the prompt."""
     return [hparams["image_column" if hparams["condition"] else "conditioning_image_column"], hparams["text_column"]]
@@ -137,8 +144,10 @@ def read_rows(
         for column in picture_columns:
             rows = rows.cast_column(column, datasets.Image())
         rows = list(rows.take(num_rows)) if streaming else rows
-    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{name}, split {split!r}: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError, TypeError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
+        is_vague = isinstance(error, datasets.exceptions.DatasetGenerationError)  # says only that something went wrong
+        reason = error.__cause__ if is_vague and error.__cause__ else error
+        raise ValueError(f"{name}, split {split!r}: {' '.join(str(reason).split())}") from None
     if not len(rows):
         raise ValueError(f"{name}, split {split!r}: it is empty; set train_split and val_split.")
     if len(rows) < num_rows:
@@ -152,6 +161,10 @@ def _load(name: str, split: str, streaming: bool) -> Any:
         if folder.is_absolute() or name.count("/") > 1:
             raise ValueError("there is no such folder")
         return datasets.load_dataset(name, split=split, streaming=streaming)
+    if any(folder.glob("metadata.*")):
+        # Of one split, also where names of pictures have a `test` in them, which `datasets` makes splits of.
+        files = {"train": "**"}
+        return datasets.load_dataset("imagefolder", data_dir=name, data_files=files, split=split, streaming=streaming)
     if any(folder.rglob("metadata.*")):
         kind = "imagefolder"
     elif any(folder.rglob("*.parquet")):
@@ -175,7 +188,7 @@ class _Samples(Dataset[dict[str, Any]]):
     def __getitem__(self, i: int) -> dict[str, Any]:
         hp, seed = self.hparams, self.first_seed + i
         picture, text = self._row(self.indices[i])
-        picture = self.processor.resize(picture.convert("RGB"), hp["height"], hp["width"])
+        picture = self.processor.resize(picture, hp["height"], hp["width"])
         if hp["condition"] == "canny":
             picture = canny(picture)
         is_dropped = random.Random(f"prompt {seed}").random() < self.prompt_dropout
@@ -205,6 +218,9 @@ def read_row(
 ) -> tuple[list[Image.Image], str]:
     """Pictures and prompt of a row of `read_rows`.
 
+    Returns:
+        Pictures in RGB, whatever they are on disk.
+
     Raises:
         ValueError: one of them is missing or cannot be read; the message starts with `where`.
     """
@@ -217,7 +233,18 @@ def read_row(
         raise ValueError(f"{where}: {text_column} is {type(text).__name__}, not a text.")
     if None in pictures:
         raise ValueError(f"{where}: it has no picture. Add or remove it.")
-    return pictures, text
+    return [_rgb(picture, where) for picture in pictures], text
+
+
+def _rgb(picture: Image.Image, where: str) -> Image.Image:
+    """Pillow itself cuts off what is above 255 in 16 bits, and turns floats from 0 to 1 black."""
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(
+            f"{where}: its picture has numbers of 32 bits, of unknown range. Save it with 8 or 16 bits a channel."
+        )
+    return picture.convert("RGB")
 
 
 def canny(picture: Image.Image) -> Image.Image:
@@ -242,6 +269,7 @@ class SceneDataModule(L.LightningDataModule):
 
     def __init__(self, num_train: int = 64, num_val: int = 16, batch_size: int = 4):
         super().__init__()
+        _check_sizes(num_train, num_val, batch_size)
         self.save_hyperparameters()
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:

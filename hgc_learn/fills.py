@@ -57,17 +57,25 @@ def tune_fills(
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, num_updates)
     file = module.setting.schedule(start, policy=module.objective.policy, settings={})
+    checkpointing = module.hparams["gradient_checkpointing"]
+    at_once = 1 if checkpointing else BATCH_SIZE  # where memory is short, no more than a training needs
     with apply_schedule(module.pipe, file) as handle:
         for update in range(num_updates):
             index = update % len(learned)
-            handle.use_tensors(tensors, gradient_checkpointing=module.hparams["gradient_checkpointing"])
-            outcome = module.outcome(generate(module.pipe, module.sampling, learned[index], grad=True))
-            loss = (outcome - targets[index]).square().flatten(1).mean(1).clamp_min(1e-30).log().mean()
+            num_samples, loss = len(targets[index]), 0.0
             optimizer.zero_grad()
-            loss.backward()
+            for first in range(0, num_samples, at_once):
+                part = slice(first, first + at_once)
+                handle.use_tensors(tensors, gradient_checkpointing=checkpointing)
+                batch = {name: values[part] for name, values in learned[index].items()}
+                outcome = module.outcome(generate(module.pipe, module.sampling, batch, grad=True))
+                errors = (outcome - targets[index][part]).square().flatten(1).mean(1)
+                share = errors.clamp_min(1e-30).log().sum() / num_samples
+                share.backward()
+                loss += float(share.detach())
             optimizer.step()
             decay.step()
-            report(update, float(loss.detach()))
+            report(update, loss)
     tuned = Draft(start.sites, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
     drafts = [tuned, module.draft(schedule)]
     return min(drafts, key=lambda draft: module.log_error(judges, draft))

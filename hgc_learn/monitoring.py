@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from hgc_learn.figures import gate_heatmap, picture_grid
 from hgc_learn.training import RouterModule
@@ -14,11 +18,24 @@ class ScheduleMonitor(L.Callback):
     """Draws, after every validation and for every budget, the gates and the pictures that the schedule gives.
 
     Args:
-        num_pictures: pictures per grid, from the first validation batch; 0 for none.
+        num_pictures: pictures per grid, of the first validation samples; 0 for none.
     """
 
     def __init__(self, num_pictures: int = 4):
         self.num_pictures = num_pictures
+
+    def _first(self, batches: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        """As many samples, from as many batches as it takes."""
+        texts: list[str] = []
+        tensors: dict[str, list[Tensor]] = {"conditioning_image": [], "seed": []}
+        for batch in batches:
+            texts += batch["text"]
+            for name, parts in tensors.items():
+                parts.append(batch[name])
+            if len(texts) >= self.num_pictures:
+                break
+        joined = {name: torch.cat(parts)[: self.num_pictures] for name, parts in tensors.items()}
+        return {"text": texts[: self.num_pictures], **joined}
 
     @torch.no_grad()
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -36,8 +53,7 @@ class ScheduleMonitor(L.Callback):
         if self.num_pictures < 1:
             return
         assert trainer.val_dataloaders is not None
-        batch = next(iter(trainer.val_dataloaders))
-        batch = {name: values[: self.num_pictures] for name, values in batch.items()}
+        batch = self._first(trainer.val_dataloaders)
         batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
         full = pl_module.rollout(batch, None, "pt")
         for budget in pl_module.hparams["budgets"]:

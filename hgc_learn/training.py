@@ -120,6 +120,24 @@ class RouterModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError where the router was trained for something else than it would be trained on for."""
+        trained = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        for name in ("sampling", "sites", "objective"):
+            if name in trained and trained[name] != self.hparams[name]:
+                raise ValueError(
+                    f"ckpt_path: the router was trained with {name} {trained[name]}; asked for now is "
+                    f"{self.hparams[name]}. Give the same, or train anew without ckpt_path."
+                )
+
+    def on_fit_start(self) -> None:
+        if self.trainer.precision != "32-true":
+            raise ValueError(
+                f"trainer.precision is {self.trainer.precision}; the router learns in 32-true. The precision of the "
+                "frozen models is model.dtype."
+            )
+        self.pipe.to(self.device)
+
     def hard_schedule(self, budget: float) -> HardSchedule:
         """The hard schedule that the router stands for at a budget.
 
@@ -133,9 +151,6 @@ class RouterModule(L.LightningModule):
         return schedule.draft(self.router.sites)
 
     # Trajectories
-
-    def on_fit_start(self) -> None:
-        self.pipe.to(self.device)
 
     def on_validation_start(self) -> None:  # `train.py validate`
         self.pipe.to(self.device)

@@ -210,3 +210,46 @@ def test_canny_without_opencv_says_what_to_install(folder: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ValueError, match="pip install opencv-python-headless"):
         ready(folder, condition="canny").train_data[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, streaming: bool) -> None:
+    """As depth maps come; Pillow makes all above 255 white."""
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    write_folder(tmp_path)
+    for i in range(NUM_ROWS):
+        Image.fromarray(ramp).save(tmp_path / f"control{i}.png")
+    sample = ready(tmp_path, height=256, width=256, streaming=streaming).train_data[0]["conditioning_image"]
+    expected = torch.from_numpy(ramp.astype(np.float32) / 65535)
+    torch.testing.assert_close(sample, expected.expand(3, -1, -1), rtol=0, atol=1 / 255)
+
+
+def test_pictures_of_unknown_range_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    metadata = (
+        (tmp_path / "metadata.jsonl").read_text().replace("control", "depth").replace(".png", ".tiff", NUM_ROWS * 2)
+    )
+    (tmp_path / "metadata.jsonl").write_text(metadata)
+    for i in range(NUM_ROWS):
+        for name in ("depth", "photo"):
+            Image.fromarray(np.full((30, 40), 0.5, np.float32)).save(tmp_path / f"{name}{i}.tiff")
+    with pytest.raises(ValueError, match="numbers of 32 bits, of unknown range"):
+        ready(tmp_path).train_data[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_of_files_make_no_splits(tmp_path: Path, streaming: bool) -> None:
+    write_folder(tmp_path)
+    metadata = tmp_path / "metadata.jsonl"
+    for i in range(NUM_ROWS):
+        (tmp_path / f"photo{i}.png").rename(tmp_path / f"test_{i}.png")
+    metadata.write_text(metadata.read_text().replace("photo", "test_"))
+    assert len(ready(tmp_path, streaming=streaming).train_data) == 4
+
+
+def test_prompts_in_another_encoding_are_told(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_bytes(metadata.read_text().replace("picture", "d\u00e9cor").encode("latin-1"))
+    with pytest.raises(ValueError, match="utf-8"):
+        ready(tmp_path)

@@ -52,7 +52,7 @@ def test_learning_lowers_the_error(
         monkeypatch.setitem(module.hparams, "gradient_checkpointing", False)
         other = tune_fills(module, schedule, [batch], 40)
         for name, tensor in tuned.tensors.items():
-            torch.testing.assert_close(tensor, other.tensors[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(tensor, other.tensors[name], rtol=0, atol=2e-3)  # 40 roundings
 
 
 def test_what_other_samples_do_not_confirm_is_left(

@@ -202,7 +202,9 @@ def test_export_refuses_clearly(arguments: list[str], message: str, capsys: pyte
     assert "Traceback" not in error
 
 
-def test_export_misses_at_once_what_it_needs_last(teacher: Path, tmp_path: Path) -> None:
+def test_export_misses_its_folder_at_once_and_does_without_validation(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ckpt_path = fit(teacher, tmp_path, 1, "--model.objective.num_warm_start_batches=0")
     taken = tmp_path / "taken"
     taken.touch()
@@ -211,8 +213,32 @@ def test_export_misses_at_once_what_it_needs_last(teacher: Path, tmp_path: Path)
     data = "--data=ControlDataModule", f"--data.dataset={write_folder(tmp_path / 'data')}", "--data.num_val=0"
     sizes = "--data.height=64", "--data.width=64"
     ckpt_path = fit(teacher, tmp_path / "b", 1, "--model.objective.num_warm_start_batches=0", *data, *sizes)
-    with pytest.raises(ValueError, match="no validation samples"):
-        export(ckpt_path, tmp_path / "out")
+    few = Learning(learning_samples=2, specialise_updates=0, tune_updates=0)
+    assert HGCSchedule.load(export(ckpt_path, tmp_path / "out", learning=few)).fidelity == {}
+    assert "nothing has been measured" in capsys.readouterr().out
+
+
+def test_what_is_asked_for_holds_on_resuming(teacher: Path, tmp_path: Path) -> None:
+    """Lightning would take the checkpoint's settings without a word."""
+    ckpt_path = fit(teacher, tmp_path, 1)
+    fit(
+        teacher, tmp_path, 2, f"--ckpt_path={ckpt_path}", "--model.gradient_checkpointing=true", "--model.budgets=[0.7]"
+    )
+    checkpoint = torch.load(ckpt_path, weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert checkpoint["hyper_parameters"]["gradient_checkpointing"] is True
+    assert checkpoint["hyper_parameters"]["budgets"] == [0.7]
+    for other in ("--model.sampling.num_inference_steps=4", "--model.sites=[unet:eps]", "--model.objective=HarmoniCa"):
+        with pytest.raises(ValueError, match="ckpt_path: the router was trained with"):
+            fit(teacher, tmp_path, 3, f"--ckpt_path={ckpt_path}", other)
+
+
+def test_a_new_run_keeps_the_checkpoint_that_was_there(teacher: Path, tmp_path: Path) -> None:
+    ckpt_path = fit(teacher, tmp_path, 2)
+    assert fit(teacher, tmp_path, 1) == ckpt_path
+    names = "last.ckpt", "previous.ckpt"
+    steps = [torch.load(ckpt_path.with_name(name), weights_only=True)["global_step"] for name in names]
+    assert steps == [1, 2]
 
 
 def test_checkpoint_of_another_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,6 +258,9 @@ def test_checkpoint_of_another_version_is_refused(tmp_path: Path, capsys: pytest
         ("--model.sampling.scheduler=Nonesuch", "no scheduler named 'Nonesuch'"),
         ("--model.budgets=[0.01]", "A budget of 0.01 cannot be met"),
         ("--model.sites=[nothing]", "No site matches 'nothing'"),
+        ("--trainer.precision=bf16-mixed", "trainer.precision is bf16-mixed; the router learns in 32-true"),
+        ("--trainer.gradient_clip_val=1", "clip"),
+        ("--data.num_train=-1", "num_train is -1; it must be at least 1"),
         (
             "--model.sampling.guidance_scale=1 --model.sites=[unet:guidance]",
             "sites: unet:guidance is the difference that guidance makes",
