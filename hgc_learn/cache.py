@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hgc_learn.plan import Load, Plan
+from hgc_learn.plan import Load
 from hgc_learn.predictors import BY_CODE, Fill
 from hgc_learn.schedule import ScheduleError
 
@@ -17,21 +17,14 @@ class Cache:
     """Kept values by (site, step), and the fills that turn them into what is loaded.
 
     Args:
-        plan: what is loaded when.
         rows: the schedule's, per site.
         tensors: numbers of the predictors, as `HGCSchedule.tensors`.
     """
 
-    def __init__(self, plan: Plan, rows: Mapping[str, str], tensors: Mapping[str, Tensor]):
+    def __init__(self, rows: Mapping[str, str], tensors: Mapping[str, Tensor]):
+        self.rows, self.tensors = rows, tensors
         self.values: dict[tuple[str, int], Tensor] = {}
-        self.fills = {
-            (load.site, i, sources): _coefficients(load, i, sources, rows, tensors)
-            for i, step in enumerate(plan.steps)
-            for load in step.load
-            for sources in (load.guided, load.unguided)
-            if sources
-        }
-        self.moved: dict[Any, Fill] = {}  # by fill and device: the same, to be multiplied with values
+        self.fills: dict[Any, Fill] = {}  # by site, step, sources and device: made when they are first needed
 
     @property
     def num_bytes(self) -> int:
@@ -69,7 +62,7 @@ class Cache:
     def _fill_in(self, load: Load, step: int, sources: tuple[int, ...], samples: slice) -> Tensor:
         """sum_j c_j F_j + bias over some samples of the kept values."""
         values = [self.values[load.site, source] for source in sources]
-        fill = self._fill_on(values[0], load.site, step, sources)
+        fill = self._fill_on(values[0], load, step, sources)
         if fill.holds:
             return values[0][samples]
         total = values[0][samples] * fill.coefficients[0]
@@ -78,32 +71,24 @@ class Cache:
         total = total if fill.bias is None else total + fill.bias
         return total.to(values[0].dtype)
 
-    def _fill_on(self, value: Tensor, site: str, step: int, sources: tuple[int, ...]) -> Fill:
-        """The coefficients on the device of `value`, shaped to be multiplied with it; moved once."""
-        key = site, step, sources, value.device
-        if key not in self.moved:
-            self.moved[key] = self._move(self.fills[site, step, sources], value, site)
-        return self.moved[key]
+    def _fill_on(self, value: Tensor, load: Load, step: int, sources: tuple[int, ...]) -> Fill:
+        """The coefficients on the device of `value`, shaped to be multiplied with it."""
+        key = load.site, step, sources, value.device
+        if key not in self.fills:
+            self.fills[key] = self._make_fill(value, load, step, sources)
+        return self.fills[key]
 
-    def _move(self, fill: Fill, value: Tensor, site: str) -> Fill:
+    def _make_fill(self, value: Tensor, load: Load, step: int, sources: tuple[int, ...]) -> Fill:
+        predictor, site = BY_CODE[load.code], load.site
+        parameters = {parameter.name: self.tensors[f"{site}/{parameter.name}"] for parameter in predictor.parameters}
         is_image = value.ndim == 4
         num_channels = value.shape[1] if is_image else value.shape[-1]
-        for tensor in (*fill.coefficients, fill.bias):
-            if isinstance(tensor, Tensor) and tensor.numel() != num_channels:
-                raise ScheduleError(
-                    f"tensors: those of {site!r} have {tensor.numel()} channels, it has {num_channels}."
-                )
+        for parameter in predictor.parameters:
+            length = parameters[parameter.name].shape[-1]
+            if "channels" in parameter.axes and length != num_channels:
+                raise ScheduleError(f"tensors: those of {site!r} have {length} channels, it has {num_channels}.")
+        counts_fills = any("fills" in parameter.axes for parameter in predictor.parameters)
+        index = self.rows[site][:step].count(load.code) if counts_fills else step
+        fill = predictor.fill([step - source for source in sources], index, parameters)
         # Coefficients stay float32: bfloat16 has steps of 0.8 % above 1, as large as what is learned.
         return fill.map(lambda t: t.reshape((1, -1, 1, 1) if is_image else (1, 1, -1)).to(value.device))
-
-
-def _coefficients(
-    load: Load, step: int, sources: tuple[int, ...], rows: Mapping[str, str], tensors: Mapping[str, Tensor]
-) -> Fill:
-    predictor = BY_CODE[load.code]
-    parameters = {parameter.name: tensors[f"{load.site}/{parameter.name}"] for parameter in predictor.parameters}
-    if any("fills" in parameter.axes for parameter in predictor.parameters):
-        index = rows[load.site][:step].count(load.code)
-    else:
-        index = step
-    return predictor.fill([step - source for source in sources], index, parameters)

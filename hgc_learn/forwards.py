@@ -135,11 +135,13 @@ class RoutedForwards:
             number = self.pipe.__dict__.get("_num_timesteps")
             self.last_step = self.num_steps - 1 if number is None else self.first_step + number - 1
         step = self.first_step + self.num_calls[model]
-        is_known = place == step or (place is None and self.is_offloaded)
-        if step >= self.num_steps or not is_known:
+        is_known = step < self.num_steps and (
+            place == step or (place is None and self.is_offloaded and float(timestep) == float(timesteps[step]))
+        )
+        if not is_known:
             raise ValueError(_foreign(f"The {model}, at step {step} of {self.num_steps},"))
         if model == "unet" and step == self.first_step and self.is_guided:
-            _check_halves(sample)
+            _check_halves(self.pipe, sample)
         called_with = (sample.shape, sample.dtype, sample.device, inputs)
         signature = Signature(called_with, self.settings.read())
         if step > self.last_step:  # the pipeline had said less, and what was kept is gone
@@ -332,10 +334,12 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _check_halves(sample: Tensor) -> None:
+def _check_halves(pipe: Any, sample: Tensor) -> None:
     """Looked at once per run, in its first step."""
     half = len(sample) // 2
-    if len(sample) % 2 or not torch.allclose(sample[:half], sample[half:], rtol=0, atol=0, equal_nan=True):
+    is_perturbed = getattr(pipe, "do_perturbed_attention_guidance", False)  # three alike, of pictures from one noise
+    same = len(sample) % 2 == 0 and torch.allclose(sample[:half], sample[half:], rtol=0, atol=0, equal_nan=True)
+    if is_perturbed or not same:
         raise ValueError(
             "The batch is not the same latents twice, for an unguided and a guided half: PAG, InstructPix2Pix and the "
             "like have a third part. Schedules do not support that; remove_schedule(pipe) first."

@@ -6,7 +6,7 @@ the control image alone, and both are the same at every step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from torch import Tensor, nn
 
-from hgc_learn.takeover import give_back, owner_of_forward, take_over
+from hgc_learn.takeover import current_forward, give_back, owner_of_forward, take_over
 
 MAX_KEPT = 2
 """Per module: for the whole batch and for its guided half."""
@@ -44,10 +44,11 @@ class Once:
             self.uninstall()
         elif not self.replaced:
             for module in self.modules:
-                self.replaced[module] = take_over(module, partial(self._forward, module))
+                forward = partial(self._forward, module, current_forward(module))
+                self.replaced[module] = take_over(module, forward)
 
     def uninstall(self) -> None:
-        """Leaves alone what others have wrapped since: it stays right."""
+        """Leaves alone what others have wrapped since: it runs as ever."""
         self.clear()
         for module, replaced in self.replaced.items():
             if owner_of_forward(module) is self:
@@ -63,9 +64,9 @@ class Once:
         """Of what is kept."""
         return sum(output.nbytes for kept in self.kept.values() for _, output in kept.values())
 
-    def _forward(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        forward = self.replaced.get(module) or partial(type(module).forward, module)
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or args or kwargs or x.is_inference():
+    def _forward(self, module: nn.Module, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        is_off = not self.replaced or torch.compiler.is_compiling() or torch.is_grad_enabled()
+        if is_off or args or kwargs or x.is_inference():
             return forward(x, *args, **kwargs)
         kept = self.kept.setdefault(module, {})
         key = x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.device

@@ -218,7 +218,7 @@ def upsample(sampler: nn.Module, level: int, call: Call, x: Tensor) -> Tensor:
 def concat_skip(block: Any, call: Call, x: Tensor, skip: Tensor) -> Tensor:
     factors = {name: getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")}
     if all(factors.values()):
-        x, skip = apply_freeu(block.resolution_idx, x, skip, **factors)
+        x, skip = apply_freeu(block.resolution_idx, x.clone(), skip, **factors)  # it writes into x, which may be kept
     return torch.cat([x, skip], dim=1)
 
 

@@ -17,7 +17,7 @@ from hgc_learn.compiled import CompiledPrograms
 from hgc_learn.forwards import RoutedForwards, routed_models
 from hgc_learn.graph import Graph
 from hgc_learn.once import Once
-from hgc_learn.plan import Load, Plan, StepPlan, compile_plan
+from hgc_learn.plan import Load, StepPlan, compile_plan
 from hgc_learn.program import Program, compile_program, run_checkpointed, run_program
 from hgc_learn.schedule import HGCSchedule, ScheduleError
 from hgc_learn.timesteps import steps_for_calls
@@ -51,7 +51,7 @@ class Runtime(RoutedForwards):
         self.compile_options: dict[str, Any] | None = None
         self.compiled: CompiledPrograms | None = None
         self.once = Once(routed_models(pipe).values()) if options.exact_savings else None
-        self.cache = Cache(Plan(()), {}, {})
+        self.cache = Cache({}, {})
         super().__init__(pipe, graph, 0 if schedule is None else schedule.num_inference_steps)
         self.follow(schedule)
 
@@ -88,7 +88,7 @@ class Runtime(RoutedForwards):
 
     def use_tensors(self, tensors: Mapping[str, Tensor], *, gradient_checkpointing: bool = False) -> None:
         self.gradient_checkpointing = gradient_checkpointing
-        self.cache = Cache(self.plan, self.rows, tensors)
+        self.cache = Cache(self.rows, tensors)
 
     # A run
 

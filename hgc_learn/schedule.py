@@ -20,7 +20,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hgc_learn.files import write_atomically
+from hgc_learn.files import printable, write_atomically
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.plan import COMPUTE, check_codes
 from hgc_learn.predictors import BY_CODE
@@ -32,8 +32,10 @@ VERSION = 4
 
 MAX_FILE_BYTES = 16 * 2**20
 MAX_TENSOR_BYTES = 64 * 2**20
+MAX_HEADER_BYTES = 8 * 2**20  # of the tensors' file: safetensors takes fifteen times that to read it
 MAX_STEPS = 4096
 MAX_SITES = 20_000
+MAX_NAME = 256
 MAX_MACS = 10**24
 MAX_DEPTH = 16
 
@@ -41,7 +43,11 @@ Scalar = str | int | float | bool | None
 
 
 class ScheduleError(ValueError):
-    """A schedule that cannot be used; the message names the field and says what to do."""
+    """A schedule that cannot be used; the message names the field and says what to do. It is on one line, without
+    control characters: it quotes files, which may come from a stranger."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,10 @@ class HGCSchedule:
         if len(self.sites) > MAX_SITES:
             raise ScheduleError(f"sites: {len(self.sites)} entries; at most {MAX_SITES} are allowed.")
         for site, row in self.sites.items():
+            if len(site) > MAX_NAME:
+                raise ScheduleError(
+                    f"sites: {site[:40]!r}... has {len(site)} characters; at most {MAX_NAME} are allowed."
+                )
             kind = site.partition(":")[2]
             if kind not in KINDS:
                 raise ScheduleError(f"sites: {site!r} has kind {kind!r}; known kinds are {', '.join(KINDS)}.")
@@ -309,6 +319,8 @@ def _read_tensors(path: Path, data: Any) -> dict[str, Tensor]:
     raw = _read(path, MAX_TENSOR_BYTES)
     if hashlib.sha256(raw).hexdigest() != digest:
         raise ScheduleError(f"tensors: {path.name} is not the file that belongs to this schedule. Get both again.")
+    if int.from_bytes(raw[:8], "little") > MAX_HEADER_BYTES:
+        raise ScheduleError(f"tensors: {path.name} has a header larger than {MAX_HEADER_BYTES // 2**20} MiB.")
     try:
         return safetensors.torch.load(raw)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -336,6 +348,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], sites: Mapping[str, str], num_
             raise ScheduleError(f"tensors: {name!r} must be {expected}, not {tensor.dtype} {list(tensor.shape)}.")
         if not tensor.isfinite().all():
             raise ScheduleError(f"tensors: {name!r} holds numbers that are not finite.")
+        if parameter.num_choices is not None and int(tensor.max()) >= parameter.num_choices:
+            choices = f"choices are 0 to {parameter.num_choices - 1}"
+            raise ScheduleError(f"tensors: {name!r} holds {int(tensor.max())}; {choices}.")
 
 
 _FIELDS: dict[str, Any] = {

@@ -18,6 +18,7 @@ TENSOR_NAME = "hgc_schedule.safetensors"
 CARD_NAME = "README.md"
 LIBRARY_NAME = "hgc_learn"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+MAX_HUB_ID = 96  # characters, on the hub itself
 
 
 def find_schedule(
@@ -162,7 +163,8 @@ def _base_models(schedule: HGCSchedule) -> list[str]:
 
 def is_hub_id(name: Any) -> bool:
     """Whether this can only be the name of a repository on the hub: owner/name, and no folder here."""
-    return isinstance(name, str) and bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+    is_id = isinstance(name, str) and len(name) <= MAX_HUB_ID and bool(_HUB_ID.fullmatch(name))
+    return is_id and not Path(name).exists()
 
 
 def _table(title: str, entries: Mapping[str, Any]) -> str:

@@ -18,6 +18,11 @@ def take_over(module: nn.Module, forward: Callable[..., Any]) -> Any:
     return replaced
 
 
+def current_forward(module: nn.Module) -> Callable[..., Any]:
+    """What a module runs, without the offload hooks around it."""
+    return module.__dict__.get(_forward_slot(module)) or partial(type(module).forward, module)
+
+
 def owner_of_forward(module: nn.Module) -> Any:
     """Whose method it is that stands in the place of a module's forward; None for the class's own."""
     forward = module.__dict__.get(_forward_slot(module))

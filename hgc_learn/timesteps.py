@@ -10,7 +10,10 @@ def steps_for_calls(scheduler: Any, num_calls: int) -> int | None:
     scheduler is left as it is."""
     other = type(scheduler).from_config(scheduler.config)
     for num_steps in range(num_calls, 0, -1):  # mostly the first one
-        other.set_timesteps(num_steps)
+        try:
+            other.set_timesteps(num_steps)
+        except ValueError:  # more than it was trained with
+            continue
         if len(other.timesteps) == num_calls:
             return num_steps
     return None

@@ -10,6 +10,8 @@ import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionControlNetImg2ImgPipeline
+from robustness_actions import when
+from robustness_pipelines import arguments, build, run, schedule_for
 from tiny_models import NUM_STEPS, TinyPipeline, build_pipeline, random_rows
 from torch import Tensor
 
@@ -221,3 +223,42 @@ def test_calls_outside_the_pipeline_are_refused(own: TinyPipeline) -> None:
         own.pipe.controlnet(
             torch.zeros(1, 4, 8, 8), 5, torch.zeros(1, 7, 12), controlnet_cond=torch.zeros(1, 3, 16, 16)
         )
+
+
+def test_nobody_writes_into_what_is_kept() -> None:
+    """FreeU scales half of the channels that it is given, in place, in the oracle, too, which runs the same code."""
+    pipe = build("StableDiffusionPipeline")
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.4)
+    site = "unet.mid_block.resnets.1:out"
+    handle = apply_schedule(pipe, schedule_for(pipe, {site: "C" + "-" * (NUM_STEPS - 1)}))
+    kept: list[Tensor] = []
+
+    def callback(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        kept.extend(value.clone() for key, value in handle.runtime.cache.values.items() if key == (site, 0))
+        return inputs
+
+    run(pipe, callback_on_step_end=callback)
+    assert len(kept) == NUM_STEPS - 1
+    assert all(torch.equal(value, kept[0]) for value in kept)
+
+
+def test_three_parts_are_refused_also_where_they_look_like_two() -> None:
+    """Two pictures from one noise with PAG: six times the same latents."""
+    pipe = build("StableDiffusionControlNetPAGPipeline", pag_applied_layers=["mid"])
+    apply_schedule(pipe, schedule_for(pipe, {"unet:guidance": "CC-C-C"}))
+    latents = torch.randn(1, 4, 8, 8, dtype=torch.float64).repeat(2, 1, 1, 1)
+    with pytest.raises(ValueError, match="have a third part"):
+        pipe(**{**arguments(pipe, num_images=2), "latents": latents})
+
+
+def test_an_offloaded_run_that_stopped_is_not_gone_on_with_by_another_pipeline() -> None:
+    pipe = build("StableDiffusionPipeline")
+    parts = {**pipe.components, "scheduler": diffusers.EulerDiscreteScheduler(steps_offset=1)}
+    other = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    pipe.unet._hf_hook = object()  # as if accelerate copied its arguments
+    handle = apply_schedule(pipe, schedule_for(pipe, {"unet.mid_block.resnets.1:out": "C" + "-" * (NUM_STEPS - 1)}))
+    run(pipe, **when(2, lambda pipe, tensors: setattr(pipe, "_interrupt", True)))
+    assert handle.runtime.is_offloaded
+    with pytest.raises(ValueError, match="by another pipeline that"):
+        run(other, num_inference_steps=4)

@@ -94,6 +94,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "tensors as list": (changed(tensors=[]), "tensors: must be the SHA-256"),
     "tensors in version 1": (changed(version=1), "tensors: unknown key"),
     "unknown kind": (changed(sites={"unet:map": "CCCCC"}), "sites: 'unet:map' has kind 'map'; known kinds are out"),
+    "long name": (
+        changed(sites={"unet." + "x" * 300 + ":out": "CCCCC"}),
+        "sites: 'unet.xxx.*has 309 characters; at most",
+    ),
     "row as list": (changed(sites={"unet:eps": [True] * 5}), "sites: 'unet:eps' must be a string"),
     "reuse at step 0": (changed(sites={"unet:eps": "-CCCC"}), "sites: 'unet:eps' is reused at step 0"),
     "negative macs": (changed(macs={"full": -1}), "macs: 'full' must be"),
@@ -126,6 +130,13 @@ def test_wrong_files_are_refused_with_the_field(tmp_path: Path, case: str) -> No
     with pytest.raises(ScheduleError, match=message) as error:
         HGCSchedule.load(path)
     assert str(error.value).startswith(f"{path}: ")
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    path = write(tmp_path / "wrong.json", changed(**{"\x1b[2J": 1}))
+    with pytest.raises(ScheduleError, match=r"\\x1b\[2J: unknown key") as error:
+        HGCSchedule.load(path)
+    assert str(error.value).isprintable()
 
 
 def test_files_that_are_no_text_too_large_or_absent_are_refused(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_the_card_holds_the_figures(tmp_path: Path) -> None:
         ("budget", "0.5"),
     ):
         assert "<td>{}</td>\n<td>{}</td>".format(*row) in page
-    for model in ("hgc_learn/demo/teacher", str(tmp_path), "nothing", None, 3):
+    for model in ("hgc_learn/demo/teacher", str(tmp_path), "nothing", None, 3, "owner/" + "b" * 5000):
         producer = {"settings": {"model": model}}
         HGCSchedule(**vars(SCHEDULE) | {"producer": producer}).save_pretrained(tmp_path)
         assert "base_model" not in metadata((tmp_path / "README.md").read_text())

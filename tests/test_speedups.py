@@ -86,6 +86,20 @@ def test_memory_is_given_back_after_a_run(own: TinyPipeline) -> None:
     assert handle.runtime.once.num_bytes == 0
 
 
+def test_nothing_is_kept_after_removal_even_where_others_wrapped_it(own: TinyPipeline) -> None:
+    apply_exact_savings(own.pipe)
+    own()
+    module = own.pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+    wrapped = module.forward
+    module.forward = lambda x: wrapped(x)
+    remove_schedule(own.pipe)
+    prompt = torch.randn(1, 4, module.in_features)
+    with torch.no_grad():
+        before = module(prompt)
+        module.weight.mul_(3)
+        torch.testing.assert_close(module(prompt), 3 * before)
+
+
 @pytest.mark.parametrize("num_controlnets", [1, 2])
 def test_no_controlnet_runs_while_its_scale_is_zero(num_controlnets: int) -> None:
     tiny = build_pipeline("sd15", num_controlnets=num_controlnets)

@@ -40,11 +40,13 @@ class Fill:
 @dataclass(frozen=True)
 class Parameter:
     """A tensor that a predictor reads, stored as `<site>/<name>` beside the schedule; `axes` are `steps`,
-    `fills` (only the steps of the site's row with this predictor, in order) and `channels`."""
+    `fills` (only the steps of the site's row with this predictor, in order) and `channels`. Of a choice its numbers are
+    below `num_choices`."""
 
     name: str
     dtype: torch.dtype
     axes: tuple[str, ...]
+    num_choices: int | None = None
 
 
 @dataclass(frozen=True)

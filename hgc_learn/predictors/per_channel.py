@@ -26,10 +26,7 @@ def fill(ages: Sequence[int], step: int, parameters: Mapping[str, Tensor]) -> Fi
         coefficients = predictor.fill(ages[: predictor.num_values], step, parameters).coefficients
         for j, c in enumerate(coefficients):
             table[j, column] = c
-    chosen = parameters["predictor"].cpu().long()
-    if int(chosen.max()) >= len(CHOICES):
-        raise ValueError(f"predictor: holds {int(chosen.max())}; choices are 0 to {len(CHOICES) - 1}.")
-    return Fill(tuple(table[:, chosen].unbind(0)))
+    return Fill(tuple(table[:, parameters["predictor"].cpu().long()].unbind(0)))
 
 
 PER_CHANNEL = Predictor(
@@ -38,5 +35,5 @@ PER_CHANNEL = Predictor(
     max(choice.num_values for choice in CHOICES),
     fill,
     "a predictor per channel (HyCa, arXiv 2510.04188)",
-    parameters=(Parameter("predictor", torch.uint8, ("channels",)),),
+    parameters=(Parameter("predictor", torch.uint8, ("channels",), len(CHOICES)),),
 )
