@@ -248,7 +248,7 @@ def test_half_precision_fills_in_by_exact_coefficients(own: TinyPipeline, scale:
     graph = build_graph(own.pipe.unet, own.pipe.controlnet)
     plan = compile_plan(graph, {EPS: "CtCCCC"}, NUM_STEPS)
     tensors = {f"{EPS}/scale": torch.full((1, 4), scale), f"{EPS}/reach": torch.zeros(1, 4)}
-    cache = Cache(plan, {EPS: "CtCCCC"}, tensors)
+    cache = Cache({EPS: "CtCCCC"}, tensors)
     kept = torch.randn(2, 4, 8, 8).bfloat16()
     cache.values[EPS, 0] = kept
     (load,) = plan.steps[1].load
