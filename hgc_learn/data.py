@@ -81,7 +81,8 @@ class ControlDataModule(L.LightningDataModule):
             num_open = len(rows) - num_val
             val_indices = list(range(num_open, len(rows)))
         else:
-            rows, val_rows = self._read(hp["train_split"], num_train), self._read(hp["val_split"], num_val)
+            rows = self._read(hp["train_split"], num_train) if num_train else []
+            val_rows = self._read(hp["val_split"], num_val)
             num_open = len(rows)
             val_indices = self._draw(len(val_rows), num_val)
         self.train_data = _Samples(rows, self._draw(num_open, num_train), hp, seed, hp["prompt_dropout"])
@@ -108,7 +109,7 @@ class ControlDataModule(L.LightningDataModule):
 
 
 def _check_sizes(num_train: int, num_val: int, batch_size: int) -> None:
-    for name, number, least in (("num_train", num_train, 1), ("num_val", num_val, 0), ("batch_size", batch_size, 1)):
+    for name, number, least in (("num_train", num_train, 0), ("num_val", num_val, 0), ("batch_size", batch_size, 1)):
         if number < least:
             raise ValueError(f"{name} is {number}; it must be at least {least}.")
 

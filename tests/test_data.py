@@ -253,3 +253,10 @@ def test_prompts_in_another_encoding_are_told(tmp_path: Path) -> None:
     metadata.write_bytes(metadata.read_text().replace("picture", "d\u00e9cor").encode("latin-1"))
     with pytest.raises(ValueError, match="utf-8"):
         ready(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_validation_alone_needs_no_training_split(tmp_path: Path, streaming: bool) -> None:
+    """As `report --val_split` looks at samples."""
+    data = ready(write_folder(tmp_path), train_split="nothing", val_split="train", num_train=0, streaming=streaming)
+    assert len(data.val_data) == 2

@@ -260,7 +260,7 @@ def test_checkpoint_of_another_version_is_refused(tmp_path: Path, capsys: pytest
         ("--model.sites=[nothing]", "No site matches 'nothing'"),
         ("--trainer.precision=bf16-mixed", "trainer.precision is bf16-mixed; the router learns in 32-true"),
         ("--trainer.gradient_clip_val=1", "clip"),
-        ("--data.num_train=-1", "num_train is -1; it must be at least 1"),
+        ("--data.num_train=-1", "num_train is -1; it must be at least 0"),
         (
             "--model.sampling.guidance_scale=1 --model.sites=[unet:guidance]",
             "sites: unet:guidance is the difference that guidance makes",

@@ -36,6 +36,10 @@ def add_data(parser: argparse.ArgumentParser, what: str) -> None:
     for column, content in (("conditioning_image", "control image"), ("image", "photograph"), ("text", "prompt")):
         help_ = f"column of --data with the {content} (default {column})"
         parser.add_argument(f"--{column}_column", default=column, metavar="NAME", help=help_)
+    parser.add_argument("--train_split", default="train", metavar="NAME", help="of --data (default %(default)s)")
+    help_ = "of --data, to look at (default: the last rows of the training split)"
+    parser.add_argument("--val_split", metavar="NAME", help=help_)
+    parser.add_argument("--streaming", action="store_true", help="read no more rows of --data than needed")
 
 
 def data_module(args: argparse.Namespace, sampling: SamplingConfig, num_train: int, num_val: int) -> ControlDataModule:
@@ -50,6 +54,9 @@ def data_module(args: argparse.Namespace, sampling: SamplingConfig, num_train: i
         image_column=args.image_column,
         text_column=args.text_column,
         condition=args.condition,
+        train_split=args.train_split,
+        val_split=args.val_split,
+        streaming=args.streaming,
         num_train=num_train,
         num_val=num_val,
     )
