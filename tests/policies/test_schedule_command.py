@@ -57,7 +57,7 @@ def test_help_shows_knobs_their_texts_and_defaults(capsys: pytest.CaptureFixture
     text = " ".join(capsys.readouterr().out.split())
     assert "usage: hgc_learn schedule deepcache" in text
     assert "arXiv 2312.00858" in text
-    assert "--interval INTERVAL steps per full step. (default 3)" in text
+    assert "--interval INTERVAL steps per full step; 2.5 for the steps 0, 2, 5, 7, ... (default 3)" in text
     assert "--spacing {uniform,quadratic}" in text
     assert "--center CENTER of the quadratic spacing, a step; 3/10 of the run if not given." in text
 
