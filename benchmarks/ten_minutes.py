@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from hgc_learn.comparison.config import CompareConfig, read_config
+from hgc_learn.comparison.metrics import Obedience
 from hgc_learn.comparison.ranking import collect
 from hgc_learn.comparison.samples import draw_batches, render, save_json
 from hgc_learn.comparison.statistics import mean_interval, paired_difference
@@ -48,12 +49,15 @@ def judge(
     module, data = load_run(ckpt_path)
     scenes = draw_batches("test", config.samplers[sampler].num_test, config.batch_size, config.test_offset)
     full = render(module.pipe, module.sampling, scenes).pictures
+    full_obedience = Obedience.of(full, scenes)
     for budget, other in others.items():
         start = time.monotonic()
         hard, draft = decide(module, data, budget, ROUNDING)
         seconds = time.monotonic() - start
         schedule = module.setting.schedule(draft, policy="learned", settings={})
-        psnr = picture_psnr(render(module.pipe, module.sampling, scenes, schedule).pictures, full).tolist()
+        pictures = render(module.pipe, module.sampling, scenes, schedule).pictures
+        psnr = picture_psnr(pictures, full).tolist()
+        obedience = Obedience.of(pictures, scenes).figures(full_obedience)
         difference, interval = paired_difference(psnr, other["samples"]["psnr_db"])
         yield {
             "budget": budget,
@@ -62,6 +66,7 @@ def judge(
             "num_samples": len(psnr),
             "psnr_db": round(sum(psnr) / len(psnr), 3),
             "psnr_ci": [round(bound, 3) for bound in mean_interval(psnr)],
+            **{name: round(value, 5) for name, value in obedience.items() if name.endswith("_loss")},
             "best_other": other["policy"],
             "difference_db": round(difference, 3),
             "difference_ci": [round(bound, 3) for bound in interval],
