@@ -132,6 +132,10 @@ def read_rows(
         ValueError: they cannot be read, or are too few; in one line that says what to do.
     """
     columns = [*picture_columns, text_column]
+    if text_column in picture_columns:
+        raise ValueError(
+            f"{name}: the column {text_column!r} cannot be both the picture and the prompt; set text_column."
+        )
     try:
         rows = _load(name, split, streaming)
         names = rows.column_names or []

@@ -260,3 +260,8 @@ def test_validation_alone_needs_no_training_split(tmp_path: Path, streaming: boo
     """As `report --val_split` looks at samples."""
     data = ready(write_folder(tmp_path), train_split="nothing", val_split="train", num_train=0, streaming=streaming)
     assert len(data.val_data) == 2
+
+
+def test_one_column_for_picture_and_prompt_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be both the picture and the prompt"):
+        ready(folder, text_column="conditioning_image")
