@@ -177,9 +177,10 @@ def test_the_comparison_on_photographs_is_the_committed_one() -> None:
     latents = [row for row in json.loads((folder / "latents.json").read_text()) if row["policy"] == "learned"]
     assert "{:.2f} and {:.2f} dB".format(*(row["psnr_db"] for row in latents)) in page
     summary = (folder / "camvid.md").read_text().split("## In short")[1].split("## ")[0]
-    differences = re.findall(r"([+-])([\d.]+) \[[+-]([\d.]+), [+-]([\d.]+)\] \|", summary)
+    differences = re.findall(r"([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\] \|", summary)
     assert len(differences) == 2
-    for sign, *figures in differences:
-        mean, low, high = figures if sign == "+" else (figures[0], figures[2], figures[1])
-        assert f"{mean} dB [{low}, {high}]" in page
-        assert f"{mean} dB [{low}, {high}]" in " ".join(README.split())
+    for mean, low, high in (map(float, figures) for figures in differences):
+        lead = (mean, low, high) if mean > 0 else (-mean, -high, -low)
+        text = "{:.2f} dB [{:.2f}, {:.2f}]".format(*lead)
+        assert text in page
+        assert text in " ".join(README.split())
