@@ -32,7 +32,14 @@ class KeepConfig(SaveConfigCallback):
 
 class AtomicCheckpoints(TorchCheckpointIO):
     """Lightning's own go through the system's temporary folder; where that is another disk, moving them is copying, and
-    a process that is killed leaves half a file under the checkpoint's name."""
+    a process that is killed leaves half a file under the checkpoint's name.
+
+    Args:
+        is_new_run: what an earlier run has left under the first one's name becomes `previous.ckpt`.
+    """
+
+    def __init__(self, is_new_run: bool):
+        self.is_new_run = is_new_run
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if "://" in str(path):  # not on a disk
@@ -40,7 +47,11 @@ class AtomicCheckpoints(TorchCheckpointIO):
             return
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        write_atomically(Path(path), buffer.getbuffer())
+        target = Path(path)
+        if self.is_new_run and target.is_file():
+            write_atomically(target.with_name("previous.ckpt"), target.read_bytes())
+        write_atomically(target, buffer.getbuffer())
+        self.is_new_run = False
 
 
 class RouterCLI(LightningCLI):
@@ -66,11 +77,8 @@ class RouterCLI(LightningCLI):
         `RouterModule.on_load_checkpoint` says which must not differ."""
 
     def before_fit(self) -> None:
-        self.trainer.strategy.checkpoint_io = AtomicCheckpoints()
-        if self.config["fit"]["ckpt_path"] is None and self.trainer.is_global_zero:
-            last = Path(self.config["fit"]["checkpoint"]["dirpath"] or ".", "last.ckpt")
-            if last.is_file():
-                last.replace(last.with_name("previous.ckpt"))
+        is_new_run = self.config["fit"]["ckpt_path"] is None
+        self.trainer.strategy.checkpoint_io = AtomicCheckpoints(is_new_run)
 
 
 def train(args: Sequence[str] | None = None) -> RouterCLI:

@@ -55,7 +55,7 @@ def test_rows_of_policies_files_and_peers(tmp_path: Path) -> None:
     [
         (["--policy", "nonsense"], "there is no policy 'nonsense'"),
         (["--policy", "deepcache:interval"], "--interval: expected one argument"),
-        (["--policy", "deepcache:interval=often"], "--interval: invalid int value: 'often'"),
+        (["--policy", "deepcache:interval=often"], "--interval: 'often' is not a finite number"),
         (["--policy", "deepcache:foo=1"], "unrecognized arguments: --foo=1"),
         (["--device", "banana"], "invalid choice: 'banana'"),
         (["--rounds", "0"], "--rounds is 0"),
