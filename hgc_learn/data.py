@@ -149,6 +149,7 @@ def read_rows(
         for column in picture_columns:
             rows = rows.cast_column(column, datasets.Image())
         rows = list(rows.take(num_rows)) if streaming else rows
+    # Arrow says that it has not implemented the cast of numbers to pictures.
     except (OSError, ValueError, TypeError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
         is_vague = isinstance(error, datasets.exceptions.DatasetGenerationError)  # says only that something went wrong
         reason = error.__cause__ if is_vague and error.__cause__ else error

@@ -15,12 +15,8 @@ def full_steps(num_steps: int, interval: float) -> list[int]:
     """
     if not interval >= 1:
         raise ValueError(f"interval is {interval}; it must be at least 1.")
-    return [math.floor(i * interval + _ROUNDING) for i in range(num_full(num_steps, interval))]
-
-
-def num_full(num_steps: int, interval: float) -> int:
-    """How many steps of a run are full."""
-    return math.ceil(num_steps / interval - _ROUNDING)
+    num_full = math.ceil(num_steps / interval - _ROUNDING)
+    return [math.floor(i * interval + _ROUNDING) for i in range(num_full)]
 
 
 def intervals(num_steps: int, longest: int) -> list[float]:

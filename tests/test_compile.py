@@ -89,6 +89,15 @@ def test_patterns_are_capped_within_the_budget(module: RouterModule, max_pattern
     assert compile_plan(setting.graph, rows, setting.num_steps).num_patterns() <= max_patterns
 
 
+@pytest.mark.parametrize("max_patterns", [3, 4])
+def test_what_a_cap_leaves_of_the_budget_is_spent(module: RouterModule, max_patterns: int) -> None:
+    """The highest logits alone keep 0.41: the next gate of a group costs more than is left, later ones do not."""
+    router = module.router
+    router.logits.data.copy_(torch.randn(router.logits.shape, generator=torch.Generator().manual_seed(1)))
+    schedule = patterns.cap(router, router.threshold(BUDGET), BUDGET, max_patterns)
+    assert BUDGET - 0.03 < router.kept(schedule.compute) <= BUDGET
+
+
 def test_a_cap_that_does_not_bind_changes_nothing(module: RouterModule) -> None:
     for objective in (Rollout(), L2C(intervals=[2])):
         schedule = objective.hard_schedule(module.router, 0.8)
