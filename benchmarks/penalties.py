@@ -1,0 +1,86 @@
+"""What `l2c` and `harmonica` gain by other penalties: `python benchmarks/penalties.py`.
+
+Trains each with its configuration of the comparison at several penalties, and judges what the routers give at every
+budget, L2C's at the best interval, by the PSNR to the uncached pictures of validation scenes that nothing else uses.
+What is in the output already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hgc_learn.cli import train
+from hgc_learn.comparison.samples import draw_batches, render, save_json
+from hgc_learn.evaluation import picture_psnr
+from hgc_learn.export import load_run
+from hgc_learn.hard import HardSchedule
+from hgc_learn.macs import BudgetError
+from hgc_learn.objectives import L2C
+from hgc_learn.training import RouterModule
+
+
+def trained(policy: str, sampler: str, penalty: float) -> Path:
+    """The checkpoint of a training, made if it is missing."""
+    folder = Path("runs/penalties", sampler, policy, f"{penalty:g}")
+    done = folder / "done"
+    if not done.is_file():
+        arguments = [f"--config=configs/compare/train/{policy}-{sampler}.yaml", f"--checkpoint.dirpath={folder}"]
+        arguments += [f"--trainer.default_root_dir={folder}", f"--model.objective.penalty={penalty}"]
+        train(["fit", *arguments])
+        done.touch()
+    return folder / "last.ckpt"
+
+
+def candidates(module: RouterModule, budget: float) -> Iterator[HardSchedule]:
+    objective = module.objective
+    if not isinstance(objective, L2C):
+        yield module.hard_schedule(budget)
+        return
+    for interval in objective.intervals:
+        with suppress(BudgetError):
+            yield objective.hard_schedule(module.router, budget, interval=interval)
+
+
+def psnr_by_budget(ckpt_path: Path, budgets: Sequence[float], num_scenes: int) -> dict[str, float]:
+    module, _ = load_run(ckpt_path)
+    scenes = draw_batches("validation", num_scenes, 16, offset=2000)
+    full = render(module.pipe, module.sampling, scenes).pictures
+
+    def psnr(hard: HardSchedule) -> float:
+        schedule = module.setting.schedule(module.draft(hard), policy="trained", settings={})
+        return float(picture_psnr(render(module.pipe, module.sampling, scenes, schedule).pictures, full).mean())
+
+    return {f"{budget:g}": round(max(map(psnr, candidates(module, budget))), 3) for budget in budgets}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sampler", default="UniPC-20")
+    parser.add_argument("--policies", nargs="+", default=["l2c", "harmonica"])
+    parser.add_argument("--penalties", type=float, nargs="+", default=[3e-5, 3e-4, 3e-3])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.37, 0.25, 0.15])
+    parser.add_argument("--num_scenes", type=int, default=32)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/penalties.json"))
+    args = parser.parse_args(argv)
+    rows: list[dict[str, Any]] = json.loads(args.output.read_text()) if args.output.is_file() else []
+    for policy in args.policies:
+        for penalty in args.penalties:
+            what = {"policy": policy, "sampler": args.sampler, "penalty": penalty}
+            if any(what.items() <= row.items() for row in rows):
+                continue
+            psnr = psnr_by_budget(trained(policy, args.sampler, penalty), args.budgets, args.num_scenes)
+            rows.append({**what, "num_scenes": args.num_scenes, "psnr_db": psnr})
+            save_json(args.output, rows)
+            print(json.dumps(rows[-1]), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_flush_denormal(True)
+    main()
