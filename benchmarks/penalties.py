@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from hgc_learn.cli import train
-from hgc_learn.comparison.samples import draw_batches, render, save_json
+from hgc_learn.comparison.samples import draw_batches, render
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.export import load_run
+from hgc_learn.files import save_json
 from hgc_learn.hard import HardSchedule
 from hgc_learn.macs import BudgetError
 from hgc_learn.objectives import L2C

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from hgc_learn.cli import train
-from hgc_learn.comparison.samples import draw_batches, render, save_json
+from hgc_learn.comparison.samples import draw_batches, render
 from hgc_learn.comparison.statistics import mean_interval
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.export import decide, load_run
+from hgc_learn.files import save_json
 from hgc_learn.hard import HardSchedule
 from hgc_learn.objectives import Rollout
 from hgc_learn.training import RouterModule

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from hgc_learn.cli import RouterCLI, train
-from hgc_learn.comparison.samples import draw_batches, save_json
+from hgc_learn.comparison.samples import draw_batches
 from hgc_learn.export import decide, training_batches
+from hgc_learn.files import save_json
 from hgc_learn.learning import Learning
+from hgc_learn.macs import flop_counter
 from hgc_learn.rollout import generate
 
 L2C_UPDATES, L2C_BATCH_SIZE, L2C_INTERVAL = 50_000, 64, 2
@@ -46,7 +47,7 @@ class NoModules:
 
 def flops(action: Callable[[], Any]) -> tuple[Any, float]:
     """What `action` returns, and its floating point operations."""
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     counter.mod_tracker = cast(Any, NoModules())
     with counter:
         result = action()

@@ -25,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from hgc_learn.architectures import build_architecture
 from hgc_learn.demo.teacher import build_tokenizer
+from hgc_learn.files import save_json
 from hgc_learn.objectives import Rollout
 from hgc_learn.random_pipeline import random_pipeline
 from hgc_learn.rollout import SamplingConfig
@@ -177,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps(row, indent=1))
     if args.output:
         rows = json.loads(args.output.read_text()) if args.output.is_file() else []
-        args.output.write_text(json.dumps([*rows, row], indent=1) + "\n")
+        save_json(args.output, [*rows, row])
 
 
 if __name__ == "__main__":

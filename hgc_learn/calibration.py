@@ -19,8 +19,7 @@ from torch import Tensor
 from hgc_learn import ops
 from hgc_learn.forwards import RoutedForwards
 from hgc_learn.graph import Graph, build_graph
-from hgc_learn.inference import apply_schedule, remove_schedule
-from hgc_learn.rollout import generate
+from hgc_learn.rollout import generate, scheduled
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import list_sites
 
@@ -180,14 +179,12 @@ def mean_psnr(setting: Setting, draft: Draft) -> float:
     if key in known:
         return known[key]
     references = reference_pictures(setting)
-    apply_schedule(setting.pipe, setting.schedule(draft, policy="trial", settings={}))
-    try:
+    schedule = setting.schedule(draft, policy="trial", settings={})
+    with scheduled(setting.pipe, setting.sampling, schedule) as sampling:
         psnr = [
-            picture_psnr(generate(setting.pipe, setting.sampling, batch, output_type="pt").cpu(), reference)
+            picture_psnr(generate(setting.pipe, sampling, batch, output_type="pt").cpu(), reference)
             for batch, reference in zip(setting.batches, references, strict=True)
         ]
-    finally:
-        remove_schedule(setting.pipe)
     mean = float(torch.cat(psnr).mean())
     mean = mean if math.isfinite(mean) else -math.inf
     if key is not None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from hgc_learn.inference import HGCSchedule, apply_schedule, remove_schedule
-from hgc_learn.rollout import SamplingConfig, generate
+from hgc_learn.inference import HGCSchedule
+from hgc_learn.rollout import SamplingConfig, generate, scheduled
 
 UpdateMetric = Callable[[Metric, Tensor, dict[str, Any]], None]
 
@@ -58,7 +58,7 @@ def evaluate_schedule(
     for index, batch in enumerate(batches):
         latents, seconds = {}, {}
         for way in ("full", "cached") if index % 2 else ("cached", "full"):
-            latents[way], seconds[way] = _timed(pipe, sampling, batch, schedule if way == "cached" else None)
+            latents[way], seconds[way] = timed(pipe, sampling, batch, schedule if way == "cached" else None)
         with torch.no_grad():
             pictures = {way: decode(pipe, x).cpu() for way, x in latents.items()}
         speedups.append(seconds["full"] / seconds["cached"])
@@ -94,20 +94,16 @@ def evaluate_schedule(
     return figures, kept
 
 
-def _timed(
-    pipe: Any, sampling: SamplingConfig, batch: dict[str, Any], schedule: HGCSchedule | None
+def timed(
+    pipe: Any, sampling: SamplingConfig, batch: dict[str, Any], schedule: HGCSchedule | None = None
 ) -> tuple[Tensor, float]:
-    """Final latents and the seconds that making them took."""
-    if schedule is not None:
-        apply_schedule(pipe, schedule)
-    try:
+    """Final latents [batch, channels, h, w] with a schedule or without, and the seconds that making them took."""
+    with scheduled(pipe, sampling, schedule) as sampling:
         _synchronize(pipe)
         start = time.perf_counter()
         latents = generate(pipe, sampling, batch)
         _synchronize(pipe)
         return latents, time.perf_counter() - start
-    finally:
-        remove_schedule(pipe)
 
 
 def _synchronize(pipe: Any) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -21,6 +23,20 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         except BaseException:
             os.unlink(file.name)
             raise
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, atomically.
+
+    Raises:
+        ValueError: it has numbers that JSON has not, infinite or none at all.
+    """
+    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text())
+    return value
 
 
 def printable(text: str) -> str:

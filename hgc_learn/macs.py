@@ -14,7 +14,7 @@ import torch
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from hgc_learn import ops
 from hgc_learn.graph import Graph, architecture_key, build_graph, controlnet_list, meta_copy
@@ -38,6 +38,23 @@ class NodeCost:
 
     def total(self, attention: bool) -> int:
         return self.macs + self.attention_macs if attention else self.macs
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter, which by itself does not know the fused attention of the CPU."""
+
+    def forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    aten = torch.ops.aten
+    on_cpu = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=on_cpu)
 
 
 def split_macs(counter: FlopCounterMode) -> tuple[int, int]:
@@ -103,7 +120,7 @@ def _measure(
     values: dict[str, Tensor] = {}
     with torch.no_grad():
         for node in graph.nodes.values():
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 value = node.run(calls[node.model], *(values[name] for name in node.inputs))
             values[node.name] = value
             costs[node.name] = NodeCost(*split_macs(counter), value.numel(), channels(value))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 from diffusers import AutoPipelineForText2Image, ControlNetModel, DiffusionPipeline
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import Tensor
+
+from hgc_learn.inference import HGCSchedule, apply_schedule
+from hgc_learn.timesteps import steps_for_calls
 
 
 @dataclass
@@ -126,6 +130,24 @@ def _load(role: str, load: Callable[..., Any], source: str, **kwargs: Any) -> An
             f"{role}: {source!r} cannot be loaded as a {what} ({reason}). Check the name; a private repository of the "
             "hub needs `hf auth login`."
         ) from None
+
+
+@contextmanager
+def scheduled(pipe: Any, sampling: SamplingConfig, schedule: HGCSchedule | None) -> Iterator[SamplingConfig]:
+    """The pipeline follows a schedule meanwhile, or none. Yields the sampling to run it with: that given, with as many
+    steps as the schedule is for.
+
+    Raises:
+        ValueError: the scheduler never makes as many model calls as the schedule has, or as of `apply_schedule`.
+    """
+    if schedule is None:
+        yield sampling
+        return
+    num_steps = steps_for_calls(pipe.scheduler, schedule.num_inference_steps)
+    if num_steps is None:
+        raise ValueError(f"{schedule.scheduler} never makes {schedule.num_inference_steps} model calls.")
+    with apply_schedule(pipe, schedule):
+        yield replace(sampling, num_inference_steps=num_steps)
 
 
 def generate(

@@ -20,7 +20,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hgc_learn.files import printable, write_atomically
+from hgc_learn.files import printable, save_json, write_atomically
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.plan import COMPUTE, check_codes
 from hgc_learn.predictors import BY_CODE
@@ -225,10 +225,9 @@ class HGCSchedule:
         """Writes the file, and its tensors beside it if it has any; each appears under its name only when it is
         complete."""
         path = Path(path)
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
         if self.tensors:
             write_atomically(tensor_path(path), self._tensor_bytes())
-        write_atomically(path, text.encode())
+        save_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HGCSchedule:

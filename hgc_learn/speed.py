@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from hgc_learn.files import write_atomically
+from hgc_learn.files import save_json, write_atomically
 from hgc_learn.inference import ScheduleHandle
+from hgc_learn.macs import flop_counter
 
 Candidate = Callable[[], AbstractContextManager[ScheduleHandle | None]]
 """Sets the pipeline up for one run, and back."""
@@ -41,7 +41,7 @@ class Once:
 def measure_once(run: Callable[[], object], candidate: Candidate, device: torch.device) -> Once:
     """In one run, which warms up, too."""
     with candidate() as handle:
-        with watched_cache(handle) as kept, _counter() as counter:
+        with watched_cache(handle) as kept, flop_counter() as counter:
             peak_bytes = _peak_memory(run, device)
         predicted = 0 if handle is None else handle.stats()["cache_bytes"]
     return Once(counter.get_total_flops() // 2, peak_bytes, max(kept, default=0), predicted)
@@ -107,7 +107,7 @@ def read_rows(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
 
 def save_rows(path: Path, rows: dict[tuple[Any, ...], dict[str, Any]]) -> None:
     """And beside it, ending in .md, the table of them."""
-    write_atomically(path, (json.dumps([*rows.values()], indent=1) + "\n").encode())
+    save_json(path, [*rows.values()])
     write_atomically(path.with_suffix(".md"), (markdown([*rows.values()]) + "\n").encode())
 
 
@@ -149,14 +149,6 @@ def _with_interval(name: str, values: np.ndarray) -> dict[str, Any]:
     medians = np.median(random.choice(values, (2000, len(values))), axis=1)
     low, high = np.percentile(medians, [2.5, 97.5])
     return {name: round(float(np.median(values)), 4), f"{name}_interval": [round(float(low), 4), round(float(high), 4)]}
-
-
-def _counter() -> FlopCounterMode:
-    def attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={on_cpu: attention})
 
 
 @contextmanager

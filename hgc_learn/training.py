@@ -16,10 +16,9 @@ from hgc_learn.effects import Effects, measure_effects
 from hgc_learn.evaluation import unclamped_pictures
 from hgc_learn.graph import build_graph
 from hgc_learn.hard import HardSchedule
-from hgc_learn.inference import apply_schedule
 from hgc_learn.objectives import Objective, Rollout
 from hgc_learn.probe import ProbedForwards
-from hgc_learn.rollout import SamplingConfig, generate, load_pipeline
+from hgc_learn.rollout import SamplingConfig, generate, load_pipeline, scheduled
 from hgc_learn.router import Router
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import enclosing_module, is_inside, select_sites
@@ -269,8 +268,6 @@ class RouterModule(L.LightningModule):
     @torch.no_grad()
     def rollout(self, batch: dict[str, Any], draft: Draft | None, output_type: str = "latent") -> Tensor:
         """What the pipeline makes under a draft of a schedule, as at inference; without one, uncached."""
-        if draft is None:
-            return generate(self.pipe, self.sampling, batch, output_type=output_type)
-        file = self.setting.schedule(draft, policy=self.objective.policy, settings={})
-        with apply_schedule(self.pipe, file):
-            return generate(self.pipe, self.sampling, batch, output_type=output_type)
+        file = self.setting.schedule(draft, policy=self.objective.policy, settings={}) if draft else None
+        with scheduled(self.pipe, self.sampling, file) as sampling:
+            return generate(self.pipe, sampling, batch, output_type=output_type)

@@ -20,11 +20,10 @@ from tiny_models import (
     build_pipeline,
     shared_pipeline,
 )
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from hgc_learn.architectures import ARCHITECTURES, build_architecture
 from hgc_learn.inference import apply_schedule, remove_schedule
-from hgc_learn.macs import NodeCost, measure_costs
+from hgc_learn.macs import NodeCost, flop_counter, measure_costs
 from hgc_learn.plan import compile_plan
 from hgc_learn.speed import watched_cache
 
@@ -48,17 +47,13 @@ def shared_costs(shape: str) -> tuple[Any, dict[str, NodeCost]]:
 
 def counted(run: Callable[[], Any]) -> tuple[int, int]:
     """(MACs without attention matmuls, with them) of everything that `run` does on the CPU."""
-    fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unknown to the counter
-    with FlopCounterMode(display=False, custom_mapping={fused_attention: attention_flops}) as counter:
+    fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with flop_counter() as counter:
         run()
     macs = counter.get_total_flops() // 2
     attention_macs = counter.get_flop_counts().get("Global", {}).get(fused_attention, 0) // 2
     assert attention_macs > 0 or macs == 0
     return macs - attention_macs, macs
-
-
-def attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
 
 
 def assert_plan_is_true(tiny: Any, rows: dict[str, str], costs: Any, guidance_scale: float, **kwargs: Any) -> None:
@@ -163,3 +158,15 @@ def test_parameters_of_known_architectures() -> None:
         assert round(architecture.controlnet.num_parameters() / 1e6) == controlnet
     with pytest.raises(ValueError, match="Unknown architecture 'sd3'; known: sd15,"):
         build_architecture("sd3")
+
+
+def test_fused_attention_on_the_cpu_is_counted_there_and_back() -> None:
+    """QK^T and AV are two products; backward has four, and QK^T once more."""
+    query, key, value = (torch.rand(1, 2, n, 8, requires_grad=True) for n in (16, 24, 24))
+    product = 2 * 2 * 16 * 24 * 8
+    with flop_counter() as counter:
+        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    assert counter.get_total_flops() == 2 * product
+    with flop_counter() as counter:
+        attended.sum().backward()
+    assert counter.get_total_flops() == 5 * product

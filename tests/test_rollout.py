@@ -13,8 +13,12 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from training_fixtures import SAMPLING
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
-from hgc_learn.evaluation import picture_psnr
+from hgc_learn.comparison.samples import render
+from hgc_learn.evaluation import picture_psnr, timed
+from hgc_learn.inference import apply_schedule
+from hgc_learn.policies import POLICIES
 from hgc_learn.rollout import default_device, generate, load_pipeline
+from hgc_learn.setting import Setting
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])
@@ -55,6 +59,20 @@ def test_several_controlnets_are_refused(teacher: Path, tmp_path: Path) -> None:
 def test_pipelines_are_where_they_run_fastest(teacher: Path) -> None:
     assert default_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert load_pipeline(str(teacher), SAMPLING).device == default_device()
+
+
+def test_a_sampler_that_calls_the_model_twice_a_step(teacher: Path, batch: dict[str, Any]) -> None:
+    """A schedule counts calls, a pipeline is asked for steps."""
+    sampling = replace(SAMPLING, scheduler="HeunDiscreteScheduler", num_inference_steps=4)
+    pipe = load_pipeline(str(teacher), sampling)
+    schedule = POLICIES["uniform"].schedule(Setting.of_pipeline(pipe, sampling, []), interval=2)
+    assert schedule.num_inference_steps == 7
+    full = generate(pipe, sampling, batch)
+    with apply_schedule(pipe, schedule):
+        expected = generate(pipe, sampling, batch)
+    assert not torch.equal(expected, full)
+    assert torch.equal(render(pipe, sampling, [batch], schedule).latents, expected)
+    assert torch.equal(timed(pipe, sampling, batch, schedule)[0], expected)
 
 
 def test_psnr_of_half_precision_is_not_rounded_to_it() -> None:

@@ -1,7 +1,7 @@
 """The whole idea on the demonstration teacher: train a router, export a schedule, compare on held-out scenes.
 
-Writes DIR/hgc_schedule.json, DIR/comparison.png and DIR/summary.json and prints a table. Takes minutes on two CPU
-cores. Run it from the root of the repository; `--resume` goes on with an interrupted training.
+Writes DIR/hgc_schedule.json, DIR/comparison.png and DIR/summary.json and prints a table. Takes half an hour on a CPU
+core. Run it from the root of the repository; `--resume` goes on with an interrupted training.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if not args.config.is_file():
         raise ValueError(f"{args.config}: no such file; run the demo from the root of the repository.")
-    if args.num_scenes < 1:
-        raise ValueError(f"--num_scenes is {args.num_scenes}; at least 1 is needed to judge on.")
+    if args.num_scenes < 2:
+        raise ValueError(f"--num_scenes is {args.num_scenes}; at least 2 are needed to say how sure a mean is.")
     from hgc_learn.demo.journey import run_demo
 
     run_demo(

@@ -10,7 +10,6 @@ for others name their folder. Of it only configs are read, unless pictures are a
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,24 +83,18 @@ def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture
 
     from hgc_learn.architectures import Architecture
     from hgc_learn.evaluation import decode, picture_psnr
-    from hgc_learn.inference import apply_schedule
-    from hgc_learn.rollout import generate, load_pipeline
-    from hgc_learn.timesteps import steps_for_calls
+    from hgc_learn.rollout import generate, load_pipeline, scheduled
 
     if args.model is None:
         raise ValueError("--num_pictures needs a pipeline to make them: give it with --model.")
     sampling = _sampling(schedule)
     batches = _samples(args, sampling)
     pipe = load_pipeline(args.model, sampling, controlnet=args.controlnet_model)
-    num_steps = steps_for_calls(pipe.scheduler, schedule.num_inference_steps)
-    if num_steps is None:
-        raise ValueError(f"{schedule.scheduler} never makes {schedule.num_inference_steps} model calls.")
-    sampling = replace(sampling, num_inference_steps=num_steps)
     pictures: dict[str, Any] = {"text": [], "control": [], "full": [], "cached": [], "psnr_db": []}
     for batch in track(batches, description="making pictures"):
-        latents = [generate(pipe, sampling, batch)]
-        with apply_schedule(pipe, schedule):
-            latents.append(generate(pipe, sampling, batch))
+        with scheduled(pipe, sampling, schedule) as sampling:
+            cached = generate(pipe, sampling, batch)
+        latents = generate(pipe, sampling, batch), cached
         with torch.no_grad():
             full, cached = (decode(pipe, each).cpu() for each in latents)
         pictures["text"] += batch["text"]

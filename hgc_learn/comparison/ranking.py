@@ -8,8 +8,8 @@ from typing import Any
 from hgc_learn.comparison.cells import cell_files
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.run import Selection, read_cell
-from hgc_learn.comparison.samples import read_json
 from hgc_learn.comparison.statistics import Interval, paired_difference
+from hgc_learn.files import read_json
 
 Row = dict[str, Any]
 

@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hgc_learn.comparison.cells import Bench, PolicyBench, cell_files, protocol
 from hgc_learn.comparison.config import CompareConfig
-from hgc_learn.comparison.samples import claim, read_json, save_json
+from hgc_learn.comparison.samples import claim
 from hgc_learn.comparison.tune import plain
+from hgc_learn.files import read_json, save_json
 from hgc_learn.policies import POLICIES
 
 T = TypeVar("T", str, float)

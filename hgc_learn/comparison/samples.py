@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from hgc_learn.data import ControlDataModule
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.evaluation import decode
 from hgc_learn.files import write_atomically
-from hgc_learn.inference import apply_schedule, remove_schedule
-from hgc_learn.rollout import SamplingConfig, generate
+from hgc_learn.rollout import SamplingConfig, generate, scheduled
 from hgc_learn.schedule import HGCSchedule
 
 FIRST_SEEDS = {"train": 0, "validation": 1_000_000, "test": 2_000_000}  # of the noise, where samples have no seeds
@@ -63,13 +62,8 @@ def render(
     pipe: Any, sampling: SamplingConfig, batches: Sequence[Batch], schedule: HGCSchedule | None = None
 ) -> Samples:
     """What the pipeline makes of the batches, with a schedule or without; on the CPU."""
-    if schedule is not None:
-        apply_schedule(pipe, schedule)
-        sampling = replace(sampling, num_inference_steps=schedule.num_inference_steps)
-    try:
+    with scheduled(pipe, sampling, schedule) as sampling:
         latents = [generate(pipe, sampling, batch) for batch in batches]
-    finally:
-        remove_schedule(pipe)
     pictures = [decode(pipe, part).cpu() for part in latents]
     return Samples(torch.cat(latents).cpu(), torch.cat(pictures))
 
@@ -109,16 +103,6 @@ def full_samples(
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Writes a safetensors file that appears under its name only when it is complete."""
     write_atomically(path, save({name: value.contiguous() for name, value in tensors.items()}, metadata))
-
-
-def save_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that appears under its name only when it is complete."""
-    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text())
-    return value
 
 
 @contextmanager

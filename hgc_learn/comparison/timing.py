@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +11,10 @@ from rich.progress import track
 from hgc_learn.comparison.cells import cell_files
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.run import Selection
-from hgc_learn.comparison.samples import read_batches, save_json
-from hgc_learn.inference import apply_schedule, remove_schedule
-from hgc_learn.rollout import generate, load_pipeline
+from hgc_learn.comparison.samples import read_batches
+from hgc_learn.evaluation import timed
+from hgc_learn.files import save_json
+from hgc_learn.rollout import SamplingConfig, load_pipeline
 from hgc_learn.schedule import HGCSchedule
 
 NUM_PAIRS = 3
@@ -35,28 +33,13 @@ def time_cells(config: CompareConfig, selection: Selection) -> None:
             continue
         sampling = config.sampling(sampler)
         pipe = load_pipeline(config.model, sampling)
-        _seconds(lambda: generate(pipe, sampling, batch))  # noqa: B023  warm-up
+        timed(pipe, sampling, batch)  # warm-up
         for files in track(cells, description=f"timing {sampler}"):
             ratios = _ratios(pipe, sampling, HGCSchedule.load(files.schedule), batch)
             timing = {"wall_clock_speedup": round(statistics.median(ratios), 3), "num_pairs": len(ratios)}
             save_json(files.timing, timing | {"batch_size": BATCH_SIZE, "num_threads": torch.get_num_threads()})
 
 
-def _ratios(pipe: Any, sampling: Any, schedule: HGCSchedule, batch: dict[str, Any]) -> list[float]:
-    cached_sampling = replace(sampling, num_inference_steps=schedule.num_inference_steps)
-    ratios = []
-    for _ in range(NUM_PAIRS):
-        full = _seconds(lambda: generate(pipe, sampling, batch))
-        apply_schedule(pipe, schedule)
-        try:
-            cached = _seconds(lambda: generate(pipe, cached_sampling, batch))
-        finally:
-            remove_schedule(pipe)
-        ratios.append(full / cached)
-    return ratios
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def _ratios(pipe: Any, sampling: SamplingConfig, schedule: HGCSchedule, batch: dict[str, Any]) -> list[float]:
+    pairs = [[timed(pipe, sampling, batch, each)[1] for each in (None, schedule)] for _ in range(NUM_PAIRS)]
+    return [full / cached for full, cached in pairs]

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from hgc_learn.comparison.config import CompareConfig
-from hgc_learn.comparison.samples import read_json, save_json
+from hgc_learn.files import read_json, save_json
 
 
 def checkpoint(config: CompareConfig, sampler: str, policy: str) -> Path:

@@ -22,7 +22,7 @@ from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.demo.teacher import GUIDANCE_SCALE, TEACHER_DIR, sample_pictures
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import save_figure
-from hgc_learn.files import write_atomically
+from hgc_learn.files import save_json
 
 
 class ControlScores:
@@ -159,9 +159,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.pipeline != TEACHER_DIR:
         command += f" --pipeline {args.pipeline}"
     figures = {"command": f"{command} --guidance_scale {args.guidance_scale:g}", **figures}
-    text = json.dumps(figures, indent=2)
-    print(text)
-    write_atomically(output / "figures.json", f"{text}\n".encode())
+    print(json.dumps(figures, indent=1))
+    save_json(output / "figures.json", figures)
     save_grid(pipeline, output / "grid.png", guidance_scale=args.guidance_scale)
 
 

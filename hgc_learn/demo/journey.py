@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.evaluation import evaluate_schedule
 from hgc_learn.export import export
 from hgc_learn.figures import picture_grid, save_figure
-from hgc_learn.files import write_atomically
+from hgc_learn.files import save_json
 from hgc_learn.inference import HGCSchedule
 from hgc_learn.rollout import SamplingConfig, load_pipeline
 
@@ -65,7 +64,7 @@ def run_demo(
     )
     save_figure(grid, output / "comparison.png", dpi=150)
     summary["minutes"] = round((time.monotonic() - start) / 60, 2)
-    write_atomically(output / "summary.json", f"{json.dumps(summary, indent=1)}\n".encode())
+    save_json(output / "summary.json", summary)
     console.print(summary_table(summary))
     for name in ("hgc_schedule.json", "comparison.png", "summary.json"):
         console.print(f"wrote {output / name}")
