@@ -42,9 +42,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--redo runs cells again; --timing and --report_only run none. Give one of the three.")
     if args.redo:
         for cell in selection.cells():
-            files = cell_files(config, *cell)
-            for path in (files.figures, files.timing):
-                path.unlink(missing_ok=True)
+            cell_files(config, *cell).remove()
     if args.timing:
         time_cells(config, selection)
     elif not args.report_only:

@@ -30,6 +30,7 @@ from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.macs import BudgetError
 from hgc_learn.policies import Policy
 from hgc_learn.rollout import load_pipeline
+from hgc_learn.schedule import tensor_path
 from hgc_learn.setting import Setting
 
 Report = Callable[[str], None]
@@ -54,6 +55,10 @@ class CellFiles:
     @property
     def timing(self) -> Path:
         return self.folder / f"{self.budget:g}.timing.json"
+
+    def remove(self) -> None:
+        for path in (self.figures, self.timing, self.schedule, tensor_path(self.schedule)):
+            path.unlink(missing_ok=True)
 
 
 def cell_files(config: CompareConfig, sampler: str, policy: str, budget: float) -> CellFiles:
@@ -136,7 +141,8 @@ class Bench:
         """Mean PSNR on the first tuning scenes; minus infinity if a trajectory is lost."""
         (batch,) = self.tuning
         batch = {name: values[:num_scenes] for name, values in batch.items()}
-        samples = render(self.pipe, self.sampling, [batch], candidate.schedule(self.setting, policy))
+        schedule = policy.file(self.setting, candidate.draft, plain(candidate.knobs))
+        samples = render(self.pipe, self.sampling, [batch], schedule)
         psnr = float(picture_psnr(samples.pictures, self.tuning_full.pictures[:num_scenes]).mean())
         return psnr if math.isfinite(psnr) else -math.inf
 
@@ -206,7 +212,7 @@ class PolicyBench:
     def _judge(self, chosen: Candidate, files: CellFiles) -> dict[str, Any]:
         bench = self.bench
         self.report("test set")
-        schedule = chosen.schedule(bench.setting, self.policy)
+        schedule = self.policy.file(bench.setting, chosen.draft, plain(chosen.knobs))
         samples = render(bench.pipe, bench.sampling, bench.test, schedule)
         if not samples.latents.isfinite().all():
             raise ValueError("what the chosen schedule makes of the test scenes is not finite")

@@ -11,7 +11,6 @@ from typing import Any
 
 from hgc_learn.comparison.config import TuningConfig
 from hgc_learn.policies import Policy
-from hgc_learn.schedule import HGCSchedule
 from hgc_learn.setting import Draft, Setting
 
 NEAR = 0.9  # of the MACs of the candidate closest to the budget: as good a use of it
@@ -24,10 +23,6 @@ class Candidate:
     knobs: dict[str, Any]
     draft: Draft
     kept: float
-
-    def schedule(self, setting: Setting, policy: Policy) -> HGCSchedule:
-        settings = {**policy.knobs, **self.knobs}
-        return setting.schedule(self.draft, policy=policy.name, settings=plain(settings))
 
 
 @dataclass

@@ -54,7 +54,10 @@ class Policy:
         unknown = sorted(set(knobs) - set(self.knobs))
         if unknown:
             raise ValueError(f"{self.name} has no knob {unknown[0]!r}; it has {', '.join(self.knobs) or 'none'}.")
-        draft = self.write(setting, **knobs)
+        return self.file(setting, self.write(setting, **knobs), knobs)
+
+    def file(self, setting: Setting, draft: Draft, knobs: Mapping[str, Any]) -> HGCSchedule:
+        """The schedule of a draft that the policy wrote with these knobs."""
         return setting.schedule(draft, policy=self.name, settings={**self.knobs, **knobs}, paper=self.paper)
 
 

@@ -94,6 +94,7 @@ def test_a_comparison_writes_figures_reasons_tables_and_pictures(settings: dict[
         assert (tmp_path / "report" / name).stat().st_size > 5000
     schedule = HGCSchedule.load(tmp_path / "run" / "cells" / SAMPLER / "uniform" / "0.6.schedule.json")
     assert schedule.producer["policy"] == "uniform"
+    assert schedule.producer["paper"] == POLICIES["uniform"].paper
     assert schedule.fidelity["psnr_db"] == row["psnr_db"]
 
     assert main(["compare", "--config", str(config), "--timing"]) == 0
@@ -226,6 +227,11 @@ def test_cells_made_with_other_settings_are_refused_until_redone(
         assert "--redo" in capsys.readouterr().err
     assert main(["compare", "--config", str(path), "--redo", "--", "--tuning.num_scenes=1"]) == 0
     assert main(["compare", "--config", str(path), "--", "--tuning.num_scenes=1"]) == 0
+    assert (tmp_path / "run" / "cells" / SAMPLER / "uniform" / "0.6.schedule.json").is_file()
+    settings["fixed"] = {"uniform": {"interval": 1}}  # over the budget
+    assert main(["compare", "--config", str(write(settings, tmp_path)), "--redo"]) == 0
+    assert "reason" in rows(settings)["uniform", 0.6]
+    assert not [*(tmp_path / "run" / "cells" / SAMPLER / "uniform").glob("*schedule*")]
 
 
 def test_schedules_that_lose_their_trajectories_lose(
