@@ -71,8 +71,14 @@ class Architecture:
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the UNet was made for."""
+        """(height, width) in pixels that the UNet was made for.
+
+        Raises:
+            ValueError: its config does not say.
+        """
         size = self.unet.config.sample_size
+        if size is None:
+            raise ValueError("The UNet's config has no sample_size, the size that costs are counted at. Set it.")
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.vae_scale_factor, width * self.vae_scale_factor
 

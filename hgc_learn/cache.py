@@ -24,6 +24,7 @@ class Cache:
     def __init__(self, rows: Mapping[str, str], tensors: Mapping[str, Tensor]):
         self.rows, self.tensors = rows, tensors
         self.values: dict[tuple[str, int], Tensor] = {}
+        self.versions: dict[tuple[str, int], int] = {}  # of the values when they were kept
         self.fills: dict[Any, Fill] = {}  # by site, step, sources and device: made when they are first needed
 
     @property
@@ -31,6 +32,28 @@ class Cache:
         """Of the kept values; some may lie in the same memory."""
         storages = {value.untyped_storage().data_ptr(): value.untyped_storage() for value in self.values.values()}
         return sum(storage.nbytes() for storage in storages.values())
+
+    def keep(self, site: str, step: int, value: Tensor) -> None:
+        self.values[site, step] = value
+        if not value.is_inference():
+            self.versions[site, step] = value._version
+
+    def drop(self, key: tuple[str, int]) -> None:
+        self.values.pop(key, None)
+        self.versions.pop(key, None)
+
+    def clear(self) -> None:
+        self.values.clear()
+        self.versions.clear()
+
+    def _kept(self, site: str, step: int) -> Tensor:
+        value, version = self.values[site, step], self.versions.get((site, step))
+        if version is not None and value._version != version:
+            raise ScheduleError(
+                f"sites: what was kept of {site!r} has been written into since, by a hook or an attention processor. "
+                "Make that give a new tensor instead (x * 2, not x.mul_(2))."
+            )
+        return value
 
     def load(self, load: Load, step: int) -> Tensor:
         """Fills a site in where a batch has no halves."""
@@ -61,7 +84,7 @@ class Cache:
 
     def _fill_in(self, load: Load, step: int, sources: tuple[int, ...], samples: slice) -> Tensor:
         """sum_j c_j F_j + bias over some samples of the kept values."""
-        values = [self.values[load.site, source] for source in sources]
+        values = [self._kept(load.site, source) for source in sources]
         fill = self._fill_on(values[0], load, step, sources)
         if fill.holds:
             return values[0][samples]
@@ -75,7 +98,8 @@ class Cache:
         """The coefficients on the device of `value`, shaped to be multiplied with it."""
         key = load.site, step, sources, value.device
         if key not in self.fills:
-            self.fills[key] = self._make_fill(value, load, step, sources)
+            with torch.inference_mode(False):  # a later run may record gradients
+                self.fills[key] = self._make_fill(value, load, step, sources)
         return self.fills[key]
 
     def _make_fill(self, value: Tensor, load: Load, step: int, sources: tuple[int, ...]) -> Fill:

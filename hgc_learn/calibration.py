@@ -19,6 +19,8 @@ from torch import Tensor
 from hgc_learn import ops
 from hgc_learn.forwards import RoutedForwards
 from hgc_learn.graph import Graph, build_graph
+from hgc_learn.plan import StepPlan
+from hgc_learn.program import compile_program
 from hgc_learn.rollout import generate, scheduled
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import list_sites
@@ -146,24 +148,17 @@ class ObservedForwards(RoutedForwards):
     ):
         super().__init__(pipe, graph, num_steps)
         self.sites, self.visit = set(sites), visit
-        skipped = {*graph.residuals, graph.guidance}  # given as arguments; read by nothing
-        self.order = {
-            m: [n for n in graph.nodes.values() if n.model == m and n.name not in skipped] for m in self.models
-        }
-        # Within one forward; residuals and prediction, which leave it, have no reader there.
-        self.last_reader = {m: {i: n.name for n in nodes for i in n.inputs} for m, nodes in self.order.items()}
-        self.results = {graph.output, *(name for names in self.residuals.values() for name in names)}
+        full = StepPlan(tuple(name for name in graph.nodes if name != graph.guidance), ())
+        self.programs = {model: compile_program(graph, full, model) for model in self.models}
 
     def execute(self, model: str, step: int, call: ops.Call, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        values, last_reader = given, self.last_reader[model]
-        for node in self.order[model]:
-            values[node.name] = node.run(call, *[values[name] for name in node.inputs])
-            if node.name in self.sites:
-                self.visit(node.name, step, values[node.name])
-            for name in set(node.inputs) - self.results:
-                if last_reader[name] == node.name:
-                    del values[name]
-        return values
+        for op in self.programs[model].ops:
+            given[op.name] = op.run(call, *[given[name] for name in op.inputs])
+            if op.name in self.sites:
+                self.visit(op.name, step, given[op.name])
+            for name in op.drop:
+                del given[name]
+        return given
 
 
 # Rollouts of drafts

@@ -30,9 +30,9 @@ class CompiledPrograms:
         for program, is_half in programs:
             self.results.setdefault(self._key(program, is_half), set()).update(program.results)
 
-    def run(self, program: Program, is_half: bool, call: ops.Call, values: dict[str, Tensor]) -> None:
+    def run(self, program: Program, call: ops.Call, values: dict[str, Tensor]) -> None:
         """Adds to `values` what the nodes give that is read afterwards."""
-        key = self._key(program, is_half)
+        key = self._key(program, call.is_half)
         pattern = key[0]
         if not pattern:
             return

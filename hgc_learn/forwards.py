@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hgc_learn import ops
 from hgc_learn.graph import Graph, controlnet_list
-from hgc_learn.takeover import give_back, owner_of_forward, take_over
+from hgc_learn.takeover import give_back, has_own_forward, owner_of_forward, take_over
 from hgc_learn.unchanged import Settings, Signature
 
 _ALL_CONTROLNETS = "controlnet"  # the name that a single one has
@@ -74,6 +74,11 @@ class RoutedForwards:
             if RoutedForwards.installed_on(module) is not None:
                 raise ValueError(
                     f"The {model} is shared with a pipeline that has a schedule: remove_schedule(pipe) of either first."
+                )
+            if has_own_forward(module) and not _is_group_offload_enabled(module):
+                raise ValueError(
+                    f"The forward of the {model} has been replaced or wrapped, and would not be called. Undo that "
+                    "first (accelerate: unwrap_model(..., keep_fp32_wrapper=False)); to compile, use handle.compile()."
                 )
         for model, module in self.models.items():
             forward = self.unet_forward if model == "unet" else partial(self.controlnet_forward, model)
@@ -140,8 +145,8 @@ class RoutedForwards:
         )
         if not is_known:
             raise ValueError(_foreign(f"The {model}, at step {step} of {self.num_steps},"))
-        if model == "unet" and step == self.first_step and self.is_guided:
-            _check_halves(self.pipe, sample)
+        if model == "unet" and step == self.first_step:
+            _check_parts(self.pipe, sample, self.is_guided)
         called_with = (sample.shape, sample.dtype, sample.device, inputs)
         signature = Signature(called_with, self.settings.read())
         if step > self.last_step:  # the pipeline had said less, and what was kept is gone
@@ -174,6 +179,12 @@ class RoutedForwards:
                     f"Group offload of the {model} is not supported with a schedule: it waits for calls of whole "
                     "blocks. Use pipe.enable_model_cpu_offload() or pipe.enable_sequential_cpu_offload() instead."
                 )
+        for name, module in self.graph.modules.items():
+            if self._module(name) is not module:
+                raise ValueError(
+                    f"{name} is not the one that the schedule was applied to. Call handle.remove(), then apply the "
+                    "schedule again."
+                )
         for name, (module, known) in self.graph.opened.items():
             if type(module) is not known or "forward" in module.__dict__ or _has_hooks(module):
                 raise ValueError(
@@ -185,6 +196,15 @@ class RoutedForwards:
             if number is None or isinstance(number, _Seen):
                 raise ValueError(_foreign("The UNet or a ControlNet"))
             self.pipe._num_timesteps = _Seen(number)
+
+    def _module(self, path: str) -> nn.Module | None:
+        """What stands at the path of a node of the graph now."""
+        model = next(model for model in self.models if path.startswith(f"{model}."))
+        try:
+            module: nn.Module = self.models[model].get_submodule(path.removeprefix(f"{model}."))
+        except AttributeError:
+            return None
+        return module
 
     def before_controlnets(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Several ControlNets run one after the other: what changes for the last of them must be known before the
@@ -250,13 +270,16 @@ def _unet_forward(
         "encoder_attention_mask": encoder_attention_mask,
     }
     step = forwards.begin("unet", timestep, sample, (encoder_hidden_states, kwargs))
-    is_half = forwards.is_guided and forwards.runs_half(step)
+    has_halves = forwards.is_guided
+    is_half = has_halves and forwards.runs_half(step)
     if is_half:
         batch_size = sample.shape[0]
         residuals = [r if r.shape[0] < batch_size else ops.guided_half(r) for r in residuals]
         sample, encoder_hidden_states = ops.guided_half((sample, encoder_hidden_states))
         kwargs = _halved(kwargs)
-    call = ops.unet_call(unet, sample, timestep, encoder_hidden_states, **kwargs)
+    call = ops.unet_call(
+        unet, sample, timestep, encoder_hidden_states, has_halves=has_halves, is_half=is_half, **kwargs
+    )
     values = forwards.execute("unet", step, call, dict(zip(forwards.graph.residuals, residuals, strict=True)))
     if step >= forwards.last_step:
         forwards.end_run()
@@ -296,13 +319,14 @@ def _controlnet_forward(
         "guess_mode": guess_mode,
     }
     step = forwards.begin(model, timestep, sample, (encoder_hidden_states, controlnet_cond, kwargs))
-    if (
-        forwards.is_guided and forwards.runs_half(step) and not guess_mode
-    ):  # in guess mode it gets the guided half anyway
+    has_halves = forwards.is_guided and not guess_mode  # in guess mode it gets the guided half anyway
+    is_half = has_halves and forwards.runs_half(step)
+    if is_half:
         sample, encoder_hidden_states, controlnet_cond = ops.guided_half(
             (sample, encoder_hidden_states, controlnet_cond)
         )
         kwargs = _halved(kwargs)
+    kwargs |= {"has_halves": has_halves, "is_half": is_half}
     call = ops.controlnet_call(net, sample, timestep, encoder_hidden_states, controlnet_cond, **kwargs)
     values = forwards.execute(model, step, call, {})
     empty = sample.new_empty(0)
@@ -326,7 +350,8 @@ class _Seen(int):
 def _foreign(what: str) -> str:
     return (
         f"{what} was called by other code than the pipeline that the schedule was applied to: by another pipeline that "
-        "shares it, or directly. Apply the schedule to that pipeline, or remove_schedule(pipe) first."
+        "shares it, or directly; or the pipeline calls it more than once at a step, which schedules do not support. "
+        "Apply the schedule to the pipeline that calls, or remove_schedule(pipe) first."
     )
 
 
@@ -334,15 +359,16 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _check_halves(pipe: Any, sample: Tensor) -> None:
+def _check_parts(pipe: Any, sample: Tensor, is_guided: bool) -> None:
     """Looked at once per run, in its first step."""
     half = len(sample) // 2
-    is_perturbed = getattr(pipe, "do_perturbed_attention_guidance", False)  # three alike, of pictures from one noise
-    same = len(sample) % 2 == 0 and torch.allclose(sample[:half], sample[half:], rtol=0, atol=0, equal_nan=True)
-    if is_perturbed or not same:
+    is_right = not getattr(pipe, "do_perturbed_attention_guidance", False)  # alike, where pictures are from one noise
+    if is_right and is_guided:
+        is_right = len(sample) % 2 == 0 and torch.allclose(sample[:half], sample[half:], rtol=0, atol=0, equal_nan=True)
+    if not is_right:
         raise ValueError(
-            "The batch is not the same latents twice, for an unguided and a guided half: PAG, InstructPix2Pix and the "
-            "like have a third part. Schedules do not support that; remove_schedule(pipe) first."
+            "The batch has other parts than an unguided and a guided half of the same latents: PAG, InstructPix2Pix "
+            "and the like have a third. Schedules do not support that; remove_schedule(pipe) first."
         )
 
 

@@ -56,13 +56,14 @@ class Node:
 class Graph:
     """Nodes in execution order; `output` is the UNet's prediction, `guidance` its guided less its unguided half
     (nothing reads it: see `hgc_learn.plan`), `residuals[n]` the n-th ControlNet residual as the UNet receives it
-    (empty without a ControlNet), `opened` by path the modules that are not called themselves but in parts, with their
-    types."""
+    (empty without a ControlNet), `modules` by path what nodes hold, `opened` by path those of them that are not called
+    themselves but in parts, with their types."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
     output: str = "unet:eps"
     guidance: str = "unet:guidance"
     residuals: tuple[str, ...] = ()
+    modules: dict[str, nn.Module] = field(default_factory=dict)
     opened: dict[str, tuple[nn.Module, type]] = field(default_factory=dict)
 
     def consumers(self) -> dict[str, list[str]]:
@@ -112,7 +113,9 @@ def build_graph(
         path = "controlnet" if len(nets) == 1 else f"controlnet.nets.{index}"
         controls.append(builder.add_controlnet(path, net))
     builder.add_unet(unet, list(zip(*controls, strict=True)))
-    return Graph(nodes=builder.nodes, residuals=tuple(builder.residuals), opened=builder.opened)
+    return Graph(
+        nodes=builder.nodes, residuals=tuple(builder.residuals), modules=builder.modules, opened=builder.opened
+    )
 
 
 class _Builder:
@@ -122,6 +125,7 @@ class _Builder:
         self.expand = expand
         self.nodes: dict[str, Node] = {}
         self.residuals: list[str] = []
+        self.modules: dict[str, nn.Module] = {}
         self.opened: dict[str, tuple[nn.Module, type]] = {}
         self.model = ""
         self.temb = ""
@@ -133,7 +137,13 @@ class _Builder:
         return name
 
     def open(self, path: str, module: nn.Module) -> None:
+        self.modules[path] = module
         self.opened[path] = module, type(module)
+
+    def call(self, path: str, module: nn.Module, run: Callable[..., Tensor], *inputs: str) -> str:
+        """Adds the output of a module that is called whole."""
+        self.modules[path] = module
+        return self.add(f"{path}:out", run, *inputs)
 
     def open_block(self, path: str, block: nn.Module) -> None:
         if type(block) not in SUPPORTED_BLOCKS:
@@ -165,7 +175,7 @@ class _Builder:
 
     def add_unet(self, unet: UNet2DConditionModel, controls: list[tuple[str, ...]]) -> None:
         """`controls[n]` names the n-th residual of every ControlNet."""
-        if not isinstance(unet, UNet2DConditionModel):
+        if not isinstance(unet, UNet2DConditionModel) or type(unet).forward is not UNet2DConditionModel.forward:
             raise ValueError(f"unet is a {type(unet).__name__}; schedules support diffusers' UNet2DConditionModel.")
         self.model = "unet"
         self.residuals = [self.add(f"unet.residual.{n}", ops.add_all, *c) for n, c in enumerate(controls)]
@@ -201,7 +211,7 @@ class _Builder:
                 skips.append(x)
             if block.downsamplers is not None:
                 for j, sampler in enumerate(block.downsamplers):
-                    x = self.add(f"{block_path}.downsamplers.{j}:out", partial(ops.downsample, sampler), x)
+                    x = self.call(f"{block_path}.downsamplers.{j}", sampler, partial(ops.downsample, sampler), x)
                 skips.append(x)
         return x, skips
 
@@ -222,7 +232,7 @@ class _Builder:
             x = self.add(f"{path}.resnets.{j}.concat", partial(ops.concat_skip, block), x, skips.pop())
             x = self.add_layer(path, block, j, resnet, x)
         for j, sampler in enumerate(block.upsamplers or []):
-            x = self.add(f"{path}.upsamplers.{j}:out", partial(ops.upsample, sampler, level), x)
+            x = self.call(f"{path}.upsamplers.{j}", sampler, partial(ops.upsample, sampler, level), x)
         return x
 
     def add_layer(self, path: str, block: Any, j: int, resnet: ResnetBlock2D, x: str) -> str:
@@ -236,14 +246,14 @@ class _Builder:
 
     def add_resnet(self, path: str, resnet: ResnetBlock2D, x: str) -> str:
         if not self.is_expanded(path):
-            return self.add(f"{path}:out", partial(ops.resnet, resnet), x, self.temb)
+            return self.call(path, resnet, partial(ops.resnet, resnet), x, self.temb)
         self.open(path, resnet)
         branch = self.add(f"{path}:branch", partial(ops.resnet_branch, resnet), x, self.temb)
         return self.add(f"{path}:out", partial(ops.resnet_sum, resnet), x, branch)
 
     def add_transformer(self, path: str, transformer: Transformer2DModel, x: str) -> str:
         if not _can_expand(transformer) or not self.is_expanded(path):
-            return self.add(f"{path}:out", partial(ops.transformer, transformer), x)
+            return self.call(path, transformer, partial(ops.transformer, transformer), x)
         self.open(path, transformer)
         h = self.add(f"{path}.proj_in", partial(ops.transformer_in, transformer), x)
         for k, block in enumerate(transformer.transformer_blocks):

@@ -63,6 +63,11 @@ def apply_schedule(
     expand = {enclosing_module(site) for site in schedule.sites if is_inside(site)}
     graph = build_graph(unet, controlnets, expand)  # refuses unknown models by name
     _check_model(schedule, unet, controlnets, allow_other_weights)
+    if schedule.guided_sites and not hasattr(type(pipe), "do_classifier_free_guidance"):
+        raise ScheduleError(
+            f"sites: {schedule.guided_sites[0]!r} is about the two halves of a guided batch, and a "
+            f"{type(pipe).__name__} does not tell whether it has them. Use a schedule without such sites."
+        )
     try:
         runtime = Runtime(pipe, schedule, graph, RuntimeOptions(resample, exact_savings, max_steps_at_once))
     except ValueError as error:

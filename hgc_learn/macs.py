@@ -148,10 +148,25 @@ def meta_calls(
         if unet.config.addition_embed_type == "text_time":
             pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
             kwargs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
-        calls = {"unet": ops.unet_call(unet, sample, timestep, prompt, **dict(kwargs))}
+        labels = _class_labels(unet.config)
+        calls = {"unet": ops.unet_call(unet, sample, timestep, prompt, class_labels=labels, **dict(kwargs))}
         for i, net in enumerate(nets):
             cond = torch.empty(1, net.config.conditioning_channels, *image_size)
             control_sample = torch.empty(1, net.config.in_channels, *latent_size)
             name = "controlnet" if len(nets) == 1 else f"controlnet.nets.{i}"
-            calls[name] = ops.controlnet_call(net, control_sample, timestep, prompt, cond, **dict(kwargs))
+            labels = _class_labels(net.config)
+            calls[name] = ops.controlnet_call(
+                net, control_sample, timestep, prompt, cond, class_labels=labels, **dict(kwargs)
+            )
     return calls
+
+
+def _class_labels(config: Any) -> Tensor | None:
+    """As a model takes them for one sample: a class, a time, or an embedding."""
+    if config.class_embed_type is None:
+        return None if config.num_class_embeds is None else torch.zeros(1, dtype=torch.long)
+    if config.class_embed_type == "timestep":
+        return torch.empty(1)
+    if config.class_embed_type == "identity":
+        return torch.empty(1, config.get("time_embedding_dim") or 4 * config.block_out_channels[0])
+    return torch.empty(1, config.projection_class_embeddings_input_dim)

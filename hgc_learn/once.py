@@ -23,7 +23,8 @@ MAX_KEPT = 2
 
 class Once:
     """Keeps what some modules of the models give, for as long as it is asked for the same tensor. A tensor is the same
-    if it has the same memory and version: nothing is read from the device. Where gradients are recorded, under
+    if it has the same memory and version: nothing is read from the device. What has been written into since is made
+    again. Where gradients are recorded, under
     `torch.inference_mode` and inside of compiled regions the modules run as ever.
 
     Args:
@@ -34,7 +35,7 @@ class Once:
         self.models = list(models)
         self.modules = [module for model in self.models for module in _constant_modules(model)]
         self.replaced: dict[nn.Module, Any] = {}  # the forward that stood in the instance, if any
-        self.kept: dict[nn.Module, dict[Any, tuple[Tensor, Tensor]]] = {}
+        self.kept: dict[nn.Module, dict[Any, tuple[Tensor, Tensor, int]]] = {}
 
     def prepare(self) -> None:
         """For a new run: takes the modules' places, or leaves them if some are compiled block by block, for one graph
@@ -62,7 +63,7 @@ class Once:
     @property
     def num_bytes(self) -> int:
         """Of what is kept."""
-        return sum(output.nbytes for kept in self.kept.values() for _, output in kept.values())
+        return sum(output.nbytes for kept in self.kept.values() for _, output, _ in kept.values())
 
     def _forward(self, module: nn.Module, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         is_off = not self.replaced or torch.compiler.is_compiling() or torch.is_grad_enabled()
@@ -71,12 +72,16 @@ class Once:
         kept = self.kept.setdefault(module, {})
         key = x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.device
         found = kept.get(key)
-        if found is None:
+        if found is not None and found[1]._version == found[2]:
+            return found[1]
+        output = forward(x)
+        if not output.is_inference():
+            kept.pop(key, None)  # an attention processor has written into it
             while len(kept) >= MAX_KEPT:
                 del kept[next(iter(kept))]
             # The input is held, so that no other tensor can take its place in memory.
-            kept[key] = found = (x, forward(x))
-        return found[1]
+            kept[key] = (x, output, output._version)
+        return output
 
 
 def _constant_modules(model: nn.Module) -> list[nn.Module]:

@@ -26,7 +26,8 @@ class Call:
 
     `encoder_hidden_states` and the masks are in the form that the attention layers take (see `unet_call` and
     `controlnet_call`); `prompt_embeds` is what the model was given. `sizes[level]` is (height, width) of the
-    latents after `level` downsamplings.
+    latents after `level` downsamplings. `has_halves`: both of guidance are asked for; `is_half`: only the guided one is
+    run.
     """
 
     sample: Tensor
@@ -42,8 +43,14 @@ class Call:
     controlnet_cond: Tensor | None = None
     conditioning_scale: float = 1.0
     guess_mode: bool = False
+    has_halves: bool = False
+    is_half: bool = False
     sizes: list[tuple[int, int]] = field(default_factory=list)
     forward_upsample_size: bool = False
+
+    @property
+    def num_halves(self) -> int:
+        return 2 if self.has_halves and not self.is_half else 1
 
 
 def unet_call(

@@ -52,22 +52,18 @@ def compile_program(graph: Graph, step: StepPlan, model: str) -> Program:
     return Program(tuple(program), load, tuple(n for n in step.store if n in own), free, frozenset(results))
 
 
-def run_program(program: Program, call: ops.Call, values: dict[str, Tensor], skip: str | None = None) -> None:
-    """Adds to `values` what the nodes give, and drops what is not read any more; the node `skip` is left out."""
-    for op in program.ops:
-        if op.name == skip:
-            continue
-        values[op.name] = op.run(call, *[values[name] for name in op.inputs])
-        for name in op.drop:
-            del values[name]
-
-
-def run_checkpointed(program: Program, call: ops.Call, values: dict[str, Tensor], skip: str | None = None) -> None:
-    """The same, keeping for the backward pass only what the nodes give: each is run again in it."""
+def run_program(
+    program: Program, call: ops.Call, values: dict[str, Tensor], skip: str | None, *, checkpointed: bool = False
+) -> None:
+    """Adds to `values` what the nodes give, and drops what is not read any more; the node `skip` is left out. If
+    `checkpointed`, only what they give is kept for the backward pass: each is run again in it."""
     for op in program.ops:
         if op.name == skip:
             continue
         inputs = [values[name] for name in op.inputs]
-        values[op.name] = checkpoint(op.run, call, *inputs, use_reentrant=False, preserve_rng_state=False)
+        if checkpointed:
+            values[op.name] = checkpoint(op.run, call, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            values[op.name] = op.run(call, *inputs)
         for name in op.drop:
             del values[name]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from diffusers.models import attention_processor
 from torch import Tensor
 
 from hgc_learn import ops
@@ -18,7 +19,7 @@ from hgc_learn.forwards import RoutedForwards, routed_models
 from hgc_learn.graph import Graph
 from hgc_learn.once import Once
 from hgc_learn.plan import Load, StepPlan, compile_plan
-from hgc_learn.program import Program, compile_program, run_checkpointed, run_program
+from hgc_learn.program import Program, compile_program, run_program
 from hgc_learn.schedule import HGCSchedule, ScheduleError
 from hgc_learn.timesteps import steps_for_calls
 
@@ -99,12 +100,12 @@ class Runtime(RoutedForwards):
 
     def new_run(self) -> None:
         super().new_run()
-        self.may_run_ahead = True
+        self.in_guess_mode = False
         self.end_run()
 
     def end_run(self) -> None:
         self.ahead: dict[int, dict[str, Tensor]] = {}  # by step: what has been computed before its turn
-        self.cache.values.clear()
+        self.cache.clear()
         if self.once is not None:
             self.once.clear()
 
@@ -167,78 +168,67 @@ class Runtime(RoutedForwards):
         if is_refresh and self.once is not None:
             self.once.clear()  # what it depends on may have changed
         program = self.refresh[model] if is_refresh else self.programs[model][step]
-        has_halves = self.is_guided and not call.guess_mode
-        is_half = has_halves and self.runs_half(step)
         if model != "unet":
-            self.may_run_ahead &= not call.guess_mode
+            self.in_guess_mode |= call.guess_mode
             if self.options.exact_savings and _is_off(call.conditioning_scale):
                 values = self._zero_controls(model, program, call)
                 self._free(program)
                 return self._keep(model, step, program, values, is_refresh)
         elif step in self.ahead and not is_refresh:
             return self.ahead.pop(step)
-        elif not is_refresh and step in self.batches and self.may_run_ahead and not call.cross_attention_kwargs:
-            return self._execute_ahead(step, *self.batches[step], call, given, has_halves)
+        elif not is_refresh and step in self.batches and self._may_run_ahead(step, call):
+            return self._execute_ahead(step, *self.batches[step], call, given)
         values = given
-        num_guided = len(call.sample) // (2 if has_halves and not is_half else 1)
-        self._load(values, program.load, step, num_guided, has_halves, is_half)
+        self._load(values, program.load, step, call)
         self._free(program)
         guidance = self.graph.guidance
         if self.compiled is not None and not is_refresh and not self.gradient_checkpointing:
-            self.compiled.run(program, is_half, call, values)
-            if has_halves and any(op.name == guidance for op in program.ops):
+            self.compiled.run(program, call, values)
+            if call.has_halves and any(op.name == guidance for op in program.ops):
                 values[guidance] = ops.guidance(call, values[self.graph.output])
-        else:  # where guidance has been switched off there is no difference to compute
-            self._run(program, call, values, None if has_halves else guidance)
+        else:
+            self._run(program, call, values)
         return self._keep(model, step, program, values, is_refresh)
 
-    def _load(
-        self,
-        values: dict[str, Tensor],
-        loads: Iterable[Load],
-        step: int,
-        num_guided: int,
-        has_halves: bool,
-        is_half: bool,
-    ) -> None:
+    def _run(self, program: Program, call: ops.Call, values: dict[str, Tensor]) -> None:
+        # Where guidance has been switched off there is no difference to compute.
+        skip = None if call.has_halves else self.graph.guidance
+        run_program(program, call, values, skip, checkpointed=self.gradient_checkpointing)
+
+    def _load(self, values: dict[str, Tensor], loads: Iterable[Load], step: int, call: ops.Call) -> None:
         """Adds to `values` what is filled in at a step."""
+        num_guided = len(call.sample) // call.num_halves
         for load in loads:
-            if has_halves:
-                values[load.site] = self.cache.load_halves(load, step, num_guided, is_half)
+            if call.has_halves:
+                values[load.site] = self.cache.load_halves(load, step, num_guided, call.is_half)
             elif load.site != self.graph.guidance:
                 values[load.site] = self.cache.load(load, step)
-
-    def _run(self, program: Program, call: ops.Call, values: dict[str, Tensor], skip: str | None) -> None:
-        run = run_checkpointed if self.gradient_checkpointing else run_program
-        run(program, call, values, skip)
 
     def _free(self, program: Program) -> None:
         """What has been loaded for the last time: before the rest of the step needs memory."""
         for key in program.free:
-            self.cache.values.pop(key, None)
+            self.cache.drop(key)
 
     def _keep(
         self, model: str, step: int, program: Program, values: dict[str, Tensor], is_refresh: bool
     ) -> dict[str, Tensor]:
-        kept = self.cache.values
         if is_refresh:
             self._keep_for_all(model, step, values)
         else:
             for name in program.store:
                 if name in values:
-                    kept[name, step] = values[name]
+                    self.cache.keep(name, step, values[name])
         return values
 
     def _keep_for_all(self, model: str, step: int, values: dict[str, Tensor]) -> None:
         """After a refresh the fresh value stands for every older one that a later step would load."""
-        kept = self.cache.values
-        for site, i in list(kept):
+        for site, i in list(self.cache.values):
             if self.graph.nodes[site].model == model:
-                del kept[site, i]
+                self.cache.drop((site, i))
         later = {key for plan in self.plan.steps[step + 1 :] for load in plan.load for key in load.keys}
         for site, i in later:
             if i <= step and site in values and self.graph.nodes[site].model == model:
-                kept[site, i] = values[site]
+                self.cache.keep(site, i, values[site])
         self.ahead.clear()
 
     def _zero_controls(self, model: str, program: Program, call: ops.Call) -> dict[str, Tensor]:
@@ -251,25 +241,25 @@ class Runtime(RoutedForwards):
             if name in read
         }
 
+    def _may_run_ahead(self, step: int, call: ops.Call) -> bool:
+        """Whether the steps of a batch are part of this run, and nothing tells them apart from samples."""
+        num_steps, _ = self.batches[step]
+        is_part = step + num_steps - 1 <= self.last_step
+        # Others may look across the batch, from one frame of a video to the next.
+        are_known = all(type(m.processor).__module__ == attention_processor.__name__ for m in self.settings.attentions)
+        return is_part and are_known and not self.in_guess_mode and not call.cross_attention_kwargs
+
     def _execute_ahead(
-        self,
-        first: int,
-        num_steps: int,
-        program: Program,
-        call: ops.Call,
-        given: dict[str, Tensor],
-        has_halves: bool,
+        self, first: int, num_steps: int, program: Program, call: ops.Call, given: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Runs the UNet for `num_steps` steps from `first` on at once. They load what is kept already, from the
         ControlNets too."""
-        graph, is_half = self.graph, has_halves and self.runs_half(first)
-        num_halves = 2 if has_halves and not is_half else 1
-        num_samples = len(call.sample) // num_halves
+        graph, num_halves = self.graph, call.num_halves
         steps = range(first, first + num_steps)
         by_step = [given]
         for step in steps:
             values = by_step[step - first] if step == first else {}
-            self._load(values, self.plan.steps[step].load, step, num_samples, has_halves, is_half)
+            self._load(values, self.plan.steps[step].load, step, call)
             if step > first:
                 for name in self.plan.steps[step].run:
                     if name in graph.residuals:
@@ -281,7 +271,7 @@ class Runtime(RoutedForwards):
             name: stack_steps([values[name] for values in by_step], num_halves) for name in by_step[0] if name in read
         }
         timesteps = self.pipe.scheduler.timesteps[first : first + num_steps]
-        self._run(program, stack_call(call, timesteps, num_halves), stacked, None if has_halves else graph.guidance)
+        self._run(program, stack_call(call, timesteps, num_halves), stacked)
         results = {
             name: unstack_steps(stacked[name], 1 if name == graph.guidance else num_halves, num_steps)
             for name in program.results
@@ -289,7 +279,7 @@ class Runtime(RoutedForwards):
         }
         for step in steps:
             values = {name: result[step - first] for name, result in results.items()}
-            if is_half:
+            if call.is_half:
                 values[graph.guidance] = by_step[step - first][graph.guidance]
             self.ahead[step] = self._keep("unet", step, self.programs["unet"][step], values, False)
         return self.ahead.pop(first)

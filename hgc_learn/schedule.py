@@ -107,13 +107,22 @@ class HGCSchedule:
                     f"sites: {site!r} is reused at step 0, where nothing has been computed yet. "
                     f"Its row must begin with {COMPUTE!r}."
                 )
-            needs_halves = kind == "guidance" or any(BY_CODE[c].mean_of_halves for c in set(row) - {COMPUTE})
-            if needs_halves and self.guidance_scale <= 1 and set(row) != {COMPUTE}:
-                raise ScheduleError(
-                    f"sites: {site!r} is about the two halves of a guided batch; with guidance_scale "
-                    f"{self.guidance_scale} there is only one."
-                )
+        if self.guided_sites and self.guidance_scale <= 1:
+            raise ScheduleError(
+                f"sites: {self.guided_sites[0]!r} is about the two halves of a guided batch; with guidance_scale "
+                f"{self.guidance_scale} there is only one."
+            )
         _check_tensors(self.tensors, self.sites, steps)
+
+    @property
+    def guided_sites(self) -> list[str]:
+        """Those that are filled in by what a batch with an unguided and a guided half has alone."""
+        return [
+            site
+            for site, row in self.sites.items()
+            if (site.endswith(":guidance") and set(row) != {COMPUTE})
+            or any(BY_CODE[code].mean_of_halves for code in set(row) - {COMPUTE})
+        ]
 
     @property
     def num_inference_steps(self) -> int:

@@ -29,6 +29,13 @@ def owner_of_forward(module: nn.Module) -> Any:
     return getattr(getattr(forward, "func", forward), "__self__", None)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether another forward than its class's has been put into it, offload hooks apart."""
+    forward = module.__dict__.get(_forward_slot(module))
+    forward = getattr(forward, "func", forward)  # of a partial
+    return forward is not None and getattr(forward, "__func__", forward) is not type(module).forward
+
+
 def give_back(module: nn.Module, replaced: Any) -> None:
     """Undoes `take_over`."""
     slot = _forward_slot(module)

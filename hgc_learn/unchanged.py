@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _FREEU = ("s1", "s2", "b1", "b2")
 
@@ -18,9 +18,9 @@ class Settings:
     def __init__(self, models: dict[str, Any]):
         modules = [module for model in models.values() for module in model.modules()]
         self.models = list(models.values())
-        self.attentions = [m for m in modules if hasattr(m, "processor")]
-        self.adapted = [m for m in modules if hasattr(m, "merged_adapters")]
-        self.blocks = [m for m in modules if hasattr(m, "resolution_idx")]
+        self.attentions = [m for m in modules if _has(m, "processor")]
+        self.adapted = [m for m in modules if _has(m, "merged_adapters")]
+        self.blocks = [m for m in modules if _has(m, "resolution_idx")]
 
     def read(self) -> tuple[Any, ...]:
         """At every model call, so in plain values: what may be changed in place is copied."""
@@ -36,6 +36,11 @@ class Settings:
             [getattr(m, name, None) for m in self.blocks for name in _FREEU],
             [tuple(getattr(m, "peft_config", ())) for m in self.models],
         )
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """As hasattr, which takes a hundred times as long where a module has it not, as thousands have."""
+    return name in module.__dict__ or name in module._modules
 
 
 class Signature:

@@ -115,12 +115,23 @@ def pipelines() -> list[Row]:
         row(
             "PAG",
             partial(build, "StableDiffusionControlNetPAGPipeline", pag_applied_layers=["mid"]),
-            refused="have a third part.*remove_schedule",
+            refused="have a third.*remove_schedule",
+        ),
+        row(
+            "PAG without guidance",
+            partial(build, "StableDiffusionControlNetPAGPipeline", pag_applied_layers=["mid"]),
+            {"guidance_scale": 1.0},
+            refused="have a third.*remove_schedule",
         ),
         row(
             "InstructPix2Pix",
             partial(build, "StableDiffusionInstructPix2PixPipeline", unet_config={"in_channels": 8}),
-            refused="have a third part.*remove_schedule",
+            refused="have a third.*remove_schedule",
+        ),
+        row(
+            "InstructPix2Pix of SDXL, and others that do not say whether they guide",
+            partial(build, "StableDiffusionXLInstructPix2PixPipeline", unet_config={"in_channels": 8}, **SDXL),
+            refused="does not tell whether it has them. Use a schedule without such sites",
         ),
     ]
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers.models.attention_processor import IPAdapterAttnProcessor
 from diffusers.models.embeddings import ImageProjection
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from robustness_pipelines import arguments, build, run
 from tiny_models import GUIDANCE_SCALE, NUM_STEPS
@@ -236,6 +237,63 @@ def replace_forward_of(path: str) -> Callable[[Any], None]:
         module.forward = partial(type(module).forward, module)
 
     return replace
+
+
+def with_own_forward(model: str) -> Callable[[], Any]:
+    """A pipeline one of whose models has been wrapped, as mixed precision and other packages do it."""
+
+    def make() -> Any:
+        pipe = build()
+        module = getattr(pipe, model)
+        forward = module.forward
+        module.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+        return pipe
+
+    return make
+
+
+def with_own_unet() -> Any:
+    class Own(UNet2DConditionModel):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    pipe = build()
+    pipe.unet.__class__ = Own
+    return pipe
+
+
+def emphasise(pipe: Any) -> None:
+    """Attention that strengthens one word, and writes that into what it is given."""
+
+    class Emphasis:
+        def __call__(
+            self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
+        ) -> Tensor:
+            context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            parts = [attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)]
+            if encoder_hidden_states is not None:
+                parts[2][:, 1] *= 2.0
+            query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
+            attended = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+            output: Tensor = attn.to_out[0](attended.transpose(1, 2).flatten(2))
+            return output
+
+    pipe.unet.set_attn_processor(Emphasis())
+
+
+def other_block(pipe: Any) -> None:
+    block = copy.deepcopy(pipe.unet.up_blocks[0].resnets[0])
+    for parameter in block.parameters():
+        parameter.data.mul_(1.5)
+    pipe.unet.up_blocks[0].resnets[0] = block
+
+
+def write_into_control(pipe: Any) -> None:
+    def halve(module: Any, args: Any, output: Any) -> None:
+        for residual in output[0]:
+            residual.mul_(0.5)
+
+    pipe.controlnet.register_forward_hook(halve)
 
 
 def subclass_of(path: str) -> Callable[[Any], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import CrossFrameAttnProcessor
 from oracle import by_definition
 from robustness_actions import MIDDLE, freeu, load_lora, mid_lora, when
-from robustness_pipelines import assert_close, build, run, schedule_for, schedules
+from robustness_pipelines import arguments, assert_close, build, run, schedule_for, schedules
 from tiny_models import NUM_STEPS
 
 from hgc_learn.inference import apply_schedule, remove_schedule
@@ -188,6 +190,36 @@ def float32_after_bfloat16() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         run(pipe)
     assert torch.equal(run(pipe), expected)
+
+
+def across_the_batch() -> None:
+    """Frames that attend to the first one do not find that of another step there."""
+    pipe = build()
+    for model in (pipe.unet, pipe.controlnet):
+        model.set_attn_processor(CrossFrameAttnProcessor(batch_size=2))
+    decoders = {site: row.replace("m", "-") for site, row in schedules(pipe)[2].items() if site != "unet:guidance"}
+    latents = []
+    for max_steps_at_once in (1, 4):
+        with apply_schedule(pipe, schedule_for(pipe, decoders), max_steps_at_once=max_steps_at_once):
+            latents.append(run(pipe, num_images=3))
+    assert torch.equal(*latents)
+
+
+def gradients_after_inference_mode() -> None:
+    """What a schedule fills in with is made in the first run, and may be needed for a backward pass in the next."""
+    pipe = build()
+    site, num_fills = "unet.mid_block.resnets.0:out", NUM_STEPS - 2
+    shape = num_fills, pipe.unet.mid_block.resnets[0].out_channels
+    tensors = {f"{site}/{name}": torch.rand(shape) for name in ("scale", "reach")}
+    apply_schedule(pipe, replace(schedule_for(pipe, {}), sites={site: "CC" + "t" * num_fills}, tensors=tensors))
+    with torch.inference_mode():
+        expected = run(pipe).clone()
+    given = arguments(pipe)
+    given["prompt_embeds"] = given["prompt_embeds"].double().requires_grad_()
+    latents = inspect.unwrap(type(pipe).__call__)(pipe, **given).images
+    latents.sum().backward()
+    assert given["prompt_embeds"].grad.norm() > 0
+    assert_close(latents.detach(), expected)
 
 
 def compiled_without_halves(**call: Any) -> None:

@@ -127,6 +127,7 @@ def calls() -> list[Row]:
             call=act.when(MIDDLE, act.other_prompt_in_place, "prompt_embeds"),
             refreshed=(MIDDLE,),
         ),
+        row("under torch.inference_mode, then with gradients", check=check.gradients_after_inference_mode),
         row("an exception in mid-run, then again", run=partial(act.stopped_then_again, error=act.Stop)),
         row("Ctrl-C in mid-run, then again", run=partial(act.stopped_then_again, error=KeyboardInterrupt)),
         row("an exception between ControlNet and UNet, then again", run=act.stopped_inside_a_step),
@@ -282,6 +283,29 @@ def around() -> list[Row]:
             "a block made one of a subclass",
             change=act.subclass_of("unet.up_blocks.0"),
             refused="unet.up_blocks.0 ",
+        ),
+        row(
+            "a forward of the UNet's own",
+            act.with_own_forward("unet"),
+            refused="forward of the unet has been replaced or wrapped.*Undo that first",
+        ),
+        row(
+            "a forward of the ControlNet's own",
+            act.with_own_forward("controlnet"),
+            refused="forward of the controlnet has been replaced or wrapped.*Undo that first",
+        ),
+        row(
+            "a UNet made one of a subclass with a forward of its own",
+            act.with_own_unet,
+            refused="unet is a Own; schedules support diffusers' UNet2DConditionModel",
+        ),
+        row("a layer replaced", change=act.other_block, refused="unet.up_blocks.0.resnets.0 is not the one"),
+        row("an attention processor that writes into keys and values", change=act.emphasise),
+        row("an attention processor that looks across the batch", check=check.across_the_batch),
+        row(
+            "a hook that writes into what the ControlNet gives",
+            change=act.write_into_control,
+            refused="what was kept of .* has been written into since",
         ),
         row(
             "one ControlNet twice",

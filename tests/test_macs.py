@@ -16,12 +16,14 @@ from tiny_models import (
     NUM_STEPS,
     NUM_TOKENS,
     SHAPES,
+    UNET_CONFIGS,
     VAE_SCALE_FACTOR,
+    build_models,
     build_pipeline,
     shared_pipeline,
 )
 
-from hgc_learn.architectures import ARCHITECTURES, build_architecture
+from hgc_learn.architectures import ARCHITECTURES, Architecture, build_architecture
 from hgc_learn.inference import apply_schedule, remove_schedule
 from hgc_learn.macs import NodeCost, flop_counter, measure_costs
 from hgc_learn.plan import compile_plan
@@ -170,3 +172,26 @@ def test_fused_attention_on_the_cpu_is_counted_there_and_back() -> None:
     with flop_counter() as counter:
         attended.sum().backward()
     assert counter.get_total_flops() == 5 * product
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_class_embeds": 3},
+        {"class_embed_type": "timestep"},
+        {"class_embed_type": "identity"},
+        {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 6},
+    ],
+    ids=str,
+)
+def test_models_that_take_classes_are_counted(config: dict[str, Any]) -> None:
+    unet, *_ = build_models(UNET_CONFIGS["small"] | config)
+    _, costs = measure_costs(unet, None, latent_size=(8, 8), image_size=(64, 64), num_tokens=7)
+    assert costs["unet.time_embedding"].macs > 0
+
+
+def test_a_model_that_names_no_size_needs_one() -> None:
+    unet, *_ = build_models(UNET_CONFIGS["small"] | {"sample_size": None})
+    with pytest.raises(ValueError, match="no sample_size"):
+        Architecture(unet, None).measure()
+    assert Architecture(unet, None).measure((64, 64))

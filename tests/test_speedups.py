@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
+from robustness_pipelines import SDXL, build, run, schedule_for
 from tiny_models import NUM_STEPS, TinyPipeline, build_pipeline
 from torch import Tensor, nn
 
+from hgc_learn.graph import build_graph
 from hgc_learn.inference import apply_exact_savings, apply_schedule, remove_schedule
 from hgc_learn.policies import POLICIES
 from hgc_learn.rollout import SamplingConfig
 from hgc_learn.setting import Setting
+from hgc_learn.sites import list_sites
 from hgc_learn.speed import watched_cache
 
 
@@ -166,6 +169,19 @@ def test_batches_of_steps_give_what_single_ones_give(own: TinyPipeline, call: di
     latents, _ = Decoders(own).run(**call)
     one_by_one, _ = Decoders(own, max_steps_at_once=1).run(**call)
     assert (latents - one_by_one).norm() < 1e-9 * one_by_one.norm()
+
+
+def test_no_step_is_run_ahead_that_is_not_part_of_the_run() -> None:
+    pipe = build("StableDiffusionXLPipeline", **SDXL)
+    behind = ("unet.up_blocks", "unet:")
+    encoder = [site for site in list_sites(build_graph(pipe.unet)) if not site.startswith(behind)]
+    schedule = schedule_for(pipe, dict.fromkeys(encoder, "CC" + "-" * (NUM_STEPS - 2)))
+    with apply_schedule(pipe, schedule), counted(pipe.unet.up_blocks[-1].resnets[-1].conv1) as calls:
+        run(pipe)
+        assert calls == [2, 2, 8]
+        calls.clear()
+        run(pipe, denoising_end=0.6)
+    assert calls == [2, 2, 2]
 
 
 def test_a_change_in_mid_batch_is_noticed(own: TinyPipeline) -> None:
