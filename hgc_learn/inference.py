@@ -131,8 +131,9 @@ class ScheduleHandle:
         """What the schedule saves by its plan, and what the latest run did.
 
         Keys: `num_inference_steps`; `macs_full`, `macs_cached`, `macs_reduction` per image at the schedule's size
-        (attention matmuls not counted) and the same with `_attention`; `cache_bytes` at its peak; `steps_run` and
-        `steps_refreshed` of the latest run (a step is refreshed when its inputs changed in mid-run).
+        (attention matmuls not counted) and the same with `_attention`; `cache_bytes` at its peak; `num_patterns`, of
+        different steps (`compile`); `steps_run` and `steps_refreshed` of the latest run (a step is refreshed when its
+        inputs changed in mid-run).
         """
         return self.runtime.stats()
 
