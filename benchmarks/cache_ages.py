@@ -15,15 +15,14 @@ from hgc_learn.demo.teacher import TEACHER_DIR
 from hgc_learn.graph import build_graph
 from hgc_learn.plan import compile_plan
 from hgc_learn.schedule import HGCSchedule
-from hgc_learn.sites import enclosing_module, is_inside
+from hgc_learn.sites import to_lay_open
 
 
 def ages(path: Path) -> dict[str, list[int]]:
     """By kind of site, the ages of all values that are loaded."""
     schedule = HGCSchedule.load(path)
     architecture = load_architecture(str(TEACHER_DIR))
-    inside = {enclosing_module(name) for name in schedule.sites if is_inside(name)}
-    graph = build_graph(architecture.unet, architecture.controlnet, inside)
+    graph = build_graph(architecture.unet, architecture.controlnet, to_lay_open(schedule.sites))
     found = defaultdict(list)
     for index, step in enumerate(compile_plan(graph, schedule.sites, schedule.num_inference_steps).steps):
         for load in step.load:

@@ -22,7 +22,7 @@ from torch import Tensor
 from hgc_learn.distributed import own_noise
 from hgc_learn.plan import COMPUTE, Flips
 from hgc_learn.predictors.fitted import FITTED
-from hgc_learn.probe import REACH, ProbedForwards, fitted_coefficients, latest
+from hgc_learn.probe import NUM_WATCHED, ProbedForwards, fitted_coefficients, latest
 
 LEAST = 0.1
 """A sample's squared error is never expected to fall to less than this share: directions are too few to tell."""
@@ -195,7 +195,7 @@ class Choices:
     def _affected(step: int, used: Sequence[int], computed: Sequence[int]) -> Iterator[int]:
         """Steps at which another choice at `step` may make a difference: until enough has been computed anew."""
         for later in used:
-            if later >= step and sum(step < j < later for j in computed) < REACH - 1:
+            if later >= step and sum(step < j < later for j in computed) < NUM_WATCHED - 1:
                 yield later
 
     def _used(self, site: str, step: int, computed: Sequence[int], products: NDArray[np.float64]) -> Any:

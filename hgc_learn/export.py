@@ -29,10 +29,10 @@ from hgc_learn.training import RouterModule
 
 @dataclass(frozen=True)
 class Reports:
-    """Called with (number, log error) as each part of `Learning` goes on."""
+    """Called as each part of `Learning` goes on."""
 
-    specialise: Report = lambda *_: None
-    tune: Report = lambda *_: None
+    specialise: Report = lambda _: None
+    tune: Report = lambda _: None
 
 
 def export(
@@ -65,7 +65,7 @@ def export(
         def reporter(description: str, total: int) -> Report:
             task = progress.add_task(description, total=total, visible=total > 0)
 
-            def report(update: int, log_error: float) -> None:
+            def report(log_error: float) -> None:
                 progress.update(task, advance=1, description=f"{description}, error {math.exp(log_error):.2e}")
 
             return report

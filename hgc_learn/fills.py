@@ -28,8 +28,8 @@ LEARNING_RATES = {"scale": 0.006, "reach": 0.03}
 BATCH_SIZE = 4
 """More and noisier updates do better than fewer of larger batches, for the same number of samples."""
 
-Report = Callable[[int, float], None]
-"""(update, mean log squared error of the outcome on its batch)."""
+Report = Callable[[float], None]
+"""Called after every update with the mean log squared error of the outcome on its batch."""
 
 
 def tune_fills(
@@ -38,7 +38,7 @@ def tune_fills(
     batches: Sequence[dict[str, Any]],
     num_updates: int,
     *,
-    report: Report = lambda *_: None,
+    report: Report = lambda _: None,
 ) -> Draft:
     """The schedule filled in by `tuned`, whose scales and reaches lower the mean log error of the outcome; the
     schedule as it is where samples that were not learned from do not confirm that.
@@ -75,7 +75,7 @@ def tune_fills(
                 loss += float(share.detach())
             optimizer.step()
             decay.step()
-            report(update, loss)
+            report(loss)
     tuned = Draft(start.sites, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
     drafts = [tuned, module.draft(schedule)]
     return min(drafts, key=lambda draft: module.log_error(judges, draft))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hgc_learn.graph import architecture_key, controlnet_list, meta_copy
+from hgc_learn.graph import architecture_key, meta_copy, named_models
 
 NORM_TOLERANCE = 2e-3
 """Relative; rounding a tensor to bfloat16 moves its norm by less."""
@@ -34,10 +34,7 @@ class ModelFingerprint:
     @classmethod
     def of(cls, unet: nn.Module, controlnet: Any = None) -> ModelFingerprint:
         """Reads the fingerprint off models on any device (one transfer of a few numbers to the host)."""
-        nets = controlnet_list(controlnet)
-        models: dict[str, Any] = {"unet": unet}
-        for i, net in enumerate(nets):
-            models["controlnet" if len(nets) == 1 else f"controlnet.nets.{i}"] = net
+        models = named_models(unet, controlnet)
         return cls(
             architecture={name: _architecture(model) for name, model in models.items()},
             norms={name: _norms(model) for name, model in models.items()},

@@ -19,7 +19,7 @@ from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor, nn
 
 from hgc_learn import ops
-from hgc_learn.graph import Graph, controlnet_list
+from hgc_learn.graph import Graph, named_models
 from hgc_learn.takeover import give_back, has_own_forward, owner_of_forward, take_over
 from hgc_learn.unchanged import Settings, Signature
 
@@ -226,10 +226,7 @@ class RoutedForwards:
 
 def routed_models(pipe: Any) -> dict[str, Any]:
     """The models whose forwards are taken over, by the name they have in a schedule; of compiled ones the original."""
-    nets = controlnet_list(getattr(pipe, "controlnet", None))
-    models = {"unet": pipe.unet}
-    for i, net in enumerate(nets):
-        models["controlnet" if len(nets) == 1 else f"controlnet.nets.{i}"] = net
+    models = named_models(pipe.unet, getattr(pipe, "controlnet", None))
     return {name: getattr(model, "_orig_mod", model) for name, model in models.items()}
 
 

@@ -83,6 +83,14 @@ def controlnet_list(controlnet: nn.Module | Sequence[ControlNetModel] | None) ->
     return [nets] if isinstance(nets, nn.Module) and not isinstance(nets, nn.ModuleList) else list(nets)
 
 
+def named_models(unet: Any, controlnet: Any = None) -> dict[str, Any]:
+    """The models by the names that sites and fingerprints have for them: `unet`, then `controlnet`, or
+    `controlnet.nets.<i>` where there are several; `controlnet` is as for `build_graph`."""
+    nets = controlnet_list(controlnet)
+    names = ["controlnet"] if len(nets) == 1 else [f"controlnet.nets.{i}" for i in range(len(nets))]
+    return {"unet": unet, **dict(zip(names, nets, strict=True))}
+
+
 def build_graph(
     unet: UNet2DConditionModel,
     controlnet: nn.Module | Sequence[ControlNetModel] | None = None,
@@ -101,16 +109,15 @@ def build_graph(
             twice; the message names it.
     """
     builder = _Builder(None if expand is None else set(expand))
-    nets = controlnet_list(controlnet)
-    for index, net in enumerate(nets):
-        if any(net is other for other in nets[:index]):
-            raise ValueError(
-                f"controlnet.nets.{index} is one of the ControlNets before it, the same object. Give the pipeline "
-                "a copy of it (copy.deepcopy) instead: each has values of its own to keep."
-            )
+    nets = named_models(unet, controlnet)
+    del nets["unet"]
     controls = []
-    for index, net in enumerate(nets):
-        path = "controlnet" if len(nets) == 1 else f"controlnet.nets.{index}"
+    for index, (path, net) in enumerate(nets.items()):
+        if any(net is other for other in [*nets.values()][:index]):
+            raise ValueError(
+                f"{path} is one of the ControlNets before it, the same object. Give the pipeline a copy of it "
+                "(copy.deepcopy) instead: each has values of its own to keep."
+            )
         controls.append(builder.add_controlnet(path, net))
     builder.add_unet(unet, list(zip(*controls, strict=True)))
     return Graph(

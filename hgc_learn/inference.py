@@ -19,7 +19,7 @@ from hgc_learn.graph import build_graph
 from hgc_learn.plan import Plan
 from hgc_learn.runtime import Runtime, RuntimeOptions
 from hgc_learn.schedule import HGCSchedule, ScheduleError
-from hgc_learn.sites import enclosing_module, is_inside
+from hgc_learn.sites import to_lay_open
 
 __all__ = ["HGCSchedule", "ScheduleError", "ScheduleHandle", "apply_exact_savings", "apply_schedule", "remove_schedule"]
 
@@ -60,8 +60,7 @@ def apply_schedule(
     if not isinstance(schedule, HGCSchedule):
         schedule = HGCSchedule.from_pretrained(schedule)
     unet, *controlnets = routed_models(pipe).values()
-    expand = {enclosing_module(site) for site in schedule.sites if is_inside(site)}
-    graph = build_graph(unet, controlnets, expand)  # refuses unknown models by name
+    graph = build_graph(unet, controlnets, to_lay_open(schedule.sites))  # refuses unknown models by name
     _check_model(schedule, unet, controlnets, allow_other_weights)
     if schedule.guided_sites and not hasattr(type(pipe), "do_classifier_free_guidance"):
         raise ScheduleError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from hgc_learn import ops
-from hgc_learn.graph import Graph, architecture_key, build_graph, controlnet_list, meta_copy
+from hgc_learn.graph import Graph, architecture_key, build_graph, controlnet_list, meta_copy, named_models
 
 # Linear layers reach the counter as mm/addmm, attention as batched products or fused attention.
 _ATTENTION_OPS = ("bmm", "baddbmm", "_scaled_dot_product", "_efficient_attention", "_flash_attention")
@@ -150,10 +150,9 @@ def meta_calls(
             kwargs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
         labels = _class_labels(unet.config)
         calls = {"unet": ops.unet_call(unet, sample, timestep, prompt, class_labels=labels, **dict(kwargs))}
-        for i, net in enumerate(nets):
+        for name, net in [*named_models(unet, nets).items()][1:]:
             cond = torch.empty(1, net.config.conditioning_channels, *image_size)
             control_sample = torch.empty(1, net.config.in_channels, *latent_size)
-            name = "controlnet" if len(nets) == 1 else f"controlnet.nets.{i}"
             labels = _class_labels(net.config)
             calls[name] = ops.controlnet_call(
                 net, control_sample, timestep, prompt, cond, class_labels=labels, **dict(kwargs)

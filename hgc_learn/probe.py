@@ -20,7 +20,7 @@ from hgc_learn.hard import HardSchedule
 from hgc_learn.plan import COMPUTE, Load, compile_plan
 from hgc_learn.predictors.fitted import FITTED
 
-REACH = FITTED.num_values + 1
+NUM_WATCHED = FITTED.num_values + 1
 """How many computed values back from a step another choice may make a difference: one more than the predictor looks
 at."""
 
@@ -170,7 +170,7 @@ class ProbedForwards(RoutedForwards):
         """Takes the gradient by what a site gives at a step and notes its products with the site's fresh values."""
         # The unguided half is filled in from full steps only, so that its sources lie farther back.
         before = [j for j in self.computed[site] if j < step and not self.is_half[j]]
-        first = before[-REACH] if len(before) >= REACH else 0
+        first = before[-NUM_WATCHED] if len(before) >= NUM_WATCHED else 0
         if site not in self.products:
             shape = self.num_steps, self.num_steps, len(gradient)
             self.products[site] = gradient.new_zeros(shape, dtype=torch.float32)

@@ -69,7 +69,7 @@ class Runtime(RoutedForwards):
         self.programs = {m: [compile_program(graph, step, m) for step in plan.steps] for m in self.models}
         self.refresh = {m: compile_program(graph, refresh, m) for m in self.models}
         self.batches = {
-            first: (length, compile_program(graph, _union(plan.steps[first : first + length]), "unet"))
+            first: (length, compile_program(graph, _of_batch(plan.steps[first : first + length]), "unet"))
             for first, length in find_batches(graph, plan, self.options.max_steps_at_once).items()
         }
         self.use_tensors({} if schedule is None else schedule.tensors)
@@ -307,7 +307,7 @@ class Runtime(RoutedForwards):
         return result
 
 
-def _union(steps: Sequence[StepPlan]) -> StepPlan:
+def _of_batch(steps: Sequence[StepPlan]) -> StepPlan:
     """Of steps that run the same: what any of them keeps is kept."""
     kept = {name for step in steps for name in step.store}
     return replace(steps[0], store=tuple(name for name in steps[0].run if name in kept))

@@ -46,12 +46,17 @@ def select_sites(graph: Graph, patterns: Iterable[str]) -> list[str]:
 
 
 def enclosing_module(site: str) -> str:
-    """The path of the resnet or transformer that a site lies in or is: what `build_graph(expand=)` takes."""
+    """The path of the resnet or transformer that a site lies in or is."""
     parts = site.split(":")[0].split(".")
     for i, part in enumerate(parts):
         if part in ("resnets", "attentions"):
             return ".".join(parts[: i + 2])
     return ".".join(parts)
+
+
+def to_lay_open(sites: Iterable[str]) -> set[str]:
+    """What `build_graph(expand=)` takes for these sites to be there."""
+    return {enclosing_module(site) for site in sites if is_inside(site)}
 
 
 def enclosing_block(site: str) -> str:

@@ -34,7 +34,7 @@ def specialise(
     num_updates: int,
     *,
     max_patterns: int | None = None,
-    report: Report = lambda *_: None,
+    report: Report = lambda _: None,
 ) -> HardSchedule:
     """The hard schedule of the router at a budget, after more updates for it, or rounded as it is, if samples that were
     not learned from like that better. The router's own logits and weights are moved.
@@ -67,7 +67,7 @@ def specialise(
             router.check_gradients()
             optimizer.step()
             router.clamp()
-            report(update, float(logs["loss"].clamp_min(1e-30).log()))
+            report(float(logs["loss"].clamp_min(1e-30).log()))
     finally:
         router.temperature = temperature
     end = _rounded(module, budget, max_patterns)

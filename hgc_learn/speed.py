@@ -20,7 +20,7 @@ from hgc_learn.files import save_json, write_atomically
 from hgc_learn.inference import ScheduleHandle
 from hgc_learn.macs import flop_counter
 
-Candidate = Callable[[], AbstractContextManager[ScheduleHandle | None]]
+Setup = Callable[[], AbstractContextManager[ScheduleHandle | None]]
 """Sets the pipeline up for one run, and back."""
 
 SETTING = ("machine", "arch", "size", "dtype", "num_inference_steps", "guidance_scale", "schedule")
@@ -28,7 +28,7 @@ SETTING = ("machine", "arch", "size", "dtype", "num_inference_steps", "guidance_
 
 
 @dataclass(frozen=True)
-class Once:
+class RunCost:
     """What is measured once: MACs (attention matmuls counted), peak memory in bytes, and the bytes that are kept from
     step to step, by the plan and at the measured peak."""
 
@@ -38,18 +38,18 @@ class Once:
     predicted_cache_bytes: int = 0
 
 
-def measure_once(run: Callable[[], object], candidate: Candidate, device: torch.device) -> Once:
+def measure_cost(run: Callable[[], object], setup: Setup, device: torch.device) -> RunCost:
     """In one run, which warms up, too."""
-    with candidate() as handle:
+    with setup() as handle:
         with watched_cache(handle) as kept, flop_counter() as counter:
             peak_bytes = _peak_memory(run, device)
         predicted = 0 if handle is None else handle.stats()["cache_bytes"]
-    return Once(counter.get_total_flops() // 2, peak_bytes, max(kept, default=0), predicted)
+    return RunCost(counter.get_total_flops() // 2, peak_bytes, max(kept, default=0), predicted)
 
 
-def time_once(run: Callable[[], object], candidate: Candidate, device: torch.device) -> float:
+def time_once(run: Callable[[], object], setup: Setup, device: torch.device) -> float:
     """Seconds of one run, without setting up."""
-    with candidate():
+    with setup():
         _synchronize(device)
         start = time.perf_counter()
         run()
@@ -62,7 +62,9 @@ def plain() -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def row(setting: dict[str, Any], of_plain: Once, once: Once, pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+def row(
+    setting: dict[str, Any], of_plain: RunCost, cost: RunCost, pairs: Sequence[tuple[float, float]]
+) -> dict[str, Any]:
     """Figures of one candidate: medians over rounds of the ratios to the plain pipeline's run of the same round, with
     95 % bootstrap intervals of these (`<figure>_interval`).
 
@@ -71,25 +73,25 @@ def row(setting: dict[str, Any], of_plain: Once, once: Once, pairs: Sequence[tup
     """
     plain_seconds, seconds = np.array(pairs).T
     speedups = plain_seconds / seconds
-    macs_ratio = of_plain.macs / once.macs
+    macs_ratio = of_plain.macs / cost.macs
     result = dict(setting)
-    result |= {"macs_ratio": round(macs_ratio, 4), "macs_ratio_interval": None, "macs": once.macs}
+    result |= {"macs_ratio": round(macs_ratio, 4), "macs_ratio_interval": None, "macs": cost.macs}
     result |= {"plain_macs": of_plain.macs}
-    result |= _with_interval("speedup", speedups) | _with_interval("efficiency", speedups / macs_ratio)
+    result |= _median("speedup", speedups) | _median("efficiency", speedups / macs_ratio)
     if setting["schedule"].startswith("all-compute"):
-        result |= _with_interval("overhead", 1 / speedups - 1)
-    result["peak_memory_ratio"] = round(once.peak_bytes / of_plain.peak_bytes, 4)
+        result |= _median("overhead", 1 / speedups - 1)
+    result["peak_memory_ratio"] = round(cost.peak_bytes / of_plain.peak_bytes, 4)
     result["peak_memory_ratio_interval"] = None  # measured once, as MACs are
-    result |= {"peak_bytes": once.peak_bytes, "plain_peak_bytes": of_plain.peak_bytes}
-    result |= {"cache_bytes": once.cache_bytes, "predicted_cache_bytes": once.predicted_cache_bytes}
+    result |= {"peak_bytes": cost.peak_bytes, "plain_peak_bytes": of_plain.peak_bytes}
+    result |= {"cache_bytes": cost.cache_bytes, "predicted_cache_bytes": cost.predicted_cache_bytes}
     result["pairs"] = [[round(x, 4) for x in pair] for pair in pairs]
     return result
 
 
-def read_once(row: dict[str, Any]) -> tuple[Once, Once]:
+def read_costs(row: dict[str, Any]) -> tuple[RunCost, RunCost]:
     """What a row has of the plain pipeline and of the candidate."""
-    of_plain = Once(row["plain_macs"], row["plain_peak_bytes"])
-    return of_plain, Once(row["macs"], row["peak_bytes"], row["cache_bytes"], row["predicted_cache_bytes"])
+    of_plain = RunCost(row["plain_macs"], row["plain_peak_bytes"])
+    return of_plain, RunCost(row["macs"], row["peak_bytes"], row["cache_bytes"], row["predicted_cache_bytes"])
 
 
 def read_rows(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -144,7 +146,7 @@ def machine(device: torch.device) -> str:
     return f"CPU, {platform.machine()}, {model}, {torch.get_num_threads()} threads"
 
 
-def _with_interval(name: str, values: np.ndarray) -> dict[str, Any]:
+def _median(name: str, values: np.ndarray) -> dict[str, Any]:
     random = np.random.default_rng(0)
     medians = np.median(random.choice(values, (2000, len(values))), axis=1)
     low, high = np.percentile(medians, [2.5, 97.5])

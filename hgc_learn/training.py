@@ -21,7 +21,7 @@ from hgc_learn.probe import ProbedForwards
 from hgc_learn.rollout import SamplingConfig, generate, load_pipeline, scheduled
 from hgc_learn.router import Router
 from hgc_learn.setting import Draft, Setting
-from hgc_learn.sites import enclosing_module, is_inside, select_sites
+from hgc_learn.sites import select_sites, to_lay_open
 
 
 class RouterModule(L.LightningModule):
@@ -98,8 +98,7 @@ class RouterModule(L.LightningModule):
     def use_pipeline(self, pipe: Any) -> None:
         """Runs trajectories on this pipeline, of the same models, from now on."""
         self.pipe = self.setting.pipe = pipe  # no nn.Module: not saved
-        inside = {enclosing_module(name) for name in self.router.sites if is_inside(name)}
-        graph = build_graph(pipe.unet, getattr(pipe, "controlnet", None), inside)
+        graph = build_graph(pipe.unet, getattr(pipe, "controlnet", None), to_lay_open(self.router.sites))
         self.forwards = ProbedForwards(
             pipe,
             graph,

@@ -41,7 +41,7 @@ def test_learning_lowers_the_error(
 ) -> None:
     monkeypatch.setitem(module.hparams, "gradient_checkpointing", gradient_checkpointing)
     seen: list[float] = []
-    tuned = tune_fills(module, schedule, [batch], 40, report=lambda update, error: seen.append(error))
+    tuned = tune_fills(module, schedule, [batch], 40, report=seen.append)
     assert len(seen) == 40
     assert module.log_error([batch], tuned) < module.log_error([batch], schedule) - 0.1
     start = as_tuned(module, schedule)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from hgc_learn.architectures import Architecture
-    from hgc_learn.data import ControlDataModule
     from hgc_learn.rollout import SamplingConfig
+
+DEMO_TEACHER = Path(__file__).parents[1] / "demo" / "teacher"
 
 
 def add_architecture(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -42,11 +44,23 @@ def add_data(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--streaming", action="store_true", help="read no more rows of --data than needed")
 
 
-def data_module(args: argparse.Namespace, sampling: SamplingConfig, num_train: int, num_val: int) -> ControlDataModule:
-    """What --data names."""
+def samples(
+    args: argparse.Namespace, sampling: SamplingConfig, split: Literal["train", "validation"], number: int, size: int
+) -> list[dict[str, Any]]:
+    """Batches of `size`, `number` samples in all, of what --data names; without it of the demonstration's scenes if
+    --model is its teacher, else none."""
+    from torch.utils.data import DataLoader
+
+    if args.data is None:
+        if Path(args.model).resolve() != DEMO_TEACHER.resolve():
+            return []
+        from hgc_learn.demo.scenes import SceneDataset
+
+        return list(DataLoader(SceneDataset(split, number), size))
     from hgc_learn.data import ControlDataModule
 
-    return ControlDataModule(
+    is_training = split == "train"
+    module = ControlDataModule(
         args.data,
         height=sampling.height,
         width=sampling.width,
@@ -57,6 +71,8 @@ def data_module(args: argparse.Namespace, sampling: SamplingConfig, num_train: i
         train_split=args.train_split,
         val_split=args.val_split,
         streaming=args.streaming,
-        num_train=num_train,
-        num_val=num_val,
+        num_train=number if is_training else 0,
+        num_val=0 if is_training else number,
     )
+    module.setup("fit" if is_training else "validate")
+    return list(DataLoader(module.train_data if is_training else module.val_data, size))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hgc_learn.policies import Policy
     from hgc_learn.schedule import HGCSchedule
     from hgc_learn.setting import Setting
-    from hgc_learn.speed import Candidate
+    from hgc_learn.speed import Setup
 
 PEERS = {"DeepCache package I3B0": (3, 0)}
 
@@ -93,12 +93,12 @@ def run(args: argparse.Namespace) -> None:
     about = {name: common | {"schedule": name} for name in candidates}
     keys = {name: tuple(setting[field] for field in speed.SETTING) for name, setting in about.items()}
     pairs = {name: [*map(tuple, rows[key]["pairs"])] if key in rows else [] for name, key in keys.items()}
-    known = {name: speed.read_once(rows[key]) for name, key in keys.items() if key in rows}
+    known = {name: speed.read_costs(rows[key]) for name, key in keys.items() if key in rows}
     new = {name: candidate for name, candidate in candidates.items() if name not in known}
-    once = {name: of_candidate for name, (_, of_candidate) in known.items()}
-    of_plain = next(iter(known.values()))[0] if known else speed.measure_once(generate, speed.plain, device)
+    costs = {name: of_candidate for name, (_, of_candidate) in known.items()}
+    of_plain = next(iter(known.values()))[0] if known else speed.measure_cost(generate, speed.plain, device)
     for name, candidate in track(new.items(), description="counting MACs and memory"):
-        once[name] = speed.measure_once(generate, candidate, device)
+        costs[name] = speed.measure_cost(generate, candidate, device)
     for _ in track(range(args.rounds), description="timing"):
         for neighbours in _in_pairs(candidates):  # each beside a run of the plain pipeline
             first, *second = neighbours
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
             seconds |= {name: speed.time_once(generate, candidates[name], device) for name in second}
             for name in neighbours:
                 pairs[name].append((plain_seconds, seconds[name]))
-                rows[keys[name]] = speed.row(about[name], of_plain, once[name], pairs[name])
+                rows[keys[name]] = speed.row(about[name], of_plain, costs[name], pairs[name])
             speed.save_rows(args.output, rows)
     print(speed.markdown([rows[key] for key in keys.values()]))
 
@@ -118,18 +118,18 @@ def _in_pairs(names: Iterable[str]) -> Iterator[list[str]]:
         yield pair
 
 
-def _candidates(pipe: Any, setting: Setting, args: argparse.Namespace) -> dict[str, Candidate]:
+def _candidates(pipe: Any, setting: Setting, args: argparse.Namespace) -> dict[str, Setup]:
     from hgc_learn.inference import apply_exact_savings, apply_schedule
     from hgc_learn.policies import POLICIES
     from hgc_learn.schedule import HGCSchedule
     from hgc_learn.setting import Draft
 
     computes = setting.schedule(Draft({}), policy="all-compute", settings={})
-    special: dict[str, Candidate] = {
+    special: dict[str, Setup] = {
         "all-compute": partial(apply_schedule, pipe, computes, exact_savings=False),
         "exact-savings": partial(apply_exact_savings, pipe),
     }
-    found: dict[str, Candidate] = {}
+    found: dict[str, Setup] = {}
     for spec in args.policy:
         name = spec.partition(":")[0]
         if spec in special:

@@ -13,8 +13,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hgc_learn.commands import add_data, data_module
-from hgc_learn.commands.schedule import DEMO_TEACHER
+from hgc_learn.commands import DEMO_TEACHER, add_data, samples
 
 if TYPE_CHECKING:
     from hgc_learn.architectures import Architecture
@@ -88,7 +87,9 @@ def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture
     if args.model is None:
         raise ValueError("--num_pictures needs a pipeline to make them: give it with --model.")
     sampling = _sampling(schedule)
-    batches = _samples(args, sampling)
+    batches = samples(args, sampling, "validation", args.num_pictures, 1)  # pictures of real models need the memory
+    if not batches:
+        raise ValueError("--num_pictures needs control images and prompts: give a folder of them with --data.")
     pipe = load_pipeline(args.model, sampling, controlnet=args.controlnet_model)
     pictures: dict[str, Any] = {"text": [], "control": [], "full": [], "cached": [], "psnr_db": []}
     for batch in track(batches, description="making pictures"):
@@ -123,18 +124,3 @@ def _sampling(schedule: HGCSchedule) -> SamplingConfig:
         controlnet_conditioning_scale=scale if isinstance(scale, float) else 1.0,
         scheduler=schedule.scheduler,
     )
-
-
-def _samples(args: argparse.Namespace, sampling: SamplingConfig) -> list[dict[str, Any]]:
-    """One per batch: pictures of real models need the memory."""
-    from torch.utils.data import DataLoader
-
-    if args.data is not None:
-        module = data_module(args, sampling, 0, args.num_pictures)
-        module.setup("validate")
-        return list(DataLoader(module.val_data, 1))
-    if Path(args.model).resolve() != DEMO_TEACHER.resolve():
-        raise ValueError("--num_pictures needs control images and prompts: give a folder of them with --data.")
-    from hgc_learn.demo.scenes import SceneDataset
-
-    return list(DataLoader(SceneDataset("validation", args.num_pictures), 1))

@@ -18,14 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hgc_learn.commands import add_data, data_module
+from hgc_learn.commands import add_data, samples
 from hgc_learn.commands.macs import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, finite, image_size
 
 if TYPE_CHECKING:
     from hgc_learn.policies import Policy
-    from hgc_learn.rollout import SamplingConfig
-
-DEMO_TEACHER = Path(__file__).parents[1] / "demo" / "teacher"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,28 +104,13 @@ def write(policy: Policy, args: argparse.Namespace) -> None:
     pipe = load_pipeline(args.model, sampling, controlnet=args.controlnet_model)
     height, width = args.size or Architecture.of(pipe).default_size
     sampling = replace(sampling, height=height, width=width)
-    setting = Setting.of_pipeline(pipe, sampling, _samples(args, sampling))
+    setting = Setting.of_pipeline(pipe, sampling, samples(args, sampling, "train", args.num_samples, args.batch_size))
     schedule = policy.schedule(setting, **{name: getattr(args, name) for name in policy.knobs})
     schedule.save(args.output)
     print(f"wrote {args.output}")
     for suffix, words in (("", "not counted"), ("_attention", "counted")):
         full, cached = schedule.macs[f"full{suffix}"], schedule.macs[f"cached{suffix}"]
         print(f"{cached / full:.1%} of {full:.4e} MACs kept (attention matmuls {words})")
-
-
-def _samples(args: argparse.Namespace, sampling: SamplingConfig) -> list[dict[str, Any]]:
-    """Batches to measure on; none if there is no data."""
-    from torch.utils.data import DataLoader
-
-    if args.data is not None:
-        module = data_module(args, sampling, args.num_samples, 0)
-        module.setup("fit")
-        return list(DataLoader(module.train_data, args.batch_size))
-    if Path(args.model).resolve() == DEMO_TEACHER.resolve():
-        from hgc_learn.demo.scenes import SceneDataset
-
-        return list(DataLoader(SceneDataset("train", args.num_samples), args.batch_size))
-    return []
 
 
 def _argument_texts(policy: Policy) -> dict[str, str]:

@@ -33,7 +33,7 @@ from hgc_learn.rollout import load_pipeline
 from hgc_learn.schedule import tensor_path
 from hgc_learn.setting import Setting
 
-Report = Callable[[str], None]
+Say = Callable[[str], None]
 DIGITS = 6
 
 
@@ -150,8 +150,8 @@ class Bench:
 class PolicyBench:
     """A policy on a bench: the candidates that do not depend on the budget are written once for all budgets."""
 
-    def __init__(self, bench: Bench, policy: Policy, report: Report):
-        self.bench, self.policy, self.report = bench, policy, report
+    def __init__(self, bench: Bench, policy: Policy, say: Say):
+        self.bench, self.policy, self.say = bench, policy, say
 
     @property
     def needs_checkpoint(self) -> bool:
@@ -185,7 +185,7 @@ class PolicyBench:
 
         start = time.monotonic()
         with count_rollouts(bench.setting) as rollouts:
-            self.report("writing candidates")
+            self.say("writing candidates")
             offered = self.candidates(budget)
             shortlisted = shortlist(offered.found, budget, config.tuning)
             if not shortlisted:
@@ -196,7 +196,7 @@ class PolicyBench:
             def judge(candidate: Candidate, num_scenes: int) -> float:
                 nonlocal trial
                 trial += 1
-                self.report(f"trial {trial}, {len(shortlisted)} candidates")
+                self.say(f"trial {trial}, {len(shortlisted)} candidates")
                 return bench.tuning_psnr(candidate, self.policy, num_scenes)
 
             chosen, num_tried = best(shortlisted, config.tuning, judge)
@@ -211,7 +211,7 @@ class PolicyBench:
 
     def _judge(self, chosen: Candidate, files: CellFiles) -> dict[str, Any]:
         bench = self.bench
-        self.report("test set")
+        self.say("test set")
         schedule = self.policy.file(bench.setting, chosen.draft, plain(chosen.knobs))
         samples = render(bench.pipe, bench.sampling, bench.test, schedule)
         if not samples.latents.isfinite().all():
