@@ -2,7 +2,7 @@
 
 The forward of the UNet and of each ControlNet is replaced by one that walks the schedule's plan: the live nodes
 run through the models' own submodules, reused sites are read from the cache, all else is skipped (`runtime`). Nothing
-is read back from the device in mid-run. Needs torch, diffusers and safetensors only.
+is read back from the device in mid-run. Needs torch, diffusers, safetensors and networkx only.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ def apply_schedule(
         A handle with `stats()` and `remove()`; as a context manager it removes the schedule on leaving.
 
     Raises:
-        ScheduleError: the file is invalid, or made for another model or scheduler; the message says which.
-        ValueError: the pipeline has models whose dataflow is not known.
+        ScheduleError: the file is invalid, or made for another model; the message says which. Another scheduler or
+            other timesteps are noticed, and raise it, when the pipeline runs.
+        ValueError: the pipeline has no UNet, models whose dataflow is not known or whose forwards are wrapped, or a
+            ControlNet that another pipeline has a schedule for.
     """
     if not hasattr(pipe, "unet"):
         raise ValueError(f"{type(pipe).__name__} has no unet; schedules support diffusers pipelines with a UNet.")
@@ -97,7 +99,7 @@ def remove_schedule(pipe: Any) -> None:
     Raises:
         ValueError: others have wrapped the forwards since, and must be undone first.
     """
-    for model in routed_models(pipe).values():
+    for model in routed_models(pipe).values() if hasattr(pipe, "unet") else ():
         runtime = RoutedForwards.installed_on(model)
         if runtime is not None:
             runtime.uninstall()
@@ -120,10 +122,12 @@ class ScheduleHandle:
 
     @property
     def schedule(self) -> HGCSchedule | None:
+        """What is followed; of another number of steps if it is resampled, None if only what is exact is saved."""
         return self.runtime.schedule
 
     @property
     def plan(self) -> Plan:
+        """What every step runs, loads and keeps."""
         return self.runtime.plan
 
     def stats(self) -> dict[str, Any]:
@@ -156,6 +160,7 @@ class ScheduleHandle:
         self.runtime.compile(**options)
 
     def remove(self) -> None:
+        """As `remove_schedule(pipe)`."""
         self.runtime.uninstall()
 
     def __enter__(self) -> ScheduleHandle:

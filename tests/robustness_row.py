@@ -50,7 +50,8 @@ class Row:
     @property
     def outcome(self) -> str:
         if self.refused:
-            return "refused: " + re.sub(r"\.\*", " ... ", self.refused).replace("\\", "")
+            text = re.sub(r"\.\*", " ... ", self.refused).replace("\\", "")
+            return "refused: " + text.replace("|", ", or: ")
         if len(self.refreshed) > 1:
             return "right; those steps are computed in full"
         return "right; that step is computed in full" if self.refreshed else "right"

@@ -282,7 +282,7 @@ def around() -> list[Row]:
         row(
             "a block made one of a subclass",
             change=act.subclass_of("unet.up_blocks.0"),
-            refused="unet.up_blocks.0 ",
+            refused="unet.up_blocks.0 (is a Patched, whose dataflow is not known|has hooks or a forward of its own)",
         ),
         row(
             "a forward of the UNet's own",

@@ -1,4 +1,4 @@
-"""Compare all policies at equal compute on the demonstration teacher, the knobs of every one tuned alike.
+"""Compare policies at equal compute on the teacher of a configuration, the knobs of every one tuned alike.
 
 Cells (policy x sampler x budget) that are done are not run again: interrupt it and run the same command to go on. Two
 processes with one thread each (OMP_NUM_THREADS=1) share the work. Then the report is written: DIR/NAME.json,

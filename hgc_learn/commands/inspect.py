@@ -1,7 +1,7 @@
 """Print what a schedule file holds, or refuse it (exit status 2) with the reason.
 
-The file is read strictly; nothing in it is run and no model is needed. With --arch or --model, what it was made for,
-sites that nothing reads at a step are shown as such, and what every step keeps of a full one's MACs.
+The file is read strictly; nothing in it is run and no model is needed. With the model that it was made for (--arch or
+--model), sites that nothing reads at a step are shown as such, and what every step keeps of a full one's MACs.
 
   hgc_learn inspect hgc_schedule.json
   hgc_learn inspect hgc_schedule.json --model path/to/pipeline

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN_OR_FILE", help="a schedule file, or a folder or hub id with one")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="page to write, .html")
-    parser.add_argument("--model", metavar="DIR", help="folder of the pipeline; for pictures, or a hub id")
+    parser.add_argument("--model", metavar="DIR", help="folder of the pipeline; with --num_pictures a hub id, too")
     parser.add_argument(
         "--controlnet_model", metavar="DIR", help="of a ControlNet, if the pipeline of --model has none"
     )
@@ -67,7 +67,8 @@ def _find_architecture(model: str | None, schedule: HGCSchedule) -> Architecture
         if (found := difference(architecture)) is not None:
             raise ValueError(f"--model: the schedule was made for another model ({': '.join(found)}). Name that one.")
         return architecture
-    if difference(teacher := load_architecture(DEMO_TEACHER)) is None:
+    # Its folder is part of the repository, and not of an installed package.
+    if DEMO_TEACHER.is_dir() and difference(teacher := load_architecture(DEMO_TEACHER)) is None:
         return teacher
     for name in ARCHITECTURES:
         if difference(architecture := build_architecture(name)) is None:

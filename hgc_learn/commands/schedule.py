@@ -81,7 +81,7 @@ def add_knobs(parser: argparse.ArgumentParser, policy: Policy) -> None:
     texts = _argument_texts(policy)
     hints = typing.get_type_hints(policy.write)
     for name, default in policy.knobs.items():
-        shown = "" if default is None or default == () else f"(default {default})"
+        shown = "" if default in (None, (), "") else f"(default {default})"
         text = f"{texts.get(name, '')} {shown}".strip().replace("%", "%%")
         knobs.add_argument(f"--{name}", default=default, help=text, **_option(hints[name]))
 

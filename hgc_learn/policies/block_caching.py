@@ -41,7 +41,12 @@ def block_caching(
 
 @register("block_caching_scale_shift", paper=PAPER, grid=GRID)
 def block_caching_scale_shift(setting: Setting, *, delta: float = 0.5, controlnet: str = "layers") -> Draft:
-    """Block Caching that scales and shifts reused tensors per step and channel, fitted in closed form."""
+    """Block Caching that scales and shifts reused tensors per step and channel, fitted in closed form.
+
+    Args:
+        delta: threshold of the accumulated change.
+        controlnet: `computed`, `layers` (like the UNet's) or `residuals` (its outputs are the blocks).
+    """
     return block_caching(setting, delta=delta, controlnet=controlnet, scale_shift=True)
 
 

@@ -47,6 +47,13 @@ def hgc(
     `gate - 1`. From `gate` on every cross-attention gives the mean of the guided and the unguided half of its last
     output, and only the guided half runs, its prediction taken as it is (as in T-GATE). A gate that the run does not
     reach drops nothing.
+
+    Args:
+        interval: steps from one computation of the blocks to the next.
+        encoder: whether the encoder's outputs are among them.
+        fresh_decoder_blocks: how many of the decoder's last blocks are computed at every step.
+        cross_interval: steps from one cross-attention to the next before the gate.
+        gate: step from which on there is neither cross-attention nor guidance.
     """
     up_blocks = _up_blocks(setting.graph)
     for name, value in (("interval", interval), ("cross_interval", cross_interval), ("gate", gate)):

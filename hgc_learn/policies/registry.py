@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,11 @@ class Policy:
         unknown = sorted(set(knobs) - set(self.knobs))
         if unknown:
             raise ValueError(f"{self.name} has no knob {unknown[0]!r}; it has {', '.join(self.knobs) or 'none'}.")
+        hints = typing.get_type_hints(self.write)
+        for name, value in knobs.items():
+            choices = typing.get_args(hints[name]) if typing.get_origin(hints[name]) is typing.Literal else (value,)
+            if value not in choices:
+                raise ValueError(f"{self.name}: {name} is {value!r}; it is one of {', '.join(map(str, choices))}.")
         return self.file(setting, self.write(setting, **knobs), knobs)
 
     def file(self, setting: Setting, draft: Draft, knobs: Mapping[str, Any]) -> HGCSchedule:

@@ -51,11 +51,18 @@ def tgate(
     is; self-attention is computed at multiples of `late_self_attention_interval` (1 in the paper; more in the authors'
     package, tgate 1.0). A gate that the run does not reach drops nothing.
 
-    T-GATE was made without a ControlNet. Here one runs at every step, guided half only from the gate on; `controlnet`
-    says whether its own attention follows the rule too. On SDXL the authors' package feeds the unguided half's pooled
-    prompt from the gate on, this policy the guided half's; SD1.5 and SD2 have no such input.
+    T-GATE was made without a ControlNet. Here one runs at every step, guided half only from the gate on. On SDXL the
+    authors' package feeds the unguided half's pooled prompt from the gate on, this policy the guided half's; SD1.5 and
+    SD2 have no such input.
 
     Cannot keep less than about 0.47 of the MACs: half of the batch is left.
+
+    Args:
+        gate: step from which on there is neither cross-attention nor guidance.
+        warm_up: last step at which self-attention is computed whatever the interval.
+        self_attention_interval: steps from one self-attention to the next before the gate.
+        late_self_attention_interval: the same from the gate on.
+        controlnet: whether the ControlNets' own attention follows the rule too.
     """
     for name, value in (
         ("gate", gate),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from hgc_learn.policies.registry import register
 from hgc_learn.predictors import PREDICTORS
 from hgc_learn.setting import Draft, Setting
@@ -16,7 +18,12 @@ from hgc_learn.spacing import full_steps, intervals
         "predictor": ("hold", "linear", "taylor2", "ab2", "bdf2", "foca"),
     },
 )
-def uniform(setting: Setting, *, interval: float = 2, predictor: str = "hold") -> Draft:
+def uniform(
+    setting: Setting,
+    *,
+    interval: float = 2,
+    predictor: Literal["hold", "linear", "taylor2", "ab2", "bdf2", "foca"] = "hold",
+) -> Draft:
     """Computes every `interval`-th step; between them the prediction is held or forecast.
 
     Args:

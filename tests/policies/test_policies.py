@@ -202,3 +202,13 @@ def test_time_cutoff_rows(setting: Setting) -> None:
             row(**knobs)
     with pytest.raises(ValueError, match="No site matches"):
         POLICIES["time_cutoff"].write(setting, site="nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [("uniform", {"predictor": "nope"}), ("deepcache", {"control": "nope"}), ("faster_diffusion", {"spacing": "nope"})],
+)
+def test_a_choice_that_there_is_not_is_refused(teacher: Path, name: str, knobs: dict[str, str]) -> None:
+    setting = Setting.of_pipeline(load_pipeline(str(teacher), SAMPLING), SAMPLING)
+    with pytest.raises(ValueError, match=rf"{name}: {next(iter(knobs))} is 'nope'; it is one of"):
+        POLICIES[name].schedule(setting, **knobs)
