@@ -45,6 +45,33 @@ def select_sites(graph: Graph, patterns: Iterable[str]) -> list[str]:
     return [name for name in sites if name in chosen]
 
 
+def decoder_inputs(graph: Graph) -> list[list[str]]:
+    """The sites that each layer of the UNet's decoder reads from below, from the deepest layer on (12 in SD1.5, 9 in
+    SDXL): one, or for the deepest layer of a UNet with ControlNets the mid block's output and its residuals."""
+    return [_nearest_sites(graph, below) for below, _ in _decoder_layers(graph)]
+
+
+def encoder_outputs(graph: Graph) -> list[str]:
+    """The sites that the UNet's decoder reads and that are made before it, in execution order: the encoder's outputs,
+    the mid block's, and the ControlNets' residuals."""
+    layers = _decoder_layers(graph)
+    names = [layers[0][0], *(skip for _, skip in layers)]
+    read = {site for name in names for site in _nearest_sites(graph, name)}
+    return [name for name in graph.nodes if name in read]
+
+
+def _decoder_layers(graph: Graph) -> list[tuple[str, str]]:
+    """Of every decoder layer what it reads: from below, and its skip."""
+    return [(node.inputs[0], node.inputs[1]) for name, node in graph.nodes.items() if name.endswith(".concat")]
+
+
+def _nearest_sites(graph: Graph, name: str) -> list[str]:
+    """The node itself if it is a site, else the sites nearest above it."""
+    if ":" in name:
+        return [name]
+    return [site for source in graph.nodes[name].inputs for site in _nearest_sites(graph, source)]
+
+
 def enclosing_module(site: str) -> str:
     """The path of the resnet or transformer that a site lies in or is."""
     parts = site.split(":")[0].split(".")

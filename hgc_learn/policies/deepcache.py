@@ -10,40 +10,10 @@ from typing import Literal
 
 import numpy as np
 
-from hgc_learn.graph import Graph
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
+from hgc_learn.sites import decoder_inputs
 from hgc_learn.spacing import full_steps, intervals
-
-
-def num_branches(graph: Graph) -> int:
-    """How many layers the decoder has: 12 in SD1.5, 9 in SDXL."""
-    return len(_decoder_layers(graph))
-
-
-def shallow_inputs(graph: Graph, branch: int) -> list[str]:
-    """The sites that the decoder's layer `branch`, counted from its end, reads from below: one, or for the deepest
-    layer of a UNet with ControlNets the mid block's output and its residuals."""
-    return nearest_sites(graph, _decoder_layers(graph)[-1 - branch][0])
-
-
-def decoder_skips(graph: Graph) -> list[str]:
-    """The sites that the decoder's skips are made of, in the order in which it reads them: the encoder's outputs, and
-    the ControlNets' residuals that are added to them."""
-    return [site for _, skip in _decoder_layers(graph) for site in nearest_sites(graph, skip)]
-
-
-def _decoder_layers(graph: Graph) -> list[tuple[str, str]]:
-    """Of every decoder layer what it reads: from below, and its skip."""
-    concats = [node for name, node in graph.nodes.items() if name.startswith("unet.up_blocks.") and "concat" in name]
-    return [(node.inputs[0], node.inputs[1]) for node in concats]
-
-
-def nearest_sites(graph: Graph, name: str) -> list[str]:
-    """The node itself if it is a site, else the sites nearest above it."""
-    if ":" in name:
-        return [name]
-    return [site for source in graph.nodes[name].inputs for site in nearest_sites(graph, source)]
 
 
 @register(
@@ -51,7 +21,7 @@ def nearest_sites(graph: Graph, name: str) -> list[str]:
     paper="DeepCache, Ma et al. 2023, arXiv 2312.00858",
     grid=lambda setting: {
         "interval": intervals(setting.num_steps, 20),
-        "branch": range(num_branches(setting.graph)),
+        "branch": range(len(decoder_inputs(setting.graph))),
         "control": ("held", "fresh") if setting.graph.residuals else ("held",),
         "spacing": ("uniform", "quadratic"),
         "center": sorted({setting.num_steps * tenths // 10 for tenths in (1, 2, 3)}),
@@ -78,15 +48,15 @@ def deepcache(
         center: of the quadratic spacing, a step; 3/10 of the run if not given.
         power: of the quadratic spacing, above 1; the higher, the denser around the centre.
     """
-    last = num_branches(setting.graph) - 1
-    if not 0 <= branch <= last:
-        raise ValueError(f"branch is {branch}; this UNet has branches 0 to {last}.")
+    inputs = decoder_inputs(setting.graph)
+    if not 0 <= branch < len(inputs):
+        raise ValueError(f"branch is {branch}; this UNet has branches 0 to {len(inputs) - 1}.")
     full = full_steps(setting.num_steps, interval)
     if spacing == "quadratic" and interval > 1:
         center = setting.num_steps * 3 // 10 if center is None else center
         full = quadratic_steps(setting.num_steps, len(full), center=center, power=power)
     row = "".join("C" if i in full else "-" for i in range(setting.num_steps))
-    reused = [site for site in shallow_inputs(setting.graph, branch) if not site.endswith(":control")]
+    reused = [site for site in inputs[-1 - branch] if not site.endswith(":control")]
     rows = dict.fromkeys(reused, row)
     if control == "held" and "-" in row:
         shell = setting.plan(Draft(rows)).steps[row.index("-")].run

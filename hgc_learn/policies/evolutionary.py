@@ -14,7 +14,7 @@ from hgc_learn.macs import BudgetError
 from hgc_learn.plan import live_step
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
-from hgc_learn.sites import list_sites
+from hgc_learn.sites import decoder_inputs, encoder_outputs, list_sites
 from hgc_learn.spacing import full_steps
 
 if TYPE_CHECKING:
@@ -149,16 +149,9 @@ class Encoding:
 def trunk_alternatives(graph: Graph) -> list[Alternative]:
     """Compute all; hold the encoder (Faster-Diffusion); hold the decoder up to one of its layers (DeepCache); hold or
     extrapolate the prediction."""
-    depths, skips = [], set()
-    for node in graph.nodes.values():
-        if node.name.endswith(".concat"):
-            deep, skip = node.inputs
-            depths += [deep] if ":" in deep else []
-            skips |= {skip} if ":" in skip else set(graph.nodes[skip].inputs)  # a sum with a ControlNet's residual
-    encoder = [site for site in list_sites(graph) if site in skips]
-    middle = [site for site in list_sites(graph) if site.startswith("unet.mid_block") and site.endswith(":out")][-1:]
-    deeper = [{site: "-"} for site in depths]
-    return [{}, dict.fromkeys([*encoder, *middle], "-"), *deeper, {graph.output: "-"}, {graph.output: "1"}]
+    encoder = [site for site in encoder_outputs(graph) if not site.endswith(":control")]
+    deeper = [dict.fromkeys(sites, "-") for sites in decoder_inputs(graph) if len(sites) == 1]
+    return [{}, dict.fromkeys(encoder, "-"), *deeper, {graph.output: "-"}, {graph.output: "1"}]
 
 
 def guidance_alternatives(setting: Setting) -> list[Alternative]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hgc_learn.policies.deepcache import decoder_skips, num_branches, shallow_inputs
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
+from hgc_learn.sites import encoder_outputs
 
 # Key steps of a run of 50 (arXiv 2312.09608).
 PAPER_KEYS = (0, 1, 2, 3, 5, 10, 15, 25, 35)
@@ -39,9 +39,7 @@ def faster_diffusion(
     if chosen[0] != 0 or chosen[-1] >= steps:
         raise ValueError(f"keys are {', '.join(map(str, chosen))}; they begin with 0 and end at {steps - 1} at most.")
     row = "".join("C" if i in chosen else "-" for i in range(steps))
-    deepest = num_branches(setting.graph) - 1
-    reused = {*decoder_skips(setting.graph), *shallow_inputs(setting.graph, deepest)}
-    return Draft({name: row for name in setting.graph.nodes if name in reused})
+    return Draft(dict.fromkeys(encoder_outputs(setting.graph), row))
 
 
 def key_steps(num_steps: int, num_keys: int | None, spacing: str) -> list[int]:

@@ -9,6 +9,7 @@ from hgc_learn.graph import Graph
 from hgc_learn.policies.registry import register
 from hgc_learn.policies.tgate import attention_sites
 from hgc_learn.setting import Draft, Setting
+from hgc_learn.sites import encoder_outputs
 
 
 def _grid(setting: Setting) -> Mapping[str, Sequence[Any]]:
@@ -68,7 +69,7 @@ def hgc(
     fine = fine[:gate] + held * (len(steps) - gate)
     rows = dict.fromkeys(attention_sites(setting.graph, "attn2", controlnet=True), fine)
     if encoder:
-        rows.update(dict.fromkeys(_encoder_outputs(setting.graph), coarse))
+        rows.update(dict.fromkeys(encoder_outputs(setting.graph), coarse))
     if fresh_decoder_blocks < len(up_blocks):
         rows[up_blocks[-fresh_decoder_blocks - 1]] = coarse  # the blocks before it are read by nothing else
     if setting.is_guided:
@@ -83,24 +84,3 @@ def _up_blocks(graph: Graph) -> list[str]:
         if name.startswith("unet.up_blocks."):
             last[name.split(".")[2]] = name
     return list(last.values())
-
-
-def _encoder_outputs(graph: Graph) -> list[str]:
-    """The sites that the decoder reads and that are made before it: the skips, the mid block's output and the
-    ControlNets' residuals."""
-    outputs: list[str] = []
-
-    def collect(name: str) -> None:
-        """Adds the site, or the sites that a sum is made of."""
-        if ":" in name:
-            outputs.append(name)
-        else:
-            for source in graph.nodes[name].inputs:
-                collect(source)
-
-    for node in graph.nodes.values():
-        if node.name.startswith("unet.up_blocks."):
-            for name in node.inputs:
-                if name != "unet.time_embedding" and not name.startswith("unet.up_blocks."):
-                    collect(name)
-    return outputs

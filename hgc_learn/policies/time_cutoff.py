@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from hgc_learn.policies.deepcache import num_branches, shallow_inputs
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
-from hgc_learn.sites import select_sites
+from hgc_learn.sites import decoder_inputs, select_sites
 
 
 def _grid(setting: Setting) -> dict[str, list[object]]:
-    inputs = [shallow_inputs(setting.graph, branch)[0] for branch in range(num_branches(setting.graph))]
+    inputs = [sites[0] for sites in reversed(decoder_inputs(setting.graph))]
     return {
         "cutoff": list(range(1, setting.num_steps)),
         "interval": [2, 3, 4, 5, 7, 10, setting.num_steps],

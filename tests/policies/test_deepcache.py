@@ -20,9 +20,10 @@ from unmeasured import unmeasured_setting
 from hgc_learn.architectures import build_architecture
 from hgc_learn.inference import apply_schedule
 from hgc_learn.policies import POLICIES
-from hgc_learn.policies.deepcache import num_branches, quadratic_steps, shallow_inputs
+from hgc_learn.policies.deepcache import quadratic_steps
 from hgc_learn.rollout import SamplingConfig
 from hgc_learn.setting import Setting
+from hgc_learn.sites import decoder_inputs
 
 SAMPLING = SamplingConfig(NUM_STEPS, GUIDANCE_SCALE, IMAGE_SIZE, IMAGE_SIZE)
 DEEPCACHE = POLICIES["deepcache"]
@@ -83,7 +84,7 @@ def test_latents_are_the_packages(shape: str, interval: int) -> None:
     """Every branch is met at one of the intervals."""
     tiny = Plain(shared_pipeline(shape))
     setting, full = setting_of(tiny), tiny()
-    for branch in range(interval % 3, num_branches(setting.graph), 3):
+    for branch in range(interval % 3, len(decoder_inputs(setting.graph)), 3):
         reference = by_package(tiny, interval, branch)
         assert relative_error(by_policy(tiny, setting, interval=interval, branch=branch), reference) < 1e-6
         assert relative_error(full, reference) > 1e-5
@@ -152,15 +153,17 @@ def sd15() -> Setting:
 
 
 def test_branch_names(sd15: Setting) -> None:
-    sdxl = build_architecture("sdxl").measure()[0]
-    assert num_branches(sd15.graph) == 12
-    assert num_branches(sdxl) == 9
-    assert shallow_inputs(sd15.graph, 0) == ["unet.up_blocks.3.attentions.1:out"]
-    assert shallow_inputs(sd15.graph, 2) == ["unet.up_blocks.2.upsamplers.0:out"]
-    assert shallow_inputs(sd15.graph, 3) == ["unet.up_blocks.2.attentions.1:out"]
-    assert shallow_inputs(sd15.graph, 10) == ["unet.up_blocks.0.resnets.0:out"]
-    assert shallow_inputs(sdxl, 0) == ["unet.up_blocks.2.resnets.1:out"]
-    assert shallow_inputs(sdxl, 8) == ["unet.mid_block.resnets.1:out"]
+    branches = decoder_inputs(sd15.graph)[::-1]
+    assert len(branches) == 12
+    assert branches[0] == ["unet.up_blocks.3.attentions.1:out"]
+    assert branches[2] == ["unet.up_blocks.2.upsamplers.0:out"]
+    assert branches[3] == ["unet.up_blocks.2.attentions.1:out"]
+    assert branches[10] == ["unet.up_blocks.0.resnets.0:out"]
+    assert branches[11] == ["unet.mid_block.resnets.1:out", "controlnet.controlnet_mid_block:control"]
+    branches = decoder_inputs(build_architecture("sdxl").measure()[0])[::-1]
+    assert len(branches) == 9
+    assert branches[0] == ["unet.up_blocks.2.resnets.1:out"]
+    assert branches[8] == ["unet.mid_block.resnets.1:out"]
 
 
 def test_macs_of_interval_3_branch_0(sd15: Setting) -> None:
