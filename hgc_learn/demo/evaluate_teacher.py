@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
-from hgc_learn.demo.scenes import SceneDataset
-from hgc_learn.demo.teacher import GUIDANCE_SCALE, TEACHER_DIR, sample_pictures
+from hgc_learn.demo.scenes import IMAGE_SIZE, SceneDataset
+from hgc_learn.demo.teacher import GUIDANCE_SCALE, TEACHER_DIR
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import save_figure
 from hgc_learn.files import save_json
+from hgc_learn.rollout import SamplingConfig, generate
 
 
 class ControlScores:
@@ -79,14 +80,8 @@ def evaluate_teacher(
         psnrs.setdefault("vae_to_drawn", []).append(picture_psnr(decoded, drawn))
         reference = None
         for steps in num_steps:
-            pictures = sample_pictures(
-                pipeline,
-                captions=batch["text"],
-                conditioning_images=batch["conditioning_image"],
-                seeds=batch["seed"].tolist(),
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-            ).cpu()
+            sampling = SamplingConfig(steps, guidance_scale, IMAGE_SIZE, IMAGE_SIZE)
+            pictures = generate(pipeline, sampling, batch, output_type="pt").float().cpu()
             scores[f"steps_{steps}"].update(pictures, batch)
             if reference is None:
                 reference = pictures
@@ -115,14 +110,8 @@ def save_grid(
     batch = next(iter(DataLoader(SceneDataset("test", 2 * num_rows), 2 * num_rows)))
     columns = {"control": batch["conditioning_image"]}
     for steps in (20, 10):
-        columns[f"{steps} steps"] = sample_pictures(
-            pipeline,
-            captions=batch["text"],
-            conditioning_images=batch["conditioning_image"],
-            seeds=batch["seed"].tolist(),
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-        )
+        sampling = SamplingConfig(steps, guidance_scale, IMAGE_SIZE, IMAGE_SIZE)
+        columns[f"{steps} steps"] = generate(pipeline, sampling, batch, output_type="pt")
     columns["drawn"] = batch["image"] / 2 + 0.5
     figure, axes = plt.subplots(num_rows, 8, figsize=(12, 1.68 * num_rows), layout="constrained")
     for index, caption in enumerate(batch["text"]):
@@ -152,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(args.pipeline)
+    pipeline.set_progress_bar_config(disable=True)
     figures = evaluate_teacher(
         pipeline, split=args.split, num_scenes=args.num_scenes, guidance_scale=args.guidance_scale
     )

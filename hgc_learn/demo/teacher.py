@@ -166,8 +166,9 @@ def build_pipeline(
     unet: UNet2DConditionModel,
     controlnet: ControlNetModel,
 ) -> StableDiffusionControlNetPipeline:
-    """Put the parts together, without a safety checker (the teacher draws only what its few training pictures show)."""
-    return StableDiffusionControlNetPipeline(
+    """Put the parts together, without a safety checker (the teacher draws only what its few training pictures show) and
+    without progress bars."""
+    pipeline = StableDiffusionControlNetPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -178,6 +179,8 @@ def build_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -185,38 +188,3 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     return tokenizer(
         captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     ).input_ids
-
-
-@torch.inference_mode()
-def sample_pictures(
-    pipeline: StableDiffusionControlNetPipeline,
-    *,
-    captions: list[str],
-    conditioning_images: torch.Tensor,
-    seeds: list[int],
-    num_inference_steps: int = 20,
-    guidance_scale: float = GUIDANCE_SCALE,
-) -> torch.Tensor:
-    """Generate one picture per caption, each from the noise of its own seed.
-
-    Args:
-        pipeline: the teacher.
-        captions: B strings.
-        conditioning_images: control images, float [B, 3, 64, 64] in [0, 1].
-        seeds: B integers; the noise of a picture does not depend on what else is in the batch.
-        num_inference_steps: sampler steps.
-        guidance_scale: classifier-free guidance.
-
-    Returns:
-        Pictures, float32 [B, 3, 64, 64] in [0, 1].
-    """
-    pipeline.set_progress_bar_config(disable=True)
-    pictures = pipeline(
-        captions,
-        image=conditioning_images.to(pipeline.device, pipeline.dtype),
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="pt",
-    ).images
-    return pictures.float()

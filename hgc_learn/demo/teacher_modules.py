@@ -20,9 +20,10 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
-from hgc_learn.demo.scenes import COLORS, KINDS, label_map_to_conditioning
-from hgc_learn.demo.teacher import SCHEDULER_CONFIG, build_pipeline, sample_pictures, tokenize
+from hgc_learn.demo.scenes import COLORS, IMAGE_SIZE, KINDS, label_map_to_conditioning
+from hgc_learn.demo.teacher import GUIDANCE_SCALE, SCHEDULER_CONFIG, build_pipeline, tokenize
 from hgc_learn.evaluation import picture_psnr
+from hgc_learn.rollout import SamplingConfig, generate
 
 
 def warmup_stable_decay(step: int, *, num_steps: int, num_warmup_steps: int, decay_share: float) -> float:
@@ -316,13 +317,8 @@ class SceneDenoiserModule(DenoiserModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """`batch`: items of :class:`~hgc_learn.demo.scenes.SceneDataset`."""
-        pictures = sample_pictures(
-            self.pipeline(),
-            captions=batch["text"],
-            conditioning_images=batch["conditioning_image"],
-            seeds=batch["seed"].tolist(),
-            num_inference_steps=self.num_validation_steps,
-        )
+        sampling = SamplingConfig(self.num_validation_steps, GUIDANCE_SCALE, IMAGE_SIZE, IMAGE_SIZE)
+        pictures = generate(self.pipeline(), sampling, batch, output_type="pt")
         for metric in (self.control_miou, self.color_accuracy):
             metric.update(pictures, batch["label_map"], batch["object_colors"])
         self.log("control_miou", self.control_miou, prog_bar=True)

@@ -29,6 +29,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from hgc_learn.demo.material import Material, PhotographMaterial, SceneMaterial
 from hgc_learn.demo.photographs import Photographs
+from hgc_learn.demo.scenes import IMAGE_SIZE
 from hgc_learn.demo.teacher import (
     BLOCK_CHANNELS,
     GUIDANCE_SCALE,
@@ -37,12 +38,12 @@ from hgc_learn.demo.teacher import (
     build_text_encoder,
     build_unet,
     build_vae,
-    sample_pictures,
     tokenize,
 )
 from hgc_learn.demo.teacher_data import LatentDataset, PictureDataset, encode_training_scenes, read_captions
 from hgc_learn.demo.teacher_modules import AutoencoderModule, DenoiserModule
 from hgc_learn.figures import picture_grid, save_figure
+from hgc_learn.rollout import SamplingConfig, generate
 
 NUM_SHOWN = 8
 
@@ -233,24 +234,17 @@ class ExportPipeline(Callback):
             save_pictures(pipeline, self.samples, self.output / "pictures.png")
 
 
-def save_pictures(
-    pipeline: StableDiffusionControlNetPipeline,
-    samples: Dataset[dict[str, Any]],
-    path: Path,
-    guidance_scale: float = GUIDANCE_SCALE,
-) -> None:
+def save_pictures(pipeline: StableDiffusionControlNetPipeline, samples: Dataset[dict[str, Any]], path: Path) -> None:
     """Save what a teacher makes of some samples, spread over all, and of their controls mirrored with the same captions
     and noise: what the control decides is mirrored too."""
     num_samples = len(samples)  # type: ignore[arg-type]
     spread = range(0, num_samples, max(1, num_samples // NUM_SHOWN))[:NUM_SHOWN]
     batch = next(iter(DataLoader(Subset(samples, spread), NUM_SHOWN)))
+    sampling = SamplingConfig(20, GUIDANCE_SCALE, IMAGE_SIZE, IMAGE_SIZE)
     rows = {}
     for name, control in (("", batch["conditioning_image"]), ("mirrored\n", batch["conditioning_image"].flip(3))):
         rows[f"{name}control"] = control
-        rows[f"{name}picture"] = sample_pictures(
-            pipeline, captions=batch["text"], conditioning_images=control, seeds=batch["seed"].tolist(),
-            guidance_scale=guidance_scale,
-        )  # fmt: skip
+        rows[f"{name}picture"] = generate(pipeline, sampling, batch | {"conditioning_image": control}, output_type="pt")
     save_figure(picture_grid(rows, batch["text"]), path, dpi=110)
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionControlNetPipeline
 from PIL import Image
+from torch.utils.data import default_collate
 
 from hgc_learn.demo import train_teacher
 from hgc_learn.demo.photographs import PhotographDataset, Photographs, cut_photographs
-from hgc_learn.demo.teacher import build_caption_tokenizer, sample_pictures, tokenize
+from hgc_learn.demo.teacher import build_caption_tokenizer, tokenize
+from hgc_learn.rollout import SamplingConfig, generate
 
 pytestmark = [  # other libraries' warnings about each other
     pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec:FutureWarning"),  # lightning, torch
@@ -97,14 +99,8 @@ def test_a_teacher_is_trained_on_photographs_and_resumed(folder: Path, tmp_path:
         (validated,) = (row for row in csv.DictReader(file) if row["val_loss"])
     assert float(validated["val_loss"]) > 0 and float(validated["val_loss_mirrored_control"]) > 0
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(output / "pipeline")
-    held_out = PhotographDataset(Photographs(str(folder), "train[5:]"), 2)[0]
-    pictures = sample_pictures(
-        pipeline,
-        captions=[held_out["text"]],
-        conditioning_images=held_out["conditioning_image"][None],
-        seeds=[0],
-        num_inference_steps=2,
-    )
+    held_out = default_collate([PhotographDataset(Photographs(str(folder), "train[5:]"), 2)[0]])
+    pictures = generate(pipeline, SamplingConfig(2, height=64, width=64), held_out, output_type="pt")
     assert pictures.shape == (1, 3, 64, 64)
 
 

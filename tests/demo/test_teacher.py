@@ -8,17 +8,18 @@ from torch.utils.data import default_collate
 
 from hgc_learn.demo import train_teacher
 from hgc_learn.demo.evaluate_teacher import evaluate_teacher
-from hgc_learn.demo.scenes import COLORS, KINDS, SceneDataset, draw_scene
+from hgc_learn.demo.scenes import COLORS, IMAGE_SIZE, KINDS, SceneDataset, draw_scene
 from hgc_learn.demo.teacher import (
+    GUIDANCE_SCALE,
     MAX_TOKENS,
     TEACHER_DIR,
     build_tokenizer,
     build_vae,
-    sample_pictures,
     tokenize,
 )
 from hgc_learn.demo.teacher_modules import warmup_stable_decay
 from hgc_learn.evaluation import picture_psnr
+from hgc_learn.rollout import SamplingConfig, generate
 
 pytestmark = [  # other libraries' warnings about each other
     pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec:FutureWarning"),  # lightning, torch
@@ -125,13 +126,8 @@ def test_pictures_are_seeded_one_by_one() -> None:
     batch = default_collate([SceneDataset("validation", 2)[index] for index in range(2)])
 
     def sample(chosen: slice) -> torch.Tensor:
-        return sample_pictures(
-            pipeline,
-            captions=batch["text"][chosen],
-            conditioning_images=batch["conditioning_image"][chosen],
-            seeds=batch["seed"].tolist()[chosen],
-            num_inference_steps=2,
-        )
+        sampling = SamplingConfig(2, GUIDANCE_SCALE, IMAGE_SIZE, IMAGE_SIZE)
+        return generate(pipeline, sampling, {name: batch[name][chosen] for name in batch}, output_type="pt")
 
     assert picture_psnr(sample(slice(1, 2)), sample(slice(0, 2))[1:]).item() > 50
 
