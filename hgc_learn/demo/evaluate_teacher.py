@@ -17,29 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
+from hgc_learn.demo.metrics import scene_metrics
 from hgc_learn.demo.scenes import IMAGE_SIZE, SceneDataset
 from hgc_learn.demo.teacher import GUIDANCE_SCALE, TEACHER_DIR
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import save_figure
 from hgc_learn.files import save_json
 from hgc_learn.rollout import SamplingConfig, generate
-
-
-class ControlScores:
-    """Control mIoU and colour accuracy of one kind of picture."""
-
-    def __init__(self) -> None:
-        self.metrics = {"control_miou": ControlMeanIoU(), "color_accuracy": ColorAccuracy()}
-
-    def update(self, pictures: Tensor, batch: dict[str, Any]) -> None:
-        """Add pictures, float [B, 3, 64, 64] in [0, 1], of a batch of scenes."""
-        for metric in self.metrics.values():
-            metric.update(pictures, batch["label_map"], batch["object_colors"])
-
-    def compute(self) -> dict[str, float]:
-        """Both figures, in [0, 1]."""
-        return {name: round(metric.compute().item(), 4) for name, metric in self.metrics.items()}
 
 
 @torch.inference_mode()
@@ -69,30 +53,34 @@ def evaluate_teacher(
         dB, the mean over pictures.
     """
     dataset = SceneDataset(split, num_scenes)
-    scores = {name: ControlScores() for name in ("drawn", "vae", *(f"steps_{steps}" for steps in num_steps))}
+    metrics = {name: scene_metrics() for name in ("drawn", "vae", *(f"steps_{steps}" for steps in num_steps))}
     psnrs: dict[str, list[Tensor]] = {}
     for batch in tqdm(DataLoader(dataset, batch_size), desc="generating", unit="batch"):
-        drawn = batch["image"] / 2 + 0.5
+        drawn, truth = batch["image"] / 2 + 0.5, (batch["label_map"], batch["object_colors"])
         latents = pipeline.vae.encode(batch["image"].to(pipeline.device, pipeline.dtype)).latent_dist.mean
         decoded = (pipeline.vae.decode(latents).sample.float().cpu() / 2 + 0.5).clamp(0, 1)
-        scores["drawn"].update(drawn, batch)
-        scores["vae"].update(decoded, batch)
+        metrics["drawn"].update(drawn, *truth)
+        metrics["vae"].update(decoded, *truth)
         psnrs.setdefault("vae_to_drawn", []).append(picture_psnr(decoded, drawn))
         reference = None
         for steps in num_steps:
             sampling = SamplingConfig(steps, guidance_scale, IMAGE_SIZE, IMAGE_SIZE)
             pictures = generate(pipeline, sampling, batch, output_type="pt").float().cpu()
-            scores[f"steps_{steps}"].update(pictures, batch)
+            metrics[f"steps_{steps}"].update(pictures, *truth)
             if reference is None:
                 reference = pictures
             else:
                 psnrs.setdefault(f"steps_{steps}_to_{num_steps[0]}", []).append(picture_psnr(pictures, reference))
+    scores = {
+        kind: {name: round(value.item(), 4) for name, value in judged.compute().items()}
+        for kind, judged in metrics.items()
+    }
     return {
         "split": split,
         "num_scenes": num_scenes,
         "scheduler": type(pipeline.scheduler).__name__,
         "guidance_scale": guidance_scale,
-        "scores": {name: score.compute() for name, score in scores.items()},
+        "scores": scores,
         "paired_psnr_db": {name: round(torch.cat(values).mean().item(), 2) for name, values in psnrs.items()},
     }
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from hgc_learn.demo.scenes import COLOR_HUES, COLORS, NUM_CLASSES
 
@@ -136,3 +136,8 @@ class ColorAccuracy(Metric):
     def compute(self) -> Tensor:
         """Share of the objects with the right colour, a scalar in [0, 1]; NaN before any object was seen."""
         return self.correct.float() / self.total
+
+
+def scene_metrics() -> MetricCollection:
+    """Both, by the names of their figures: `control_miou`, `color_accuracy`."""
+    return MetricCollection({"control_miou": ControlMeanIoU(), "color_accuracy": ColorAccuracy()})

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
+from hgc_learn.demo.metrics import scene_metrics
 from hgc_learn.demo.scenes import COLORS, IMAGE_SIZE, KINDS, label_map_to_conditioning
 from hgc_learn.demo.teacher import GUIDANCE_SCALE, SCHEDULER_CONFIG, build_pipeline, tokenize
 from hgc_learn.evaluation import picture_psnr
@@ -301,8 +301,7 @@ class SceneDenoiserModule(DenoiserModule):
 
     def __init__(self, unet: UNet2DConditionModel, controlnet: ControlNetModel, **options: Any) -> None:
         super().__init__(unet, controlnet, **options)
-        self.control_miou = ControlMeanIoU()
-        self.color_accuracy = ColorAccuracy()
+        self.metrics = scene_metrics()
 
     def conditioning(self, controls: Tensor) -> Tensor:
         """Label maps, uint8 [B, 64, 64] -> float32 [B, 3, 64, 64] in [0, 1]."""
@@ -319,7 +318,5 @@ class SceneDenoiserModule(DenoiserModule):
         """`batch`: items of :class:`~hgc_learn.demo.scenes.SceneDataset`."""
         sampling = SamplingConfig(self.num_validation_steps, GUIDANCE_SCALE, IMAGE_SIZE, IMAGE_SIZE)
         pictures = generate(self.pipeline(), sampling, batch, output_type="pt")
-        for metric in (self.control_miou, self.color_accuracy):
-            metric.update(pictures, batch["label_map"], batch["object_colors"])
-        self.log("control_miou", self.control_miou, prog_bar=True)
-        self.log("color_accuracy", self.color_accuracy, prog_bar=True)
+        self.metrics.update(pictures, batch["label_map"], batch["object_colors"])
+        self.log_dict(self.metrics, prog_bar=True)
