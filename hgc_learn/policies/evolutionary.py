@@ -54,11 +54,9 @@ def evolutionary(
         raise BudgetError(f"budget is {budget}; with this model it can be {encoding.least_kept():.3f} to 1.")
     if population < 2 or generations < 0:
         raise ValueError(f"population is {population}, generations {generations}; at least 2 and 0 are needed.")
-    try:
-        from hgc_learn.genetic import search
-    except ImportError:
-        raise ValueError("evolutionary searches with pymoo: pip install pymoo.") from None
     from rich.progress import Progress
+
+    from hgc_learn.genetic import search
 
     seeds = rules(encoding, budget)
     with Progress() as bar:

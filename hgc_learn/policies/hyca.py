@@ -98,10 +98,8 @@ def _energy(gram: Tensor, operator: Tensor) -> Tensor:
 
 def cluster_channels(features: Tensor, num_clusters: int) -> Tensor:
     """k-means over standardised descriptors [channels, descriptors]: int64 [channels]."""
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError:
-        raise ValueError("hyca clusters channels with scikit-learn: pip install scikit-learn.") from None
+    from sklearn.cluster import KMeans
+
     points = ((features - features.mean(0)) / features.std(0, correction=0).clamp_min(1e-9)).numpy()
     num_clusters = min(num_clusters, len(np.unique(points, axis=0)))
     return torch.from_numpy(KMeans(num_clusters, n_init=10, random_state=0).fit_predict(points)).long()
