@@ -24,9 +24,8 @@ def ages(path: Path) -> dict[str, list[int]]:
     architecture = load_architecture(str(TEACHER_DIR))
     graph = build_graph(architecture.unet, architecture.controlnet, to_lay_open(schedule.sites))
     found = defaultdict(list)
-    for index, step in enumerate(compile_plan(graph, schedule.sites, schedule.num_inference_steps).steps):
-        for load in step.load:
-            found[load.site.rpartition(":")[2]].append(index - max(load.guided))
+    for site, row in compile_plan(graph, schedule.sites, schedule.num_inference_steps).ages().items():
+        found[site.rpartition(":")[2]] += [age for age in row if age]
     return dict(found)
 
 

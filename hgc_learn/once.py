@@ -60,11 +60,6 @@ class Once:
         """A new run begins, or what the outputs depend on has changed."""
         self.kept = {}
 
-    @property
-    def num_bytes(self) -> int:
-        """Of what is kept."""
-        return sum(output.nbytes for kept in self.kept.values() for _, output, _ in kept.values())
-
     def _forward(self, module: nn.Module, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         is_off = not self.replaced or torch.compiler.is_compiling() or torch.is_grad_enabled()
         if is_off or args or kwargs or x.is_inference():

@@ -251,13 +251,13 @@ class ExpectedMacs:
     events are nested, not independent.
     """
 
-    def __init__(self, graph: Graph, costs: Mapping[str, NodeCost], sites: Sequence[str], *, attention: bool = False):
+    def __init__(self, graph: Graph, costs: Mapping[str, NodeCost], sites: Sequence[str]):
         self.sites = {name: s for s, name in enumerate(sites)}
         self.readers = _decisive_readers(graph)
         self.order = [name for name in reversed(graph.nodes) if name != graph.guidance]
         self.output, self.guidance = graph.output, graph.guidance
-        full = sum(cost.total(attention) for cost in costs.values())
-        self.costs = {name: costs[name].total(attention) / full for name in graph.nodes}
+        full = sum(cost.macs for cost in costs.values())
+        self.costs = {name: costs[name].macs / full for name in graph.nodes}
 
     def __call__(self, p_compute: Tensor) -> Tensor:
         """`p_compute` [..., sites] are probabilities of computing; returns the expected share of the full step's

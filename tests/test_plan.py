@@ -180,17 +180,17 @@ def test_reusing_more_never_costs_more(case: Case, data: st.DataObject) -> None:
 
 
 @settings(max_examples=30)
-@given(tables(), st.booleans())
-def test_expected_macs_of_certain_gates_are_the_plans(case: Case, attention: bool) -> None:
+@given(tables())
+def test_expected_macs_of_certain_gates_are_the_plans(case: Case) -> None:
     shape, table = case
     graph, costs = costs_of(shape)
     sites = list(table)
     gates = torch.tensor(
         [[float(table[site][i] == "C") for site in sites] for i in range(NUM_STEPS)], dtype=torch.float64
     )
-    expected = ExpectedMacs(graph, costs, sites, attention=attention)(gates.reshape(NUM_STEPS, len(sites)))
-    full = sum(cost.total(attention) for cost in costs.values())
-    macs = compile_plan(graph, table, NUM_STEPS).macs_per_step(costs, batch_size=2, attention=attention)
+    expected = ExpectedMacs(graph, costs, sites)(gates.reshape(NUM_STEPS, len(sites)))
+    full = sum(cost.macs for cost in costs.values())
+    macs = compile_plan(graph, table, NUM_STEPS).macs_per_step(costs, batch_size=2)
     torch.testing.assert_close(expected, torch.tensor(macs, dtype=torch.float64) / (2 * full), rtol=1e-9, atol=1e-12)
 
 

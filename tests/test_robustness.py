@@ -58,7 +58,7 @@ def test_right(row: Row) -> None:
                 row.change(pipe)
             assert_close(row(pipe), expected, row.tolerance)
             assert not handle.runtime.cache.values
-            assert handle.runtime.once.num_bytes == 0
+            assert not handle.runtime.once.kept
             assert handle.stats()["steps_refreshed"] == len({*row.refreshed} | ({row.first_step} - {0}))
             if not row.refreshed:
                 assert_close(row(pipe), expected, row.tolerance)

@@ -86,7 +86,7 @@ def test_memory_is_given_back_after_a_run(own: TinyPipeline) -> None:
     handle = apply_exact_savings(own.pipe)
     own()
     assert handle.runtime.once is not None
-    assert handle.runtime.once.num_bytes == 0
+    assert not handle.runtime.once.kept
 
 
 def test_nothing_is_kept_after_removal_even_where_others_wrapped_it(own: TinyPipeline) -> None:

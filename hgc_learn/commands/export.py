@@ -10,6 +10,7 @@ numbers below only the budget counts for them, and a max_patterns that they exce
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 from hgc_learn.learning import Learning
@@ -37,10 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from hgc_learn.export import export
 
-    learning = Learning(
-        learning_samples=args.learning_samples,
-        specialise_updates=args.specialise_updates,
-        tune_updates=args.tune_updates,
-    )
+    learning = Learning(**{field.name: getattr(args, field.name) for field in fields(Learning)})
     path = export(args.ckpt_path, args.output, args.budget, learning, args.max_patterns)
     print(f"wrote {path}")

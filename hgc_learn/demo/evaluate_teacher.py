@@ -25,6 +25,9 @@ from hgc_learn.figures import save_figure
 from hgc_learn.files import save_json
 from hgc_learn.rollout import SamplingConfig, generate
 
+BATCH_SIZE = 32
+NUM_ROWS = 8  # of the grid
+
 
 @torch.inference_mode()
 def evaluate_teacher(
@@ -34,7 +37,6 @@ def evaluate_teacher(
     num_scenes: int = 512,
     guidance_scale: float = GUIDANCE_SCALE,
     num_steps: tuple[int, ...] = (20, 10),
-    batch_size: int = 32,
 ) -> dict[str, Any]:
     """Figures of the teacher on the first `num_scenes` scenes of a split.
 
@@ -46,7 +48,6 @@ def evaluate_teacher(
         num_scenes: number of scenes.
         guidance_scale: classifier-free guidance.
         num_steps: sampler steps; the first is the reference of the paired PSNR of the others.
-        batch_size: pictures at once; does not change the result beyond rounding.
 
     Returns:
         Control mIoU and colour accuracy (in [0, 1]) of generated, drawn and autoencoded pictures, and paired PSNR in
@@ -55,7 +56,7 @@ def evaluate_teacher(
     dataset = SceneDataset(split, num_scenes)
     metrics = {name: scene_metrics() for name in ("drawn", "vae", *(f"steps_{steps}" for steps in num_steps))}
     psnrs: dict[str, list[Tensor]] = {}
-    for batch in tqdm(DataLoader(dataset, batch_size), desc="generating", unit="batch"):
+    for batch in tqdm(DataLoader(dataset, BATCH_SIZE), desc="generating", unit="batch"):
         drawn, truth = batch["image"] / 2 + 0.5, (batch["label_map"], batch["object_colors"])
         latents = pipeline.vae.encode(batch["image"].to(pipeline.device, pipeline.dtype)).latent_dist.mean
         decoded = (pipeline.vae.decode(latents).sample.float().cpu() / 2 + 0.5).clamp(0, 1)
@@ -89,19 +90,18 @@ def save_grid(
     pipeline: StableDiffusionControlNetPipeline,
     path: Path,
     *,
-    num_rows: int = 8,
     guidance_scale: float = GUIDANCE_SCALE,
 ) -> None:
     """Save a picture of test scenes: control, 20 steps, 10 steps, the drawn picture; two scenes per row."""
     from matplotlib import pyplot as plt
 
-    batch = next(iter(DataLoader(SceneDataset("test", 2 * num_rows), 2 * num_rows)))
+    batch = next(iter(DataLoader(SceneDataset("test", 2 * NUM_ROWS), 2 * NUM_ROWS)))
     columns = {"control": batch["conditioning_image"]}
     for steps in (20, 10):
         sampling = SamplingConfig(steps, guidance_scale, IMAGE_SIZE, IMAGE_SIZE)
         columns[f"{steps} steps"] = generate(pipeline, sampling, batch, output_type="pt")
     columns["drawn"] = batch["image"] / 2 + 0.5
-    figure, axes = plt.subplots(num_rows, 8, figsize=(12, 1.68 * num_rows), layout="constrained")
+    figure, axes = plt.subplots(NUM_ROWS, 8, figsize=(12, 1.68 * NUM_ROWS), layout="constrained")
     for index, caption in enumerate(batch["text"]):
         row, side = divmod(index, 2)
         for column, (name, pictures) in enumerate(columns.items()):

@@ -69,6 +69,6 @@ def load_recogniser(path: Path = FEATURES_FILE) -> SceneRecogniser:
     return recogniser.eval().requires_grad_(False)
 
 
-def load_features(path: Path = FEATURES_FILE) -> SceneFeatures:
+def load_features() -> SceneFeatures:
     """Its part that makes the features."""
-    return load_recogniser(path).features
+    return load_recogniser().features

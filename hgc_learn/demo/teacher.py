@@ -98,13 +98,12 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def build_vae(block_out_channels: tuple[int, ...] = (16, 32, 64)) -> AutoencoderKL:
+def build_vae() -> AutoencoderKL:
     """An autoencoder [B, 3, 64, 64] in [-1, 1] <-> [B, 4, 16, 16]."""
-    num_blocks = len(block_out_channels)
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * num_blocks,
-        up_block_types=("UpDecoderBlock2D",) * num_blocks,
-        block_out_channels=block_out_channels,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,

@@ -21,6 +21,7 @@ from hgc_learn.demo.scenes import IMAGE_SIZE, NUM_CLASSES, TRAIN_SEEDS, draw_sce
 from hgc_learn.files import write_atomically
 
 _CHUNK = 250
+_BATCH_SIZE = 64
 _SHAPES = {
     "images": ((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8),
     "label_maps": ((IMAGE_SIZE, IMAGE_SIZE), np.uint8),
@@ -96,7 +97,7 @@ def read_captions(folder: Path) -> list[str]:
 
 
 @torch.inference_mode()
-def encode_training_scenes(folder: Path, vae: AutoencoderKL, batch_size: int = 64) -> None:
+def encode_training_scenes(folder: Path, vae: AutoencoderKL) -> None:
     """Encode the drawn scenes into `latents.npy`: the posterior's mean, unscaled, float16 [N, 4, 16, 16]."""
     target = folder / "latents.npy"
     images = np.load(folder / "images.npy", mmap_mode="r")
@@ -104,8 +105,8 @@ def encode_training_scenes(folder: Path, vae: AutoencoderKL, batch_size: int = 6
         return
     vae = vae.eval()
     batches = []
-    for start in tqdm(range(0, len(images), batch_size), desc="encoding scenes", unit="batch"):
-        pixels = torch.from_numpy(images[start : start + batch_size].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for start in tqdm(range(0, len(images), _BATCH_SIZE), desc="encoding scenes", unit="batch"):
+        pixels = torch.from_numpy(images[start : start + _BATCH_SIZE].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
         batches.append(vae.encode(pixels).latent_dist.mean.half())
     partial = folder / "latents.npy.partial"
     with partial.open("wb") as file:

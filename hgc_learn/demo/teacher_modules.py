@@ -192,7 +192,6 @@ class DenoiserModule(_Stage):
         tokenizer: for the empty caption and for the pictures of the validation.
         text_encoder: frozen.
         vae: frozen; decodes the pictures of the validation.
-        caption_dropout: share of captions replaced by the empty one, for classifier-free guidance.
     """
 
     learning_rate = 1e-3
@@ -200,6 +199,7 @@ class DenoiserModule(_Stage):
     decay_share = 0.28
     # Timesteps are 1000 u^power, u uniform. A power below 1 favours the noisy end, where layout is decided.
     timestep_power = 0.85
+    caption_dropout = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     validation_timesteps = (100, 300, 500, 700, 900)
 
     empty_ids: Tensor
@@ -212,7 +212,6 @@ class DenoiserModule(_Stage):
         tokenizer: CLIPTokenizer,
         text_encoder: CLIPTextModel,
         vae: AutoencoderKL,
-        caption_dropout: float = 0.1,
     ) -> None:
         super().__init__()
         self.denoiser = Denoiser(unet, controlnet)
@@ -220,7 +219,6 @@ class DenoiserModule(_Stage):
         self.text_encoder = text_encoder.eval().requires_grad_(False)
         self.vae = vae.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.caption_dropout = caption_dropout
         self.noise_scheduler = DDPMScheduler(**SCHEDULER_CONFIG)
         self.register_buffer("empty_ids", tokenize(tokenizer, [""])[0], persistent=False)
 

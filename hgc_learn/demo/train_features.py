@@ -36,10 +36,11 @@ def draw(split: str, num_scenes: int) -> TensorDataset:
 class RecogniserModule(L.LightningModule):
     """Cross-entropy over every shape's answer; pictures are turned and mirrored, which no answer depends on."""
 
-    def __init__(self, learning_rate: float = 5e-3) -> None:
+    learning_rate = 5e-3
+
+    def __init__(self) -> None:
         super().__init__()
         self.recogniser = SceneRecogniser()
-        self.learning_rate = learning_rate
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.01)

@@ -1,4 +1,4 @@
-"""Adams-Bashforth of second order."""
+"""Adams-Bashforth of second order (of HyCa, arXiv 2510.04188)."""
 
 from __future__ import annotations
 
@@ -19,4 +19,4 @@ def fill(ages: Sequence[int], step: int, parameters: Mapping[str, Tensor]) -> Fi
     return Fill(tuple(f + k * (1.5 * x - 0.5 * y) for f, x, y in zip(f0, d0, d1, strict=True)))
 
 
-AB2 = Predictor("ab2", "A", 3, fill, "Adams-Bashforth of order 2 (HyCa's zoo, arXiv 2510.04188)")
+AB2 = Predictor("ab2", "A", 3, fill)

@@ -60,7 +60,6 @@ class Predictor:
         fill: `fill(ages, step, parameters)`: `ages[j]` is how many steps ago F_j was computed (increasing, at most
             `num_values` of them), `step` the index of the step that is filled in (along `fills`, if that is
             an axis of its tensors), `parameters` its tensors.
-        summary: one line, with the source.
         parameters: tensors that it reads.
         mean_of_halves: F_j are averaged over the guided and the unguided half first.
         only_guidance: makes sense for the guidance difference only.
@@ -70,7 +69,6 @@ class Predictor:
     code: str
     num_values: int
     fill: Callable[[Sequence[int], int, Mapping[str, Tensor]], Fill]
-    summary: str
     parameters: tuple[Parameter, ...] = ()
     mean_of_halves: bool = False
     only_guidance: bool = False

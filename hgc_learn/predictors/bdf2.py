@@ -1,4 +1,4 @@
-"""Backward differentiation of second order, with the last slope for the new one."""
+"""Backward differentiation of second order, with the last slope for the new one (of HyCa, arXiv 2510.04188)."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ def fill(ages: Sequence[int], step: int, parameters: Mapping[str, Tensor]) -> Fi
     return Fill((4 / 3 + 2 / 3 * a, -1 / 3 - 2 / 3 * a))
 
 
-BDF2 = Predictor("bdf2", "B", 2, fill, "backward differentiation of order 2 (HyCa's zoo, arXiv 2510.04188)")
+BDF2 = Predictor("bdf2", "B", 2, fill)

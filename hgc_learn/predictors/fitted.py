@@ -32,6 +32,5 @@ FITTED = Predictor(
     "f",
     2,
     fill,
-    "F0 scaled, and a learned share of the line through F0 and F1 (this project)",
     parameters=tuple(Parameter(name, torch.float32, ("steps",)) for name in ("scale", "reach")),
 )

@@ -1,4 +1,7 @@
-"""Forecast, then calibrate: BDF2 gives a forecast, the trapezoid over its slope corrects it."""
+"""Forecast, then calibrate: BDF2 gives a forecast, the trapezoid over its slope corrects it.
+
+A reconstruction of FoCa (arXiv 2508.16211).
+"""
 
 from __future__ import annotations
 
@@ -22,4 +25,4 @@ def fill(ages: Sequence[int], step: int, parameters: Mapping[str, Tensor]) -> Fi
     return Fill(((1 + a + p0) / 2, (p1 - a) / 2))
 
 
-FOCA = Predictor("foca", "F", 2, fill, "BDF2 forecast, Heun correction (FoCa, arXiv 2508.16211; reconstruction)")
+FOCA = Predictor("foca", "F", 2, fill)

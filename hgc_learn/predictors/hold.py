@@ -2,4 +2,4 @@
 
 from hgc_learn.predictors.base import Fill, Predictor
 
-HOLD = Predictor("hold", "-", 1, lambda ages, step, parameters: Fill((1.0,)), "F0: the last computed value")
+HOLD = Predictor("hold", "-", 1, lambda ages, step, parameters: Fill((1.0,)))

@@ -1,4 +1,4 @@
-"""A straight line through the last two computed values."""
+"""A straight line through the last two computed values (of HyCa, arXiv 2510.04188)."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ def fill(ages: Sequence[int], step: int, parameters: Mapping[str, Tensor]) -> Fi
     return Fill((1 + a, -a))
 
 
-LINEAR = Predictor("linear", "1", 2, fill, "straight line through F0 and F1 (HyCa's zoo, arXiv 2510.04188)")
+LINEAR = Predictor("linear", "1", 2, fill)

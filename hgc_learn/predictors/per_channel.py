@@ -1,4 +1,4 @@
-"""A predictor of its own for every channel, as HyCa chooses one for every cluster of channels."""
+"""A predictor of its own for every channel, as HyCa chooses one for every cluster of channels (arXiv 2510.04188)."""
 
 from __future__ import annotations
 
@@ -34,6 +34,5 @@ PER_CHANNEL = Predictor(
     "p",
     max(choice.num_values for choice in CHOICES),
     fill,
-    "a predictor per channel (HyCa, arXiv 2510.04188)",
     parameters=(Parameter("predictor", torch.uint8, ("channels",), len(CHOICES)),),
 )

@@ -1,4 +1,4 @@
-"""The last computed value, scaled and shifted per channel."""
+"""The last computed value, scaled and shifted per channel (Block Caching, arXiv 2312.03209)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,5 @@ SCALE_SHIFT = Predictor(
     "s",
     1,
     fill,
-    "F0 scaled and shifted per channel and step (Block Caching, arXiv 2312.03209)",
     parameters=tuple(Parameter(name, torch.float32, ("steps", "channels")) for name in ("scale", "shift")),
 )

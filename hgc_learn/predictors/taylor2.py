@@ -1,4 +1,4 @@
-"""Second-order Taylor expansion with backward differences."""
+"""Second-order Taylor expansion with backward differences (TaylorSeer, arXiv 2503.06923)."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ def fill(ages: Sequence[int], step: int, parameters: Mapping[str, Tensor]) -> Fi
     return Fill(tuple(f + k * d + k * k / 2 * c for f, d, c in zip(f0, d0, curvature, strict=True)))
 
 
-TAYLOR2 = Predictor("taylor2", "2", 3, fill, "Taylor expansion to second order (TaylorSeer, arXiv 2503.06923)")
+TAYLOR2 = Predictor("taylor2", "2", 3, fill)

@@ -22,6 +22,5 @@ TUNED = Predictor(
     "t",
     2,
     fill,
-    "fitted, per channel (this project)",
     parameters=tuple(Parameter(name, torch.float32, ("fills", "channels")) for name in ("scale", "reach")),
 )

@@ -1,4 +1,4 @@
-"""No guidance: one half of the batch and one prediction."""
+"""No guidance: one half of the batch and one prediction (as in T-GATE, arXiv 2404.02747)."""
 
 from hgc_learn.predictors.base import Fill, Predictor
 
@@ -7,6 +7,5 @@ ZERO = Predictor(
     "0",
     1,
     lambda ages, step, parameters: Fill((0.0,)),
-    "guidance dropped: the difference counts as zero (T-GATE, arXiv 2404.02747)",
     only_guidance=True,
 )
