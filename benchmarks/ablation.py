@@ -13,7 +13,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,8 @@ ALONE = "trained for this budget alone"
 
 EXPORTS = {
     WHOLE: ALL,
-    "no specialising": replace(ALL, specialise_updates=0),
-    "no learned fill-ins": replace(ALL, tune_updates=0),
+    "no specialising": Learning(specialise_updates=0),
+    "no learned fill-ins": Learning(tune_updates=0),
     "none of these": Learning(specialise_updates=0, tune_updates=0),
     ALONE: ALL,
 }
