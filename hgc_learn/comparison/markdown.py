@@ -7,13 +7,12 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from hgc_learn.comparison import OURS
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.ranking import Ranking, public_rows
 from hgc_learn.comparison.statistics import Interval
 from hgc_learn.files import read_json
 from hgc_learn.policies import POLICIES
-
-OURS = "learned"
 
 
 def verdict(ranking: Ranking) -> str:

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
+from hgc_learn.comparison import OURS
 from hgc_learn.comparison.cells import cell_files
 from hgc_learn.comparison.config import CompareConfig
-from hgc_learn.comparison.markdown import OURS, markdown, verdict
+from hgc_learn.comparison.markdown import markdown, verdict
 from hgc_learn.comparison.ranking import Ranking, Row, collect, public_rows
 from hgc_learn.comparison.samples import read_batches, render
 from hgc_learn.figures import picture_grid, save_figure

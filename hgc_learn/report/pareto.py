@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hgc_learn.comparison import OURS
 from hgc_learn.schedule import HGCSchedule
 
 WIDTH, HEIGHT = 360, 290
 LEFT, RIGHT, TOP, BOTTOM = 34, 10, 10, 36
-OURS = "learned"
 
 Row = dict[str, Any]
 
