@@ -95,16 +95,17 @@ def interrupted_then_again(pipe: Any) -> Tensor:
 
 
 def stopped_inside_a_step(pipe: Any) -> Tensor:
-    """Between the ControlNet and the UNet of one step."""
+    """Between the ControlNet and the UNet of one step, and inside of the UNet."""
 
     def stop(*_: Any) -> None:
         raise Stop
 
-    hook = pipe.unet.register_forward_pre_hook(stop)
-    try:
-        run(pipe)
-    except Stop:
-        hook.remove()
+    for module in (pipe.unet, pipe.unet.conv_in):
+        hook = module.register_forward_pre_hook(stop)
+        try:
+            run(pipe)
+        except Stop:
+            hook.remove()
     return run(pipe)
 
 
@@ -204,6 +205,7 @@ def sequential_offload(pipe: Any) -> None:
     """What `enable_sequential_cpu_offload` does, with the CPU as the accelerator that this machine lacks."""
     for model in (pipe.unet, pipe.controlnet, pipe.vae):
         cpu_offload(model, torch.device("cpu"), offload_buffers=False)
+    assert pipe.unet.conv_in.weight.is_meta  # until its turn
 
 
 def group_offload(pipe: Any) -> None:

@@ -98,8 +98,9 @@ def applied_twice() -> None:
     plain = run(pipe)
     apply_schedule(pipe, held)
     expected = run(pipe)
-    apply_schedule(pipe, mixed)
+    replaced = apply_schedule(pipe, mixed)
     apply_schedule(pipe, held)
+    replaced.remove()  # no longer applied: nothing to remove
     assert torch.equal(run(pipe), expected)
     remove_schedule(pipe)
     assert torch.equal(run(pipe), plain)

@@ -14,7 +14,6 @@ from torch import Tensor
 from training_fixtures import SAMPLING, fit
 
 from hgc_learn.data import SceneDataModule
-from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import apply_schedule
 from hgc_learn.objectives import L2C, HarmoniCa
 from hgc_learn.objectives.blend import BlendedForwards
@@ -48,11 +47,6 @@ def forwards(module: RouterModule) -> BlendedForwards:
     return module.objective.forwards
 
 
-def random_schedule(module: RouterModule, share: float, seed: int) -> HardSchedule:
-    generator = torch.Generator().manual_seed(seed)
-    return module.router.hard(torch.rand(module.router.logits.shape, generator=generator) < share)
-
-
 # The blend
 
 
@@ -76,7 +70,8 @@ def test_hard_blend_is_the_inference_runtime(
     module: RouterModule, forwards: BlendedForwards, batch: dict[str, Any], share: float
 ) -> None:
     """Gates inside of what is reused included: what is dead is not kept anew."""
-    schedule = random_schedule(module, share, seed=int(100 * share))
+    generator = torch.Generator().manual_seed(int(100 * share))
+    schedule = module.router.hard(torch.rand(module.router.logits.shape, generator=generator) < share)
     compute = schedule.compute
 
     def visit_step(step: int) -> Tensor:

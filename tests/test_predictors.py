@@ -286,32 +286,3 @@ def test_guidance_needs_guidance(own: TinyPipeline) -> None:
     for rows in ({"unet:guidance": "C-----"}, {EPS: "CmCCCC"}):
         with pytest.raises(ScheduleError, match=r"guidance_scale 1\.0 there is only one"):
             own.schedule(rows, guidance_scale=1.0)
-
-
-def test_guidance_switched_off_in_mid_run(own: TinyPipeline) -> None:
-    """A callback drops guidance at step 2: nothing stale, no half of a batch that has no halves."""
-
-    def drop(pipe: object, step: int, timestep: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if step == 1:
-            pipe._guidance_scale = 0.0  # type: ignore[attr-defined]
-            tensors = {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[-1]}
-            tensors["image"] = own.pipe.prepare_image(**image)
-        return tensors
-
-    image = {
-        "image": own.arguments()["image"],
-        "width": 16,
-        "height": 16,
-        "batch_size": 1,
-        "num_images_per_prompt": 1,
-        "device": "cpu",
-        "dtype": torch.float32,
-    }
-    arguments = {"callback_on_step_end": drop, "callback_on_step_end_tensor_inputs": ["prompt_embeds", "image"]}
-    results = []
-    # Step 2 is recomputed whatever the rows say; from there on the whole batch runs, and its value is the last one.
-    for rows in ({"unet:guidance": "C---C-", TOKENS: "C1---m"}, {"unet:guidance": "C-CCCC", TOKENS: "C1C---"}):
-        handle = apply_schedule(own.pipe, own.schedule(rows))
-        results.append(own(**arguments))
-        assert handle.stats()["steps_refreshed"] == 1
-    assert torch.equal(*results)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
+from oracle import by_definition
+from robustness_actions import ip_image, load_ip_adapter
 from robustness_pipelines import SDXL, build, run, schedule_for
 from tiny_models import NUM_STEPS, TinyPipeline, build_pipeline
 from torch import Tensor, nn
@@ -158,14 +160,12 @@ def test_independent_steps_run_as_one_batch(tiny: TinyPipeline) -> None:
         {"guidance_scale": 1.0},
         {"num_images_per_prompt": 2},
         {"guess_mode": True},
-        {"cross_attention_kwargs": {"scale": 0.5}},
+        {"control_guidance_end": 0.9},
     ],
 )
 @pytest.mark.filterwarnings("ignore:guidance_scale is")
 def test_batches_of_steps_give_what_single_ones_give(own: TinyPipeline, call: dict[str, Any]) -> None:
     own.pipe.to(torch.float64)
-    if "cross_attention_kwargs" in call:
-        call = {"control_guidance_end": 0.9}
     latents, _ = Decoders(own).run(**call)
     one_by_one, _ = Decoders(own, max_steps_at_once=1).run(**call)
     assert (latents - one_by_one).norm() < 1e-9 * one_by_one.norm()
@@ -182,6 +182,20 @@ def test_no_step_is_run_ahead_that_is_not_part_of_the_run() -> None:
         calls.clear()
         run(pipe, denoising_end=0.6)
     assert calls == [2, 2, 2]
+
+
+def test_masks_of_an_ip_adapter_are_those_of_one_step(own: TinyPipeline) -> None:
+    """Given as attention arguments, and there may be one for each sample: these steps do not run as one batch."""
+    decoders = Decoders(own, allow_other_weights=True)
+    own.pipe.to(torch.float64)
+    load_ip_adapter(own.pipe)
+    masks = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    call = ip_image(own.pipe) | {"cross_attention_kwargs": {"ip_adapter_masks": [masks]}}
+    with by_definition(own.pipe, decoders.schedule.sites):
+        expected = own(**call)
+    latents, calls = decoders.run(**call)
+    assert calls == [2] * NUM_STEPS
+    assert (latents - expected).norm() < 1e-9 * expected.norm()
 
 
 def test_a_change_in_mid_batch_is_noticed(own: TinyPipeline) -> None:
