@@ -78,12 +78,23 @@ def read_cell(config: CompareConfig, sampler: str, policy: str, budget: float) -
     cell = read_json(path)
     fixed = plain(config.fixed.get(policy, {}))
     other_knobs = any(cell["settings"].get(name) != value for name, value in fixed.items() if "settings" in cell)
-    if cell["protocol"] != protocol(config, sampler) or other_knobs:
+    if _what_mattered(cell, cell["protocol"]) != _what_mattered(cell, protocol(config, sampler)) or other_knobs:
         raise ValueError(
             f"{path} was made with other settings than those asked for now. Set another output (-- --output=DIR), or "
             "run all cells of the comparison again (--redo)."
         )
     return cell
+
+
+def _what_mattered(cell: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
+    """A protocol without those of its settings that made no difference to a cell: how candidates are tried where there
+    was one at most, and how many of them where all were."""
+    num_tried = cell.get("tuning", {}).get("num_tried", 0)
+    of_trials = {"max_candidates", "num_screening_scenes", "num_finalists", "num_scenes"} if not num_tried else set()
+    if num_tried < min(protocol["tuning"]["max_candidates"], cell["protocol"]["tuning"]["max_candidates"]):
+        of_trials.add("max_candidates")
+    tuning = {name: value for name, value in protocol["tuning"].items() if name not in of_trials}
+    return protocol | {"tuning": tuning}
 
 
 def run_comparison(config: CompareConfig, selection: Selection) -> None:

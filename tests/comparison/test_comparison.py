@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,9 @@ def test_cells_made_with_other_settings_are_refused_until_redone(
     for override in ("--fixed={uniform: {interval: 1}}", "--tuning.num_scenes=1"):
         assert main(["compare", "--config", str(path), "--", override]) == 2
         assert "--redo" in capsys.readouterr().err
+    num_tried = rows(settings)["uniform", 0.6]["tuning"]["num_tried"]
+    assert num_tried == settings["tuning"]["max_candidates"]  # so others may be better
+    assert main(["compare", "--config", str(path), "--", f"--tuning.max_candidates={num_tried + 1}"]) == 2
     assert main(["compare", "--config", str(path), "--redo", "--", "--tuning.num_scenes=1"]) == 0
     assert main(["compare", "--config", str(path), "--", "--tuning.num_scenes=1"]) == 0
     assert (tmp_path / "run" / "cells" / SAMPLER / "uniform" / "0.6.schedule.json").is_file()
@@ -232,6 +236,25 @@ def test_cells_made_with_other_settings_are_refused_until_redone(
     assert main(["compare", "--config", str(write(settings, tmp_path)), "--redo"]) == 0
     assert "reason" in rows(settings)["uniform", 0.6]
     assert not [*(tmp_path / "run" / "cells" / SAMPLER / "uniform").glob("*schedule*")]
+
+
+def test_how_candidates_are_tried_matters_where_some_are(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"policies": ["uniform", "fewer_steps"], "budgets": [0.6]}
+    settings["fixed"] = {"uniform": {"interval": 2, "predictor": "hold"}}
+    path = write(settings, tmp_path)
+    assert main(["compare", "--config", str(path)]) == 0
+    tried = {policy: row["tuning"]["num_tried"] for (policy, _), row in rows(settings).items()}
+    assert tried["uniform"] == 0
+    assert 1 < tried["fewer_steps"] < settings["tuning"]["max_candidates"]
+    fewer = f"--tuning.max_candidates={tried['fewer_steps']}"
+    for policy, override, is_refused in (
+        ("fewer_steps", "--tuning.max_candidates=9", False),
+        ("fewer_steps", "--tuning.num_scenes=1", True),
+        ("fewer_steps", fewer, True),  # it would do, but that the last was the last is not known
+        ("uniform", "--tuning.num_scenes=1", False),
+    ):
+        with pytest.raises(ValueError, match="--redo") if is_refused else nullcontext():
+            read_cell(read_config(path, [override]), SAMPLER, policy, 0.6)
 
 
 def test_schedules_that_lose_their_trajectories_lose(
