@@ -100,8 +100,8 @@ ALONE = "trained for this budget alone"
 EXPORTS = {
     WHOLE: ALL,
     "no specialising": Learning(specialise_updates=0),
-    "no learned fill-ins": Learning(tune_updates=0),
-    "none of these": Learning(specialise_updates=0, tune_updates=0),
+    "no learned fill-ins": Learning(fill_updates=0),
+    "none of these": Learning(specialise_updates=0, fill_updates=0),
     ALONE: ALL,
 }
 

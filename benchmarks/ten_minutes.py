@@ -29,7 +29,7 @@ from hgc_learn.export import decide, load_run
 from hgc_learn.files import save_json
 from hgc_learn.learning import Learning
 
-ROUNDING = Learning(specialise_updates=0, tune_updates=0)
+ROUNDING = Learning(specialise_updates=0, fill_updates=0)
 # Adam moves a logit by the learning rate per update: of half as many updates each moves farther, by the root of two.
 CHANGES = ("--trainer.devices=2", "--model.objective.learning_rate=0.14")
 

@@ -32,7 +32,7 @@ class Reports:
     """Called as each part of `Learning` goes on."""
 
     specialise: Report = lambda _: None
-    tune: Report = lambda _: None
+    fills: Report = lambda _: None
 
 
 def export(
@@ -59,7 +59,7 @@ def export(
     module.router.check_budget(budget)
     output.mkdir(parents=True, exist_ok=True)  # rather now than after all has been learned
     if not module.objective.is_specialised:
-        learning = replace(learning, specialise_updates=0, tune_updates=0)
+        learning = replace(learning, specialise_updates=0, fill_updates=0)
     with Progress() as progress:
 
         def reporter(description: str, total: int) -> Report:
@@ -72,7 +72,7 @@ def export(
 
         reports = Reports(
             reporter("specialising the router", learning.specialise_updates),
-            reporter("learning to fill in", learning.tune_updates),
+            reporter("learning to fill in", learning.fill_updates),
         )
         hard, draft = decide(module, data, budget, learning, max_patterns=max_patterns, reports=reports)
         progress.add_task("measuring on validation samples", total=None)
@@ -120,8 +120,8 @@ def decide(
     finally:
         module.router.load_state_dict(trained)
     hard = replace(hard, compute=hard.compute | module.router.dead(hard.compute))  # not in the file's rows
-    learned = batches(learning.learning_samples, fills.BATCH_SIZE) if learning.tune_updates else []
-    return hard, fills.tune_fills(module, hard, learned, learning.tune_updates, report=reports.tune)
+    learned = batches(learning.learning_samples, fills.BATCH_SIZE) if learning.fill_updates else []
+    return hard, fills.learn_fills(module, hard, learned, learning.fill_updates, report=reports.fills)
 
 
 def training_batches(module: RouterModule, data: Any, learning_samples: int, batch_size: int) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from hgc_learn.data import hold_out
 from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import apply_schedule
 from hgc_learn.plan import COMPUTE
-from hgc_learn.predictors.tuned import TUNED
+from hgc_learn.predictors.fitted_per_channel import FITTED_PER_CHANNEL
 from hgc_learn.rollout import generate
 from hgc_learn.setting import Draft
 
@@ -32,7 +32,7 @@ Report = Callable[[float], None]
 """Called after every update with the mean log squared error of the outcome on its batch."""
 
 
-def tune_fills(
+def learn_fills(
     module: RouterModule,
     schedule: HardSchedule,
     batches: Sequence[dict[str, Any]],
@@ -40,14 +40,14 @@ def tune_fills(
     *,
     report: Report = lambda _: None,
 ) -> Draft:
-    """The schedule filled in by `tuned`, whose scales and reaches lower the mean log error of the outcome; the
-    schedule as it is where samples that were not learned from do not confirm that.
+    """The schedule filled in by `fitted_per_channel`, whose scales and reaches lower the mean log error of the outcome;
+    the schedule as it is where samples that were not learned from do not confirm that.
 
     Args:
         batches: training batches; a quarter of them, the last, judge.
         num_updates: of Adam, each on one batch; the batches are taken in turns.
     """
-    start = as_tuned(module, schedule)
+    start = per_channel(module, schedule)
     if not num_updates or not start.tensors:
         return module.draft(schedule)
     learned, judges = hold_out(batches)
@@ -76,18 +76,20 @@ def tune_fills(
             optimizer.step()
             decay.step()
             report(loss)
-    tuned = Draft(start.sites, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
-    drafts = [tuned, module.draft(schedule)]
+    after = Draft(start.sites, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
+    drafts = [after, module.draft(schedule)]
     return min(drafts, key=lambda draft: module.log_error(judges, draft))
 
 
-def as_tuned(module: RouterModule, schedule: HardSchedule) -> Draft:
-    """The same fill-ins, by `tuned`."""
+def per_channel(module: RouterModule, schedule: HardSchedule) -> Draft:
+    """The same fill-ins, by `fitted_per_channel`."""
     sites, tensors = {}, {}
     for column, site in enumerate(module.router.sites):
         is_filled = ~schedule.compute[:, column]
         if is_filled.any():
-            sites[site] = "".join(TUNED.code if filled else COMPUTE for filled in is_filled.tolist())
-            for parameter, values in zip(TUNED.parameters, schedule.weights[:, is_filled, column], strict=True):
+            sites[site] = "".join(FITTED_PER_CHANNEL.code if filled else COMPUTE for filled in is_filled.tolist())
+            for parameter, values in zip(
+                FITTED_PER_CHANNEL.parameters, schedule.weights[:, is_filled, column], strict=True
+            ):
                 tensors[f"{site}/{parameter.name}"] = values[:, None].repeat(1, module.costs[site].channels)
     return Draft(sites, tensors)

@@ -13,7 +13,7 @@ class Learning:
     Attributes:
         learning_samples: training samples to learn from; all, if there are fewer.
         specialise_updates: of the router (`specialise`); 0 for none.
-        tune_updates: of how the schedule fills in what it skips (`fills`); 0 for none.
+        fill_updates: of how the schedule fills in what it skips (`fills`); 0 for none.
 
     Raises:
         ValueError: a number out of range.
@@ -21,13 +21,13 @@ class Learning:
 
     learning_samples: int = 64
     specialise_updates: int = 192
-    tune_updates: int = 128
+    fill_updates: int = 128
 
     def __post_init__(self) -> None:
         if self.learning_samples < 1:
             raise ValueError(
                 f"learning_samples is {self.learning_samples}; it must be at least 1. For no learning at export set "
-                "specialise_updates and tune_updates to 0."
+                "specialise_updates and fill_updates to 0."
             )
         for name, number in list(asdict(self).items())[1:]:
             if number < 0:

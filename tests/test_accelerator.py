@@ -15,7 +15,7 @@ from training_fixtures import BUDGET, SAMPLING
 
 from hgc_learn.calibration import mean_psnr, site_statistics
 from hgc_learn.evaluation import evaluate_schedule
-from hgc_learn.fills import tune_fills
+from hgc_learn.fills import learn_fills
 from hgc_learn.inference import apply_schedule
 from hgc_learn.objectives import DEFAULT_SITES, L2C, HarmoniCa, Objective, Rollout
 from hgc_learn.patterns import cap
@@ -64,7 +64,7 @@ def test_a_router_learns_and_is_exported(teacher: Path, batch: dict[str, Any]) -
         module.router.clamp()
         schedule = specialise(module, BUDGET, [batch], 1)
         cap(module.router, schedule, BUDGET, 2)
-        draft = tune_fills(module, schedule, [batch], 1)
+        draft = learn_fills(module, schedule, [batch], 1)
         assert module.log_error([batch], draft) < float("inf")
         soft, _ = module.router.sample(BUDGET, torch.Generator(module.device))
         assert module.rollout_errors(batch, soft).isfinite().all()

@@ -10,7 +10,7 @@ import torch
 from training_fixtures import random_schedule
 
 from hgc_learn import fills
-from hgc_learn.fills import as_tuned, tune_fills
+from hgc_learn.fills import learn_fills, per_channel
 from hgc_learn.hard import HardSchedule
 from hgc_learn.setting import Draft
 from hgc_learn.training import RouterModule
@@ -25,7 +25,7 @@ def schedule(module: RouterModule) -> HardSchedule:
 def test_tuned_begins_with_what_the_schedule_does(
     module: RouterModule, batch: dict[str, Any], schedule: HardSchedule
 ) -> None:
-    start, draft = as_tuned(module, schedule), module.draft(schedule)
+    start, draft = per_channel(module, schedule), module.draft(schedule)
     assert len(set("".join(draft.sites.values()))) > 2
     assert set("".join(start.sites.values())) == {"C", "t"}
     torch.testing.assert_close(module.rollout(batch, start), module.rollout(batch, draft), rtol=1e-4, atol=1e-5)
@@ -41,17 +41,17 @@ def test_learning_lowers_the_error(
 ) -> None:
     monkeypatch.setitem(module.hparams, "gradient_checkpointing", gradient_checkpointing)
     seen: list[float] = []
-    tuned = tune_fills(module, schedule, [batch], 40, report=seen.append)
+    after = learn_fills(module, schedule, [batch], 40, report=seen.append)
     assert len(seen) == 40
-    assert module.log_error([batch], tuned) < module.log_error([batch], schedule) - 0.1
-    start = as_tuned(module, schedule)
-    assert tuned.sites == start.sites
-    assert all((tuned.tensors[name] != tensor).any() for name, tensor in start.tensors.items() if "scale" in name)
-    assert module.setting.kept(tuned) == pytest.approx(module.router.kept(schedule.compute))
+    assert module.log_error([batch], after) < module.log_error([batch], schedule) - 0.1
+    start = per_channel(module, schedule)
+    assert after.sites == start.sites
+    assert all((after.tensors[name] != tensor).any() for name, tensor in start.tensors.items() if "scale" in name)
+    assert module.setting.kept(after) == pytest.approx(module.router.kept(schedule.compute))
     if gradient_checkpointing:
         monkeypatch.setitem(module.hparams, "gradient_checkpointing", False)
-        other = tune_fills(module, schedule, [batch], 40)
-        for name, tensor in tuned.tensors.items():
+        other = learn_fills(module, schedule, [batch], 40)
+        for name, tensor in after.tensors.items():
             torch.testing.assert_close(tensor, other.tensors[name], rtol=0, atol=2e-3)  # 40 roundings
 
 
@@ -59,11 +59,11 @@ def test_what_other_samples_do_not_confirm_is_left(
     module: RouterModule, batch: dict[str, Any], schedule: HardSchedule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fills, "LEARNING_RATES", {"scale": 10.0, "reach": 10.0})
-    tuned = tune_fills(module, schedule, [batch], 2)
-    assert tuned.sites == module.draft(schedule).sites
+    after = learn_fills(module, schedule, [batch], 2)
+    assert after.sites == module.draft(schedule).sites
 
 
 def test_nothing_to_learn(module: RouterModule, batch: dict[str, Any], schedule: HardSchedule) -> None:
     full = HardSchedule.full(*schedule.compute.shape)
-    assert tune_fills(module, full, [batch], 2) == Draft({})
-    assert tune_fills(module, schedule, [], 0).sites == module.draft(schedule).sites
+    assert learn_fills(module, full, [batch], 2) == Draft({})
+    assert learn_fills(module, schedule, [], 0).sites == module.draft(schedule).sites

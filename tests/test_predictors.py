@@ -78,7 +78,7 @@ def fitted(values: list[Tensor], k: int, spacing: int) -> Tensor:
     return (1 + k / 8) * values[0] + (k - 1) / 4 * k * slopes(values, spacing)[0]
 
 
-def tuned(values: list[Tensor], k: int, spacing: int) -> Tensor:
+def fitted_per_channel(values: list[Tensor], k: int, spacing: int) -> Tensor:
     channels = torch.arange(values[0].shape[1 if values[0].ndim == 4 else 2])
     shape = (-1, 1, 1) if values[0].ndim == 4 else (-1,)
     scale, reach = (1 + (channels + k) / 8).view(shape), ((channels - k) / 4).view(shape)
@@ -101,7 +101,7 @@ FORMULAS: dict[str, Callable[[list[Tensor], int, int], Tensor]] = {
     "per_channel": per_channel,
     "scale_shift": scale_shift,
     "fitted": fitted,
-    "tuned": tuned,
+    "fitted_per_channel": fitted_per_channel,
 }
 """By name: fill-in from [F0, F1, F2], spaced evenly, k steps after F0. A new predictor is a row here."""
 
@@ -116,7 +116,7 @@ PARAMETERS: dict[str, Callable[[int], dict[str, Tensor]]] = {
         "scale": 1 + (torch.arange(NUM_STEPS) - 2) / 8,  # at step 2 + k
         "reach": (torch.arange(NUM_STEPS) - 3) / 4,
     },
-    "tuned": lambda channels: {  # two steps of the row are filled in: k is 1 and 2
+    "fitted_per_channel": lambda channels: {  # two steps of the row are filled in: k is 1 and 2
         "scale": 1 + (torch.arange(channels) + torch.tensor([[1], [2]])) / 8,
         "reach": (torch.arange(channels) - torch.tensor([[1], [2]])) / 4,
     },

@@ -29,7 +29,7 @@ SMALL_TRAINING = [
 # What to add so that a command takes seconds. A README command without a row here fails the test below.
 MORE_ARGUMENTS: dict[str, list[str]] = {
     "python train.py fit --config configs/demo.yaml": SMALL_TRAINING,
-    "python export.py": ["--learning_samples=2", "--specialise_updates=1", "--tune_updates=1"],
+    "python export.py": ["--learning_samples=2", "--specialise_updates=1", "--fill_updates=1"],
     "python -m hgc_learn inspect": [],
     "python -m hgc_learn report": [],
     "python -m hgc_learn macs": [],

@@ -171,7 +171,7 @@ def test_export_writes_a_schedule_that_runs(
     ckpt_path = fit(teacher, tmp_path, 1)
     for budget in (0.4, 0.7):
         output = tmp_path / str(budget)
-        path = export(ckpt_path, output, budget, Learning(learning_samples=2, specialise_updates=1, tune_updates=2))
+        path = export(ckpt_path, output, budget, Learning(learning_samples=2, specialise_updates=1, fill_updates=2))
         schedule = HGCSchedule.load(path)
         assert schedule.macs["cached"] <= budget * schedule.macs["full"]
         assert schedule.producer["settings"]["budget"] == budget
@@ -188,7 +188,7 @@ def test_export_writes_a_schedule_that_runs(
     [
         (["--ckpt_path", "absent.ckpt", "--output", "out"], "absent.ckpt: no such checkpoint"),
         (["--ckpt_path", __file__, "--output", "out"], "not a checkpoint written by"),
-        (["--ckpt_path", "any", "--output", "out", "--tune_updates=-1"], "tune_updates is -1; it must be 0"),
+        (["--ckpt_path", "any", "--output", "out", "--fill_updates=-1"], "fill_updates is -1; it must be 0"),
         (
             ["--ckpt_path", "any", "--output", "out", "--specialise_updates=-2"],
             "specialise_updates is -2; it must be 0",
@@ -213,7 +213,7 @@ def test_export_misses_its_folder_at_once_and_does_without_validation(
     data = "--data=ControlDataModule", f"--data.dataset={write_folder(tmp_path / 'data')}", "--data.num_val=0"
     sizes = "--data.height=64", "--data.width=64"
     ckpt_path = fit(teacher, tmp_path / "b", 1, "--model.objective.num_warm_start_batches=0", *data, *sizes)
-    few = Learning(learning_samples=2, specialise_updates=0, tune_updates=0)
+    few = Learning(learning_samples=2, specialise_updates=0, fill_updates=0)
     assert HGCSchedule.load(export(ckpt_path, tmp_path / "out", learning=few)).fidelity == {}
     assert "nothing has been measured" in capsys.readouterr().out
 

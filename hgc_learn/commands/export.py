@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, words in (
         ("learning_samples", "training samples that the following learn from"),
         ("specialise_updates", "more training steps of the router, for this budget alone; 0 for none"),
-        ("tune_updates", "steps of learning how to fill in what is skipped; 0 for none"),
+        ("fill_updates", "steps of learning how to fill in what is skipped; 0 for none"),
     ):
         default = getattr(Learning, name)
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{words} (default {default})")

@@ -15,7 +15,7 @@ def learned(
     budget: float = 0.5,
     learning_samples: int = Learning.learning_samples,
     specialise_updates: int = Learning.specialise_updates,
-    tune_updates: int = Learning.tune_updates,
+    fill_updates: int = Learning.fill_updates,
 ) -> Draft:
     """A trained router's best gates within the budget, after learning more for it alone, with learned fill-ins.
 
@@ -24,12 +24,12 @@ def learned(
         budget: fraction of the full MACs to keep.
         learning_samples: of the training's own samples that all of the following learn from; all, if there are fewer.
         specialise_updates: of the router, for this budget alone; 0 for none.
-        tune_updates: steps of learning how the schedule fills in what it skips; 0 for none.
+        fill_updates: steps of learning how the schedule fills in what it skips; 0 for none.
     """
     from hgc_learn.export import decide, load_trained
 
     learning = Learning(
-        learning_samples=learning_samples, specialise_updates=specialise_updates, tune_updates=tune_updates
+        learning_samples=learning_samples, specialise_updates=specialise_updates, fill_updates=fill_updates
     )
     module, data = load_trained(setting, ckpt_path, "learned")
     _, draft = decide(module, data, budget, learning)

@@ -4,6 +4,7 @@ from hgc_learn.predictors.ab2 import AB2
 from hgc_learn.predictors.base import Fill, Predictor
 from hgc_learn.predictors.bdf2 import BDF2
 from hgc_learn.predictors.fitted import FITTED
+from hgc_learn.predictors.fitted_per_channel import FITTED_PER_CHANNEL
 from hgc_learn.predictors.foca import FOCA
 from hgc_learn.predictors.hold import HOLD
 from hgc_learn.predictors.linear import LINEAR
@@ -11,10 +12,9 @@ from hgc_learn.predictors.mean import MEAN
 from hgc_learn.predictors.per_channel import PER_CHANNEL
 from hgc_learn.predictors.scale_shift import SCALE_SHIFT
 from hgc_learn.predictors.taylor2 import TAYLOR2
-from hgc_learn.predictors.tuned import TUNED
 from hgc_learn.predictors.zero import ZERO
 
-_ALL = (HOLD, LINEAR, TAYLOR2, AB2, BDF2, FOCA, ZERO, MEAN, PER_CHANNEL, SCALE_SHIFT, FITTED, TUNED)
+_ALL = (HOLD, LINEAR, TAYLOR2, AB2, BDF2, FOCA, ZERO, MEAN, PER_CHANNEL, SCALE_SHIFT, FITTED, FITTED_PER_CHANNEL)
 PREDICTORS: dict[str, Predictor] = {p.name: p for p in _ALL}
 BY_CODE: dict[str, Predictor] = {p.code: p for p in _ALL}
 

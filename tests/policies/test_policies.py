@@ -59,7 +59,7 @@ CASES = [
     Case("hyca", {"interval": 2, "site": "prediction"}, kept=3 / 5),
     Case("hyca", {"interval": 3, "site": "last_block"}),
     Case("evolutionary", {"budget": 0.5, "population": 2, "generations": 1}),
-    Case("learned", {"budget": 0.5, "specialise_updates": 0, "tune_updates": 2}),
+    Case("learned", {"budget": 0.5, "specialise_updates": 0, "fill_updates": 2}),
     Case("l2c", {"budget": 0.7, "interval": 2}),
     Case("harmonica", {"budget": 0.5}),
 ]

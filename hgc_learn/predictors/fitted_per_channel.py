@@ -17,8 +17,8 @@ def fill(ages: Sequence[int], index: int, parameters: Mapping[str, Tensor]) -> F
     return line(ages, parameters["scale"][index], parameters["reach"][index])
 
 
-TUNED = Predictor(
-    "tuned",
+FITTED_PER_CHANNEL = Predictor(
+    "fitted_per_channel",
     "t",
     2,
     fill,
