@@ -93,6 +93,7 @@ TRAININGS = {
     "every gate moves by itself": Training(change=one_by_one),
     "errors of latents": Training(("--model.errors_of=latents",)),
     "two thirds of the updates": Training(("--trainer.max_epochs=4",)),
+    "three times the updates": Training(("--trainer.max_epochs=18",)),
 }
 
 ALONE = "trained for this budget alone"
