@@ -37,7 +37,11 @@ def calls() -> list[Row]:
     return [
         row("two in a row", run=row_of({}, {})),
         row("another resolution, and back", run=row_of({}, large, {})),
-        row("a resolution that does not halve evenly", partial(build, shape="sd15"), {"size": (24, 40)}),
+        row(
+            "a resolution that does not halve evenly",
+            partial(build, shape="sd15"),
+            run=row_of({}, {"size": (24, 40)}),
+        ),
         row("another batch size, and back", run=row_of(three, {}, three)),
         row("num_images_per_prompt", run=row_of(per_prompt, {})),
         row("num_images_per_prompt, several prompts, guess mode", call=three | per_prompt | {"guess_mode": True}),
