@@ -26,12 +26,17 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 
 def save_json(path: Path, value: Any) -> None:
-    """Writes a JSON file, atomically.
+    """Writes a JSON file, atomically; raises ValueError as `to_json`."""
+    write_atomically(path, to_json(value))
+
+
+def to_json(value: Any) -> bytes:
+    """A JSON file's content.
 
     Raises:
         ValueError: it has numbers that JSON has not, infinite or none at all.
     """
-    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -24,8 +24,8 @@ MAX_KEPT = 2
 class Once:
     """Keeps what some modules of the models give, for as long as it is asked for the same tensor. A tensor is the same
     if it has the same memory and version: nothing is read from the device. What has been written into since is made
-    again. Where gradients are recorded, under
-    `torch.inference_mode` and inside of compiled regions the modules run as ever.
+    again. Where gradients are recorded, under `torch.inference_mode` and inside of compiled regions the modules run as
+    ever.
 
     Args:
         models: UNet and ControlNets.

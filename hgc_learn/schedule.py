@@ -20,7 +20,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hgc_learn.files import printable, save_json, write_atomically
+from hgc_learn.files import printable, to_json, write_atomically
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.plan import COMPUTE, check_codes
 from hgc_learn.predictors import BY_CODE
@@ -234,9 +234,10 @@ class HGCSchedule:
         """Writes the file, and its tensors beside it if it has any; each appears under its name only when it is
         complete."""
         path = Path(path)
+        content = to_json(self.to_dict())  # what cannot be written must not replace the tensors of what is there
         if self.tensors:
             write_atomically(tensor_path(path), self._tensor_bytes())
-        save_json(path, self.to_dict())
+        write_atomically(path, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HGCSchedule:

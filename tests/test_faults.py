@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,18 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch:
     assert sorted(os.listdir(tmp_path)) == [path.name, tensor_path(path).name]
 
 
+def test_what_cannot_be_written_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.json"
+    WITH_TENSORS.save(path)
+    tensors = {name: tensor + 1 for name, tensor in WITH_TENSORS.tensors.items()}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        replace(WITH_TENSORS, tensors=tensors, producer={"note": float("nan")}).save(path)
+    assert HGCSchedule.load(path).to_dict() == WITH_TENSORS.to_dict()
+
+
 SAVE_FOR_EVER = """
 import itertools, sys
+from dataclasses import replace
 from pathlib import Path
 from hgc_learn.files import write_atomically
 for i in itertools.count():
