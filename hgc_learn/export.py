@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.hard import HardSchedule
 from hgc_learn.learning import ALL, Learning
 from hgc_learn.rollout import default_device
+from hgc_learn.schedule import FILE_NAME, HGCSchedule, ScheduleError
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.training import RouterModule
 
@@ -52,9 +54,11 @@ def export(
         max_patterns: how many different steps the schedule may have, for `torch.compile` makes one graph for each.
 
     Raises:
-        ValueError: the checkpoint cannot be found or read, or the budget cannot be met.
+        ValueError: the checkpoint cannot be found or read, the budget cannot be met, or the folder holds the schedule
+            of another budget.
         OSError: the folder cannot be made.
     """
+    check_folder(output, budget)
     module, data = load_run(ckpt_path)
     module.router.check_budget(budget)
     output.mkdir(parents=True, exist_ok=True)  # rather now than after all has been learned
@@ -87,12 +91,25 @@ def export(
         **module.hparams,
     }
     schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
-    path = output / "hgc_schedule.json"
+    path = output / FILE_NAME
     schedule.save(path)
     dead = module.router.dead(hard.compute)
     figure = gate_heatmap(hard.compute, module.router.sites, f"budget {budget:g}", dead)
     save_figure(figure, output / "hgc_schedule.png", dpi=150)
     return path
+
+
+def check_folder(output: Path, budget: float) -> None:
+    """Raises ValueError where an export at a budget would replace the schedule of another one."""
+    path = output / FILE_NAME
+    with suppress(ScheduleError):  # nothing that anyone could load
+        settings = HGCSchedule.load(path).producer.get("settings")
+        other = settings.get("budget", budget) if isinstance(settings, dict) else budget
+        if other != budget:
+            raise ValueError(
+                f"{path} is the schedule of another budget, {other}. Export every budget to a folder of its own, or "
+                "delete that one."
+            )
 
 
 def decide(

@@ -18,7 +18,7 @@ from hgc_learn.export import export
 from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import HGCSchedule, apply_schedule
 from hgc_learn.learning import Learning
-from hgc_learn.objectives import Rollout
+from hgc_learn.objectives import HarmoniCa, Rollout
 from hgc_learn.plan import compile_plan
 from hgc_learn.rollout import SamplingConfig, generate
 from hgc_learn.training import RouterModule
@@ -148,6 +148,7 @@ def test_a_resumed_run_goes_on_where_epochs_end_early(teacher: Path, tmp_path: P
         (lambda: {"sites": []}, "at least one of each is needed"),
         (lambda: {"objective": Rollout(final_temperature=0)}, "final_temperature is 0"),
         (lambda: {"objective": Rollout(num_directions=-1)}, "num_directions -1"),
+        (lambda: {"objective": HarmoniCa(num_weight_batches=0)}, "num_weight_batches 0"),
     ],
 )
 def test_wrong_settings_are_refused(settings: Callable[[], dict[str, Any]], message: str, teacher: Path) -> None:
@@ -180,6 +181,8 @@ def test_export_writes_a_schedule_that_runs(
         with apply_schedule(module.pipe, path) as handle:
             generate(module.pipe, SAMPLING, batch)
             assert handle.stats()["macs_cached"] == schedule.macs["cached"]
+    with pytest.raises(ValueError, match=r"0\.7/hgc_schedule\.json is the schedule of another budget, 0\.7\."):
+        export(ckpt_path, output, 0.4)
     assert main(["inspect", str(path)]) == 0
 
 

@@ -1,10 +1,11 @@
 """Turns a trained router into a static schedule file at a budget.
 
 Writes DIR/hgc_schedule.json, its tensors in DIR/hgc_schedule.safetensors, without which it is refused, and a picture of
-it, DIR/hgc_schedule.png. One training run can be exported at several budgets, each to a folder of its own. Needs the
-`train` extra. The checkpoint's configuration names classes that are built: export your own checkpoints, and share
-schedule files, which are only data. Routers trained by other objectives than Rollout are exported as they are: of the
-numbers below only the budget counts for them, and a max_patterns that they exceed is refused.
+it, DIR/hgc_schedule.png. One training run can be exported at several budgets, each to a folder of its own: one that
+holds the schedule of another budget is refused. Needs the `train` extra. The checkpoint's configuration names classes
+that are built: export your own checkpoints, and share schedule files, which are only data. Routers trained by other
+objectives than Rollout are exported as they are: of the numbers below only the budget counts for them, and a
+max_patterns that they exceed is refused.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from hgc_learn.cli import train
 from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.evaluation import evaluate_schedule
-from hgc_learn.export import export
+from hgc_learn.export import check_folder, export
 from hgc_learn.figures import picture_grid, save_figure
 from hgc_learn.files import save_json
 from hgc_learn.inference import HGCSchedule
@@ -37,6 +37,7 @@ def run_demo(
     training_arguments: list[str] | None = None,
 ) -> dict[str, Any]:
     """Trains, exports and compares; returns the summary that it writes to `output`/summary.json."""
+    check_folder(output, budget)
     console, start = Console(), time.monotonic()
     console.rule("1. training the router")
     ckpt_path = output / "checkpoints" / "last.ckpt"

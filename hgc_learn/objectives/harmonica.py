@@ -43,6 +43,9 @@ class HarmoniCa(Objective):
         learning_rate: of AdamW on the logits.
         weight_interval: epochs after which the steps' weights are measured anew.
         num_weight_batches: training batches that they are measured on.
+
+    Raises:
+        ValueError: a number out of range.
     """
 
     policy: ClassVar[str] = "harmonica"
@@ -59,6 +62,11 @@ class HarmoniCa(Objective):
         num_weight_batches: int = 1,
     ):
         super().__init__()
+        if not (0 < threshold < 1 and weight_interval >= 1 and num_weight_batches >= 1):
+            raise ValueError(
+                f"threshold is {threshold}, weight_interval {weight_interval} and num_weight_batches "
+                f"{num_weight_batches}; the first must be between 0 and 1, the others at least 1."
+            )
         self.penalty = penalty
         self.threshold = threshold
         self.learning_rate = learning_rate
