@@ -24,8 +24,9 @@ from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.hard import HardSchedule
 from hgc_learn.learning import ALL, Learning
 from hgc_learn.rollout import default_device
-from hgc_learn.schedule import FILE_NAME, HGCSchedule, ScheduleError
+from hgc_learn.schedule import HGCSchedule, ScheduleError
 from hgc_learn.setting import Draft, Setting
+from hgc_learn.sharing import FILE_NAME
 from hgc_learn.training import RouterModule
 
 
