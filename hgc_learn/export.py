@@ -20,7 +20,6 @@ from hgc_learn.cli import rebuild
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import gate_heatmap, save_figure
 from hgc_learn.fills import Report
-from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.hard import HardSchedule
 from hgc_learn.learning import ALL, Learning
 from hgc_learn.rollout import default_device
@@ -166,10 +165,7 @@ def load_trained(setting: Setting, ckpt_path: str, policy: str) -> tuple[RouterM
     if (module.sampling, module.timesteps) != (setting.sampling, setting.timesteps):
         raise ValueError(f"{ckpt_path}: trained for {module.sampling}; here it is {setting.sampling}.")
     if setting.pipe is not None and module.pipe is not setting.pipe:
-        fingerprints = [
-            ModelFingerprint.of(p.unet, getattr(p, "controlnet", None)) for p in (setting.pipe, module.pipe)
-        ]
-        if difference := fingerprints[0].difference(fingerprints[1]):
+        if difference := setting.fingerprint.difference(module.setting.fingerprint):
             raise ValueError(f"{ckpt_path}: trained for another model ({': '.join(difference)}).")
         module.to(setting.pipe.device)
         module.use_pipeline(setting.pipe)

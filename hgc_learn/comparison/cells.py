@@ -26,7 +26,6 @@ from hgc_learn.comparison.samples import full_samples, read_batches, render
 from hgc_learn.comparison.trained import checkpoint
 from hgc_learn.comparison.tune import Candidate, Candidates, best, count_rollouts, list_candidates, plain, shortlist
 from hgc_learn.evaluation import picture_psnr
-from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.macs import BudgetError
 from hgc_learn.policies import Policy
 from hgc_learn.rollout import load_pipeline
@@ -97,7 +96,7 @@ class Bench:
 
     def _full(self, name: str, split: str, batches: list[dict[str, Any]]) -> Samples:
         path = Path(self.config.output) / "references" / f"{self.sampler}-{name}.safetensors"
-        weights = ModelFingerprint.of(self.pipe.unet, getattr(self.pipe, "controlnet", None)).to_dict()
+        weights = self.setting.fingerprint.to_dict()
         return full_samples(path, self.pipe, self.sampling, split, batches, weights=weights)
 
     @cached_property

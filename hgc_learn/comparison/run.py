@@ -174,7 +174,6 @@ class _Display:
             TextColumn("{task.description}"), *columns, console=self.console, speed_estimate_period=24 * 3600
         )
         self.task = self.progress.add_task("starting", total=total, completed=done)
-        self.total, self.done, self.first, self.start = total, done, done, time.monotonic()
 
     def __enter__(self) -> _Display:
         self.progress.start()
@@ -195,7 +194,6 @@ class _Display:
         self.progress.update(self.task, description=words)
 
     def advance(self, done: int) -> None:
-        self.done = done
         self.progress.update(self.task, completed=done)
 
     def log(self, words: str) -> None:
@@ -203,8 +201,6 @@ class _Display:
 
     def count(self) -> str:
         """Cells done and minutes left at the pace since the start, other processes' cells included."""
-        text, fresh = f"{self.done} of {self.total} cells", self.done - self.first
-        if fresh <= 0:
-            return text
-        minutes = (time.monotonic() - self.start) / fresh * (self.total - self.done) / 60
-        return f"{text}, about {minutes:.0f} min left"
+        (task,) = self.progress.tasks
+        text = f"{task.completed:.0f} of {task.total:.0f} cells"
+        return text if task.time_remaining is None else f"{text}, about {task.time_remaining / 60:.0f} min left"
