@@ -106,7 +106,8 @@ def rebuild(config: str) -> RouterCLI:
         ArgumentError: of jsonargparse; not a configuration of this version.
     """
     settings = yaml.safe_load(config)
-    for key in ("ckpt_path", "weights_only"):  # arguments of `fit`, not of an object
+    # Arguments of `fit`, not of an object; the last two were never used, and are in checkpoints of version 0.1.0.
+    for key in ("ckpt_path", "weights_only", "optimizer", "lr_scheduler"):
         settings.pop(key, None)
     for key in ("strategy", "devices", "num_nodes", "accelerator"):  # the machines of the run need not be here
         settings.get("trainer", {}).pop(key, None)
@@ -127,6 +128,7 @@ def _cli(args: list[str] | dict[str, Any] | None, *, run: bool) -> RouterCLI:
             args=args,
             seed_everything_default=0,
             parser_kwargs={"exit_on_error": run},
+            auto_configure_optimizers=False,  # the objective's own
             save_config_callback=KeepConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={

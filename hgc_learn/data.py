@@ -300,19 +300,31 @@ class _TrainLoader(DataLoader[dict[str, Any]]):
                 f"{batch_size * num_processes()}: raise num_train or lower batch_size."
             )
         super().__init__(data, batch_size, sampler=sampler, drop_last=True)
-        self.module, self.num_done = module, 0
+        self.module, self.num_done, self.first_step = module, 0, 0
 
     def __iter__(self) -> Any:
         num_done, self.num_done = self.num_done, 0
+        if self.module.trainer is not None:
+            self.first_step = self.module.trainer.global_step - num_done
         return itertools.islice(super().__iter__(), num_done, None)
 
     def state_dict(self) -> dict[str, int]:
         trainer = self.module.trainer
         if trainer is None:
-            return {"num_done": 0}
-        return {"num_done": int(trainer.global_step % min(len(self), trainer.num_training_batches))}
+            return {"num_done": 0, "num_batches": len(self)}
+        num_done = trainer.global_step - self.first_step
+        is_over = num_done >= min(len(self), trainer.num_training_batches)
+        return {"num_done": 0 if is_over else num_done, "num_batches": len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises ValueError in the middle of an epoch that was cut into other batches."""
+        num_batches = state.get("num_batches", len(self))  # checkpoints of version 0.1.0 do not say
+        if state["num_done"] and num_batches != len(self):
+            raise ValueError(
+                f"ckpt_path: it was saved after {state['num_done']} of the {num_batches} batches of an epoch; here an "
+                f"epoch has {len(self)}. Go on with as many samples and processes and the same batch_size, or from the "
+                "end of an epoch."
+            )
         self.num_done = state["num_done"]
 
 

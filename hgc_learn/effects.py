@@ -82,9 +82,11 @@ def measure_effects(
         with torch.enable_grad():
             outcome = generate()
         error = (outcome - target).detach()
-        # A schedule that is nearly exact is measured against the rounding of its outcome.
+        # A schedule that is nearly exact is measured against the rounding of its outcome; directions that are longer
+        # than that allows overflow in half precision.
         squared = error.square().flatten(1).sum(1)
-        scale = squared.clamp_min(1e-12 * target.square().flatten(1).sum(1)).view(-1, *[1] * (error.ndim - 1))
+        rounding = max(1e-12, torch.finfo(forwards.pipe.unet.dtype).eps ** 2) * target.square().flatten(1).sum(1)
+        scale = squared.maximum(rounding).view(-1, *[1] * (error.ndim - 1))
         directions = [error / scale]
         for _ in range(num_directions):
             random = own_noise(error.shape, error, generator)

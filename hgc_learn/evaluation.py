@@ -121,5 +121,28 @@ def unclamped_pictures(pipe: Any, latents: Tensor) -> Tensor:
     return _decoded(pipe, latents) / 2 + 0.5
 
 
+def decodes_upcast(pipe: Any) -> bool:
+    """Whether the pipeline decodes in float32 because its VAE overflows in float16, as those of SDXL do."""
+    return _is_sdxl(pipe) and pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast
+
+
+def _is_sdxl(pipe: Any) -> bool:
+    return "text_encoder_2" in pipe.components
+
+
 def _decoded(pipe: Any, latents: Tensor) -> Tensor:
-    return pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    vae, upcasts = pipe.vae, decodes_upcast(pipe)
+    mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+    latents = latents.float() if upcasts else latents
+    if _is_sdxl(pipe) and mean is not None and std is not None:
+        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        latents = latents * std / vae.config.scaling_factor + mean
+    else:
+        latents = latents / vae.config.scaling_factor
+    if not upcasts:
+        return vae.decode(latents, return_dict=False)[0]
+    vae.to(torch.float32)
+    try:
+        return vae.decode(latents, return_dict=False)[0]
+    finally:
+        vae.to(torch.float16)

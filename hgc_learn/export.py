@@ -138,7 +138,8 @@ def decide(
         module.router.load_state_dict(trained)
     hard = replace(hard, compute=hard.compute | module.router.dead(hard.compute))  # not in the file's rows
     learned = batches(learning.learning_samples, fills.BATCH_SIZE) if learning.fill_updates else []
-    return hard, fills.learn_fills(module, hard, learned, learning.fill_updates, report=reports.fills)
+    at_once = data.train_dataloader().batch_size  # where memory is short, no more than the training needed
+    return hard, fills.learn_fills(module, hard, learned, learning.fill_updates, at_once=at_once, report=reports.fills)
 
 
 def training_batches(module: RouterModule, data: Any, learning_samples: int, batch_size: int) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ def learn_fills(
     batches: Sequence[dict[str, Any]],
     num_updates: int,
     *,
+    at_once: int = BATCH_SIZE,
     report: Report = lambda _: None,
 ) -> Draft:
     """The schedule filled in by `fitted_per_channel`, whose scales and reaches lower the mean log error of the outcome;
@@ -46,6 +47,7 @@ def learn_fills(
     Args:
         batches: training batches; a quarter of them, the last, judge.
         num_updates: of Adam, each on one batch; the batches are taken in turns.
+        at_once: samples that run at once; the gradients of a batch are added up.
     """
     start = per_channel(module, schedule)
     if not num_updates or not start.tensors:
@@ -58,7 +60,6 @@ def learn_fills(
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, num_updates)
     file = module.setting.schedule(start, policy=module.objective.policy, settings={})
     checkpointing = module.hparams["gradient_checkpointing"]
-    at_once = 1 if checkpointing else BATCH_SIZE  # where memory is short, no more than a training needs
     with apply_schedule(module.pipe, file) as handle:
         for update in range(num_updates):
             index = update % len(learned)

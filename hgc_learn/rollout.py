@@ -28,7 +28,8 @@ class SamplingConfig:
         guidance_scale: classifier-free guidance scale; 1 or less means none.
         height: of the picture, in pixels.
         width: of the picture, in pixels.
-        negative_prompt: prompt of the unguided half.
+        negative_prompt: prompt of the unguided half; empty for what the pipeline takes where none is given, which is
+            zeros in SDXL.
         controlnet_conditioning_scale: weight of the ControlNet.
         scheduler: class name of a diffusers scheduler; the model's own if not given.
 
@@ -183,7 +184,7 @@ def generate(
     return call(
         pipe,
         prompt=prompts,
-        negative_prompt=[sampling.negative_prompt] * len(prompts),
+        negative_prompt=[sampling.negative_prompt] * len(prompts) if sampling.negative_prompt else None,
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale,
         height=sampling.height,

@@ -290,6 +290,8 @@ class Runtime(RoutedForwards):
         architecture = replace(Architecture.of(self.pipe), unet=unet, controlnet=controlnets)
         size = architecture.default_size if schedule is None else (schedule.height, schedule.width)
         batch = 2 if schedule is None else schedule.batch_size
+        if unet.config.time_cond_proj_dim is not None:  # it takes the guidance scale as an input (LCM)
+            batch = 1
         graph, costs = architecture.measure(size)
         plan = compile_plan(graph, self.rows, self.num_steps)
         full = compile_plan(graph, {}, self.num_steps)

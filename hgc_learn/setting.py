@@ -72,7 +72,10 @@ class Setting:
 
     @property
     def is_guided(self) -> bool:
-        return self.sampling.guidance_scale > 1
+        """Whether a model call has an unguided and a guided half: not where the UNet takes the guidance scale as an
+        input of its own (LCM)."""
+        takes_scale = self.pipe is not None and self.pipe.unet.config.time_cond_proj_dim is not None
+        return self.sampling.guidance_scale > 1 and not takes_scale
 
     @property
     def batch_size(self) -> int:

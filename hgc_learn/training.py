@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hgc_learn.distributed import mean_over_processes, num_processes, rank
 from hgc_learn.effects import Effects, measure_effects
-from hgc_learn.evaluation import unclamped_pictures
+from hgc_learn.evaluation import decodes_upcast, unclamped_pictures
 from hgc_learn.graph import build_graph
 from hgc_learn.hard import HardSchedule
 from hgc_learn.objectives import Objective, Rollout
@@ -78,6 +78,11 @@ class RouterModule(L.LightningModule):
         # Where it runs is Lightning's to say; it is moved there when a run begins.
         device = torch.device("cpu")
         pipe = load_pipeline(model, sampling, controlnet=controlnet, dtype=dtype, device=device)
+        if errors_of == "pictures" and decodes_upcast(pipe):
+            raise ValueError(
+                "errors_of is pictures, and this pipeline's VAE overflows in float16. Set errors_of: latents, or "
+                "dtype: bfloat16."
+            )
         self.setting = Setting.of_pipeline(pipe, sampling)
         self.graph, self.costs, self.timesteps = self.setting.graph, self.setting.costs, self.setting.timesteps
         names = select_sites(self.graph, sites)
@@ -90,6 +95,7 @@ class RouterModule(L.LightningModule):
         self.use_pipeline(pipe)
         self.targets: dict[tuple[str, str, int], Tensor] = {}
         self.generator = torch.Generator()
+        self.batch_idx = 0  # in its epoch
         self.config: str | None = None  # of the run, as YAML; goes into the checkpoint
         objective.prepare(self)
         for budget in budgets:
@@ -134,6 +140,8 @@ class RouterModule(L.LightningModule):
                 f"trainer.precision is {self.trainer.precision}; the router learns in 32-true. The precision of the "
                 "frozen models is model.dtype."
             )
+        if self.trainer.max_epochs == -1 and self.trainer.max_steps == -1:
+            raise ValueError("trainer.max_epochs is -1: learning rate and temperature fall to an end. Set one of both.")
         self.pipe.to(self.device)
 
     def hard_schedule(self, budget: float) -> HardSchedule:
@@ -200,6 +208,7 @@ class RouterModule(L.LightningModule):
         for text, image in zip(batch["text"], batch["conditioning_image"], strict=True):
             if not image.isfinite().all():
                 raise ValueError(f"The control image of {text!r} holds NaN or infinity. Repair it or leave it out.")
+        self.batch_idx = batch_idx
         logs = self.objective.step(self, batch)
         logs = {f"train/{name}": value for name, value in logs.items()}
         self.log_dict(logs, batch_size=len(batch["text"]), sync_dist=True)
@@ -227,28 +236,29 @@ class RouterModule(L.LightningModule):
         optimizer.step()
 
     def progress(self) -> float:
-        """Share of the training that is done, 0 to 1."""
-        total = self.trainer.estimated_stepping_batches
-        return min(1.0, self.global_step / total) if total and total != float("inf") else 0.0
+        """Share of the training that is done, 0 to 1: of its epochs, whose length may have changed on resuming, or of
+        its steps, whichever ends it first."""
+        trainer, done = self.trainer, 0.0
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            num_batches = trainer.num_training_batches
+            done = (self.current_epoch * num_batches + self.batch_idx) / (trainer.max_epochs * num_batches)
+        if trainer.max_steps > 0:
+            done = max(done, self.global_step / trainer.max_steps)
+        return min(1.0, done)
 
     # Validation: what would be exported now
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         for budget in self.hparams["budgets"]:
             hard = self.hard_schedule(budget)
-            soft, _ = self.router.sample(budget, torch.Generator(self.device).manual_seed(batch_idx))
             hard_error = self.rollout_errors(batch, hard).mean()
-            soft_error = self.rollout_errors(batch, soft).mean()
-            self.log_dict(
-                {
-                    f"val/{budget:g}/hard_loss": hard_error,
-                    f"val/{budget:g}/soft_loss": soft_error,
-                    f"val/{budget:g}/soft_hard_gap_db": 10 * (soft_error / hard_error).log10(),
-                    f"val/{budget:g}/exported_macs": self.router.kept(hard.compute),
-                },
-                batch_size=len(batch["text"]),
-                sync_dist=True,
-            )
+            logs: dict[str, Any] = {"hard_loss": hard_error, "exported_macs": self.router.kept(hard.compute)}
+            generator = torch.Generator(self.device).manual_seed(batch_idx)
+            if (soft := self.objective.draw(self.router, budget, generator)) is not None:
+                soft_error = self.rollout_errors(batch, soft).mean()
+                logs |= {"soft_loss": soft_error, "soft_hard_gap_db": 10 * (soft_error / hard_error).log10()}
+            logs = {f"val/{budget:g}/{name}": value for name, value in logs.items()}
+            self.log_dict(logs, batch_size=len(batch["text"]), sync_dist=True)
         self.log("val_loss", hard_error, prog_bar=True, logger=False, batch_size=len(batch["text"]), sync_dist=True)
 
     @torch.no_grad()

@@ -41,8 +41,11 @@ def test_learning_lowers_the_error(
 ) -> None:
     monkeypatch.setitem(module.hparams, "gradient_checkpointing", gradient_checkpointing)
     seen: list[float] = []
+    one_by_one: list[float] = []
     after = learn_fills(module, schedule, [batch], 40, report=seen.append)
     assert len(seen) == 40
+    learn_fills(module, schedule, [batch], 3, at_once=1, report=one_by_one.append)
+    assert one_by_one == pytest.approx(seen[:3], rel=1e-3)
     assert module.log_error([batch], after) < module.log_error([batch], schedule) - 0.1
     start = per_channel(module, schedule)
     assert after.sites == start.sites

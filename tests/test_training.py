@@ -137,6 +137,30 @@ def test_a_resumed_run_goes_on_where_epochs_end_early(teacher: Path, tmp_path: P
     assert torch.equal(resumed["state_dict"]["router.logits"], whole["state_dict"]["router.logits"])
 
 
+def test_epochs_may_have_another_length_when_resumed_from_the_end_of_one(teacher: Path, tmp_path: Path) -> None:
+    """Four batches of one sample an epoch, then two of two: what is left of the training is what the epochs say."""
+    more = ["--model.objective.num_warm_start_batches=0", "--trainer.max_epochs=4", "--trainer.max_steps=-1"]
+    seen: list[float] = []
+
+    def fit_and_watch(*arguments: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            update = RouterModule.update_router
+            patch.setattr(RouterModule, "update_router", lambda self, lr: (seen.append(lr), update(self, lr)))
+            return fit(teacher, tmp_path, -1, *more, *arguments)
+
+    with interrupted_at(4):  # the first step of the second epoch
+        fit_and_watch("--data.batch_size=1")
+    ckpt_path = tmp_path / "checkpoints" / "last.ckpt"
+    fit_and_watch("--data.batch_size=2", f"--ckpt_path={ckpt_path}")
+    done = [i / 16 for i in range(4)] + [i / 8 for i in range(2, 8)]
+    assert seen == pytest.approx([0.1 * (1 - share) for share in done])
+
+    with interrupted_at(2):
+        fit_and_watch("--data.batch_size=1")
+    with pytest.raises(ValueError, match="saved after 2 of the 4 batches of an epoch; here an epoch has 2"):
+        fit_and_watch("--data.batch_size=2", f"--ckpt_path={ckpt_path}")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -217,8 +241,10 @@ def test_export_misses_its_folder_at_once_and_does_without_validation(
     sizes = "--data.height=64", "--data.width=64"
     ckpt_path = fit(teacher, tmp_path / "b", 1, "--model.objective.num_warm_start_batches=0", *data, *sizes)
     few = Learning(learning_samples=2, specialise_updates=0, fill_updates=0)
-    assert HGCSchedule.load(export(ckpt_path, tmp_path / "out", learning=few)).fidelity == {}
-    assert "nothing has been measured" in capsys.readouterr().out
+    of_scenes = fit(teacher, tmp_path / "c", 1, "--model.objective.num_warm_start_batches=0", "--data.num_val=0")
+    for name, path in (("out", ckpt_path), ("scenes", of_scenes)):
+        assert HGCSchedule.load(export(path, tmp_path / name, learning=few)).fidelity == {}
+        assert "nothing has been measured" in capsys.readouterr().out
 
 
 def test_what_is_asked_for_holds_on_resuming(teacher: Path, tmp_path: Path) -> None:
@@ -263,6 +289,7 @@ def test_checkpoint_of_another_version_is_refused(tmp_path: Path, capsys: pytest
         ("--model.sites=[nothing]", "No site matches 'nothing'"),
         ("--trainer.precision=bf16-mixed", "trainer.precision is bf16-mixed; the router learns in 32-true"),
         ("--trainer.gradient_clip_val=1", "clip"),
+        ("--trainer.max_steps=-1 --trainer.max_epochs=-1", "trainer.max_epochs is -1"),
         ("--data.num_train=-1", "num_train is -1; it must be at least 0"),
         (
             "--model.sampling.guidance_scale=1 --model.sites=[unet:guidance]",

@@ -302,7 +302,7 @@ class SceneDataset(Dataset[dict[str, Any]]):
     def __init__(self, split: str = "train", num_scenes: int = 1024, offset: int = 0) -> None:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-        if num_scenes < 1 or offset < 0 or offset + num_scenes > len(SPLITS[split]):
+        if num_scenes < 0 or offset < 0 or offset + num_scenes > len(SPLITS[split]):
             raise ValueError(f"split {split!r} has {len(SPLITS[split])} scenes; asked for {num_scenes} from {offset}")
         self.seeds = SPLITS[split][offset : offset + num_scenes]
 

@@ -50,6 +50,10 @@ class Objective(nn.Module):
         """
         return router.threshold(budget)
 
+    def draw(self, router: Router, budget: float, generator: torch.Generator) -> HardSchedule | None:
+        """A schedule by chance, as training draws them; None if it draws none."""
+        return None
+
     def optimizer(self, router: Router) -> torch.optim.Optimizer:
         raise NotImplementedError
 

@@ -62,10 +62,10 @@ class HarmoniCa(Objective):
         num_weight_batches: int = 1,
     ):
         super().__init__()
-        if not (0 < threshold < 1 and weight_interval >= 1 and num_weight_batches >= 1):
+        if not (penalty >= 0 and 0 < threshold < 1 and weight_interval >= 1 and num_weight_batches >= 1):
             raise ValueError(
-                f"threshold is {threshold}, weight_interval {weight_interval} and num_weight_batches "
-                f"{num_weight_batches}; the first must be between 0 and 1, the others at least 1."
+                f"penalty is {penalty}, threshold {threshold}, weight_interval {weight_interval}, num_weight_batches "
+                f"{num_weight_batches}; they must be at least 0, between 0 and 1, at least 1 and at least 1."
             )
         self.penalty = penalty
         self.threshold = threshold

@@ -53,6 +53,8 @@ class L2C(Objective):
         super().__init__()
         if min(intervals, default=0) < 2:
             raise ValueError(f"intervals are {list(intervals)}; there are steps to route from 2 on.")
+        if penalty < 0:
+            raise ValueError(f"penalty is {penalty}; it must be at least 0.")
         self.intervals = sorted(intervals)
         self.penalty = penalty
         self.learning_rate = learning_rate
@@ -76,12 +78,8 @@ class L2C(Objective):
                 f"A budget of {budget} cannot be met: with every step in {interval} full, L2C keeps at least "
                 f"{least[interval]:.3f} of the MACs. A larger interval reaches lower budgets."
             )
-        learned = router.logits.data
-        router.logits.data = torch.where(self._full_steps(router, interval), 2 * MAX_LOGIT, learned)
-        try:
-            return router.threshold(budget)
-        finally:
-            router.logits.data = learned
+        logits = torch.where(self._full_steps(router, interval), 2 * MAX_LOGIT, router.logits.detach())
+        return router.hard(logits >= router.price(budget, logits))
 
     @staticmethod
     def _full_steps(router: Router, interval: int) -> Tensor:

@@ -70,6 +70,9 @@ class Rollout(Objective):
     def hard_schedule(self, router: Router, budget: float) -> HardSchedule:
         return router.spend(router.threshold(budget), budget)
 
+    def draw(self, router: Router, budget: float, generator: torch.Generator) -> HardSchedule:
+        return router.sample(budget, generator)[0]
+
     def optimizer(self, router: Router) -> torch.optim.Optimizer:
         return GroupedAdam(router, self.learning_rate)
 
@@ -114,7 +117,11 @@ class Rollout(Objective):
         }
 
     def warm_start(self, module: RouterModule, batches: Iterable[dict[str, Any]]) -> None:
-        """Sets the logits to the mean log(effect / saving) of reusing each gate alone on the uncached trajectory."""
+        """Sets the logits to the mean log(effect / saving) of reusing each gate alone on the uncached trajectory.
+
+        Raises:
+            ValueError: an effect that is not finite.
+        """
         router = module.router
         module.seed(0)
         full = HardSchedule.full(*router.logits.shape)
@@ -124,7 +131,13 @@ class Rollout(Objective):
             effects.append(module.effects(batch, full).of_each_flip())
         savings = router.savings().to(module.device)
         score = mean_over_processes(torch.stack(effects).mean(0).to(savings)) - savings.clamp_min(1e-9).log()
-        score[1:] = 2 * (score[1:] - score[1:].mean()) / score[1:].std()
+        if not score.isfinite().all():
+            raise ValueError(
+                "The effects that the warm start measures are not finite: the models overflow. Train with "
+                "--model.dtype=bfloat16 or float32."
+            )
+        if len(set(score[1:].flatten().tolist())) > 1:
+            score[1:] = 2 * (score[1:] - score[1:].mean()) / score[1:].std()
         score[:, savings <= 0] = score.max()
         score[0] = 0
         router.logits.data.copy_(score)
