@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(run: Callable[[], object]) -> int:
-    """Runs a program; returns the exit status: 0, or 2 for what the user can put right (a ValueError or OSError, a
-    package that is not installed), told in one line."""
+    """Runs a program; returns the exit status: 0, 2 for what the user can put right (a ValueError or OSError, a package
+    that is not installed), told in one line, or 130 if it was interrupted."""
     # Threads that wait by spinning starve each other when something else takes a core: some hundred times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # transformers warns of each image processor that it finds no torchvision for; none is used here.
@@ -70,6 +70,9 @@ def guarded(run: Callable[[], object]) -> int:
         run()
     except BrokenPipeError:  # the reader (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("hgc_learn: interrupted", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "hgc_learn"):

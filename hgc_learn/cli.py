@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
+import pickle
+import signal
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +18,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from hgc_learn import data  # noqa: F401  (makes the data modules known to the command line by their short names)
-from hgc_learn.files import write_atomically
+from hgc_learn.files import check_writable, write_atomically
 from hgc_learn.monitoring import ScheduleMonitor
 from hgc_learn.training import RouterModule
 
@@ -35,7 +39,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
     a process that is killed leaves half a file under the checkpoint's name.
 
     Args:
-        is_new_run: what an earlier run has left under the first one's name becomes `previous.ckpt`.
+        is_new_run: what an earlier run has left under the first one's name becomes `previous.ckpt`, or
+            `previous-1.ckpt`, ... where that is taken.
     """
 
     def __init__(self, is_new_run: bool):
@@ -49,7 +54,9 @@ class AtomicCheckpoints(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         target = Path(path)
         if self.is_new_run and target.is_file():
-            write_atomically(target.with_name("previous.ckpt"), target.read_bytes())
+            names = itertools.chain(["previous.ckpt"], (f"previous-{i}.ckpt" for i in itertools.count(1)))
+            free = next(path for path in map(target.with_name, names) if not path.exists())
+            write_atomically(free, target.read_bytes())
         write_atomically(target, buffer.getbuffer())
         self.is_new_run = False
 
@@ -77,7 +84,14 @@ class RouterCLI(LightningCLI):
         `RouterModule.on_load_checkpoint` says which must not differ."""
 
     def before_fit(self) -> None:
-        is_new_run = self.config["fit"]["ckpt_path"] is None
+        ckpt_path = self.config["fit"]["ckpt_path"]
+        if ckpt_path is not None and Path(ckpt_path).suffix:  # not one of Lightning's words, such as `last`
+            read_checkpoint(Path(ckpt_path))
+        for callback in self.trainer.checkpoint_callbacks:
+            folder = getattr(callback, "dirpath", None)
+            if folder is not None and "://" not in str(folder):
+                check_writable(Path(folder, "last.ckpt"))
+        is_new_run = ckpt_path is None
         self.trainer.strategy.checkpoint_io = AtomicCheckpoints(is_new_run)
 
 
@@ -87,16 +101,37 @@ def train(args: Sequence[str] | None = None) -> RouterCLI:
     Raises:
         ValueError: a setting that the machine or the training does not allow.
         KeyboardInterrupt: it was interrupted, and has saved a checkpoint.
-        SystemExit: an argument is not understood; what is wrong has been printed.
+        SystemExit: an argument is not understood, and what is wrong has been printed; or the process was asked to end,
+            and has saved a checkpoint (status 143).
     """
     try:
         return _cli(None if args is None else list(args), run=True)
     except MisconfigurationException as error:
         raise ValueError(" ".join(str(error).split())) from None
+    except SIGTERMException:  # Lightning's own ends with status 0, as a training that is done
+        raise SystemExit(128 + signal.SIGTERM) from None
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # what Lightning makes of it
             raise KeyboardInterrupt from None
         raise
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What is in a checkpoint of a training.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(checkpoint["config"], str):
+            return dict(checkpoint)
+    # What torch makes of files that are cut off, or of another kind.
+    except (RuntimeError, KeyError, IndexError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError):
+        pass
+    raise ValueError(f"{path}: not a checkpoint written by `python train.py fit`, or not all of one.")
 
 
 def rebuild(config: str) -> RouterCLI:

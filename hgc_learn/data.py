@@ -23,6 +23,8 @@ from hgc_learn.distributed import num_processes, rank
 
 T = TypeVar("T")
 
+# Arrow says that it has not implemented the cast of numbers to pictures; an empty metadata.jsonl makes an IndexError.
+UNREADABLE = OSError, ValueError, TypeError, IndexError, NotImplementedError, datasets.exceptions.DatasetsError
 MAX_DISTORTION = 2.0  # of a picture's shape by resizing
 
 
@@ -149,8 +151,7 @@ def read_rows(
         for column in picture_columns:
             rows = rows.cast_column(column, datasets.Image())
         rows = list(rows.take(num_rows)) if streaming else rows
-    # Arrow says that it has not implemented the cast of numbers to pictures.
-    except (OSError, ValueError, TypeError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
+    except UNREADABLE as error:
         is_vague = isinstance(error, datasets.exceptions.DatasetGenerationError)  # says only that something went wrong
         reason = error.__cause__ if is_vague and error.__cause__ else error
         raise ValueError(f"{name}, split {split!r}: {' '.join(str(reason).split())}") from None

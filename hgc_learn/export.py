@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,14 +15,14 @@ from rich.progress import Progress
 from torch.utils.data import DataLoader, Subset
 
 from hgc_learn import fills, specialise
-from hgc_learn.cli import rebuild
+from hgc_learn.cli import read_checkpoint, rebuild
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import gate_heatmap, save_figure
 from hgc_learn.fills import Report
 from hgc_learn.hard import HardSchedule
 from hgc_learn.learning import ALL, Learning
 from hgc_learn.rollout import default_device
-from hgc_learn.schedule import HGCSchedule, ScheduleError
+from hgc_learn.schedule import HGCSchedule, ScheduleError, check_output
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sharing import FILE_NAME
 from hgc_learn.training import RouterModule
@@ -61,7 +60,7 @@ def export(
     check_folder(output, budget)
     module, data = load_run(ckpt_path)
     module.router.check_budget(budget)
-    output.mkdir(parents=True, exist_ok=True)  # rather now than after all has been learned
+    check_output(output / FILE_NAME)  # rather now than after all has been learned
     if not module.objective.is_specialised:
         learning = replace(learning, specialise_updates=0, fill_updates=0)
     with Progress() as progress:
@@ -175,23 +174,16 @@ def load_trained(setting: Setting, ckpt_path: str, policy: str) -> tuple[RouterM
 
 def load_run(ckpt_path: Path) -> tuple[RouterModule, Any]:
     """Rebuilds the module of a training run (with the checkpoint's router), on the default device, and its data."""
-    if not ckpt_path.is_file():
-        raise ValueError(f"{ckpt_path}: no such checkpoint.")
+    checkpoint = read_checkpoint(ckpt_path)
     try:
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-        config = checkpoint["config"]
-    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError):
-        config = None
-    if not isinstance(config, str):
-        raise ValueError(f"{ckpt_path}: not a checkpoint written by `python train.py fit`.")
-    try:
-        cli = rebuild(config)
+        cli = rebuild(checkpoint["config"])
     except ArgumentError as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{ckpt_path}: its configuration is not one of this version of hgc_learn ({reason}). Export it with the "
             "version that it was trained with, or train anew."
         ) from None
+    cli.model.check_model(checkpoint, str(ckpt_path))
     try:
         cli.model.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:

@@ -54,7 +54,8 @@ def picture_grid(rows: dict[str, Tensor], titles: Sequence[str] = ()) -> Figure:
             axes[row, column].set_xticks([])
             axes[row, column].set_yticks([])
             if row == 0 and column < len(titles):
-                axes[row, column].set_title("\n".join(wrap(titles[column], 22)), fontsize=7)
+                # A caption with two dollar signs is no formula.
+                axes[row, column].set_title("\n".join(wrap(titles[column], 22)), fontsize=7, parse_math=False)
     return figure
 
 

@@ -25,6 +25,19 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             raise
 
 
+def check_writable(path: Path) -> None:
+    """Before long work: makes the folder of a file that is to be written.
+
+    Raises:
+        OSError: it could not be written there.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path.parent} cannot be written to.")
+
+
 def save_json(path: Path, value: Any) -> None:
     """Writes a JSON file, atomically; raises ValueError as `to_json`."""
     write_atomically(path, to_json(value))

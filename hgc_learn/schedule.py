@@ -20,7 +20,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hgc_learn.files import printable, to_json, write_atomically
+from hgc_learn.files import check_writable, printable, to_json, write_atomically
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.plan import COMPUTE, check_codes
 from hgc_learn.predictors import BY_CODE
@@ -232,8 +232,14 @@ class HGCSchedule:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file, and its tensors beside it if it has any; each appears under its name only when it is
-        complete."""
+        complete.
+
+        Raises:
+            ValueError: another ending than `.json`, which that of the tensors' file takes the place of.
+            OSError: it cannot be written there.
+        """
         path = Path(path)
+        check_output(path)
         content = to_json(self.to_dict())  # what cannot be written must not replace the tensors of what is there
         if self.tensors:
             write_atomically(tensor_path(path), self._tensor_bytes())
@@ -301,6 +307,13 @@ class HGCSchedule:
             write_atomically(Path(folder, CARD_NAME), model_card(self, repo_id, subfolder).encode())
             options: dict[str, Any] = {"private": private, "token": token, "commit_message": commit_message}
             return upload_folder(folder, repo_id, subfolder=subfolder, revision=revision, **options)
+
+
+def check_output(path: Path) -> None:
+    """Raises what `HGCSchedule.save` would, before what is to be saved is there."""
+    if path.suffix != ".json":
+        raise ValueError(f"{path}: a schedule's file ends in .json, and its tensors are beside it in .safetensors.")
+    check_writable(path)
 
 
 def tensor_path(path: str | os.PathLike[str]) -> Path:

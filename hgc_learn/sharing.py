@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ TENSOR_NAME = "hgc_schedule.safetensors"
 CARD_NAME = "README.md"
 LIBRARY_NAME = "hgc_learn"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_MARK = "<!-- Written by hgc_learn, which writes it anew unless it has been edited: "  # the digest follows
+_END = " -->\n"
 MAX_HUB_ID = 96  # characters, on the hub itself
 
 
@@ -89,8 +92,13 @@ def upload_folder(
 
 
 def is_own_card(path: Path) -> bool:
-    """Whether a README.md is a card that `model_card` wrote."""
-    return f"library_name: {LIBRARY_NAME}\n" in path.read_text(encoding="utf-8", errors="replace")
+    """Whether a README.md is a card that `model_card` wrote, and nobody has changed since."""
+    text, _, digest = path.read_text(encoding="utf-8", errors="replace").rpartition(_MARK)
+    return digest == _digest(text) + _END
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def model_card(schedule: HGCSchedule, source: str = "path/to/this/folder", subfolder: str = "") -> str:
@@ -110,7 +118,7 @@ def model_card(schedule: HGCSchedule, source: str = "path/to/this/folder", subfo
     ).to_yaml()
     load = f'HGCSchedule.from_pretrained("{source}", subfolder="{subfolder}")' if subfolder else f'"{source}"'
     tables = "\n".join(_table(title, entries) for title, entries in facts(schedule).items())
-    return f"""---
+    card = f"""---
 {metadata}
 ---
 
@@ -124,7 +132,9 @@ from hgc_learn.inference import HGCSchedule, apply_schedule
 
 apply_schedule(pipe, {load})  # then call pipe(...) as always
 ```
-{tables}"""
+{tables}
+"""
+    return f"{card}{_MARK}{_digest(card)}{_END}"
 
 
 def facts(schedule: HGCSchedule) -> dict[str, dict[str, Any]]:

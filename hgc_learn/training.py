@@ -14,6 +14,7 @@ from torch import Tensor
 from hgc_learn.distributed import mean_over_processes, num_processes, rank
 from hgc_learn.effects import Effects, measure_effects
 from hgc_learn.evaluation import decodes_upcast, unclamped_pictures
+from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.graph import build_graph
 from hgc_learn.hard import HardSchedule
 from hgc_learn.objectives import Objective, Rollout
@@ -123,6 +124,7 @@ class RouterModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
+        checkpoint["fingerprint"] = self.setting.fingerprint.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError where the router was trained for something else than it would be trained on for."""
@@ -133,6 +135,18 @@ class RouterModule(L.LightningModule):
                     f"ckpt_path: the router was trained with {name} {trained[name]}; asked for now is "
                     f"{self.hparams[name]}. Give the same, or train anew without ckpt_path."
                 )
+        self.check_model(checkpoint, "ckpt_path")
+
+    def check_model(self, checkpoint: dict[str, Any], name: str) -> None:
+        """Raises ValueError where the router was trained for other models than these; checkpoints of version 0.1.0 do
+        not all say which."""
+        if (trained := checkpoint.get("fingerprint")) is None:
+            return
+        if difference := ModelFingerprint.from_dict(trained).difference(self.setting.fingerprint):
+            raise ValueError(
+                f"{name}: the router was trained for another model ({', '.join(difference)}). Give that one, or train "
+                "anew."
+            )
 
     def on_fit_start(self) -> None:
         if self.trainer.precision != "32-true":

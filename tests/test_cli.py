@@ -11,8 +11,8 @@ import pytest
 from test_schedule import SCHEDULE, changed
 from tiny_models import IMAGE_SIZE, NUM_STEPS, build_pipeline, shared_pipeline
 
-from hgc_learn.__main__ import COMMANDS, build_parser, main
-from hgc_learn.inference import apply_schedule
+from hgc_learn.__main__ import COMMANDS, build_parser, guarded, main
+from hgc_learn.inference import HGCSchedule, apply_schedule
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -336,3 +336,26 @@ def test_models_that_are_not_there_are_told_in_one_line(
     argv = ["schedule", "uniform", *options, "--interval", "2", "--output", str(tmp_path / "file.json")]
     assert main(argv) == 2
     assert f"hgc_learn: {message}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_interruption_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> None:
+        raise KeyboardInterrupt
+
+    assert guarded(run) == 130
+    assert capsys.readouterr().err == "hgc_learn: interrupted\n"
+
+
+def test_where_nothing_can_be_written_is_told_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, folder = tmp_path / "schedule.json", tmp_path / "a.json"
+    SCHEDULE.save(source)
+    folder.mkdir()
+    page = ["report", str(source), "--output"]
+    assert "is a folder" in refused(capsys, *page, str(tmp_path))
+    assert "is an HTML page" in refused(capsys, *page, str(source))
+    assert HGCSchedule.load(source) == SCHEDULE
+    policy = ["schedule", "uniform", "--model", "nowhere/at/all", "--output"]
+    assert "a schedule's file ends in .json" in refused(capsys, *policy, str(tmp_path))
+    assert "a.json is a folder" in refused(capsys, *policy, str(folder))

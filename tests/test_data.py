@@ -165,6 +165,7 @@ WRONG: dict[str, tuple[Change, dict[str, Any], str]] = {
     ),
     "no text": (lambda f: change_row(f, 1, text=None), {}, "row 1: text is NoneType, not a text"),
     "no metadata": (lambda f: (f / "metadata.jsonl").unlink(), {}, "neither a metadata.jsonl nor a parquet file"),
+    "empty metadata": (lambda f: (f / "metadata.jsonl").write_text(""), {}, "split 'train'"),
     "broken metadata": (lambda f: (f / "metadata.jsonl").write_text("{oops"), {}, "JSON parse error"),
     "no file_name": (lambda f: (f / "metadata.jsonl").write_text('{"text": "a"}'), {}, "`file_name`"),
     "unknown split": (lambda _: None, {"train_split": "tran"}, "split 'tran'.*train"),

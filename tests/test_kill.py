@@ -77,6 +77,17 @@ def test_killed_while_a_checkpoint_is_written(teacher: Path, tmp_path: Path) -> 
     assert_same_router(load(fit(teacher, tmp_path / "parts", 4, *MORE, *resume_from(ckpt_path))), whole)
 
 
+def test_a_training_that_is_asked_to_end_says_that_it_has_not_ended_by_itself(teacher: Path, tmp_path: Path) -> None:
+    ckpt_path = tmp_path / "checkpoints" / "last.ckpt"
+    process = start([], fit_arguments(teacher, tmp_path, 10_000, *MORE, "--trainer.max_epochs=10000"))
+    while not ckpt_path.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert 0 < load(ckpt_path)["global_step"] < 10_000
+
+
 @pytest.mark.nightly
 def test_killed_at_random_moments(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the outside, again and again until the training ends, with a checkpoint after every update."""

@@ -50,6 +50,13 @@ def test_round_trip(tmp_path: Path) -> None:
     assert '  "unet:eps": "CC-CC"' in rows  # one site per line, to be read and compared by people
 
 
+@pytest.mark.parametrize("name", ["schedule", "hyca_0.25", "schedule.safetensors"])
+def test_names_whose_tensors_would_collide_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: a schedule's file ends in .json"):
+        SCHEDULE.save(tmp_path / name)
+    assert not os.listdir(tmp_path)
+
+
 def test_saving_does_not_damage_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "hgc_schedule.json"
     SCHEDULE.save(path)

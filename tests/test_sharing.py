@@ -209,6 +209,10 @@ def test_cards_of_others_stay(hub: Path, tmp_path: Path) -> None:
     SCHEDULE.save_pretrained(tmp_path)
     card = tmp_path / "README.md"
     SCALED.save_pretrained(tmp_path)
+    edited = card.read_text().replace("# Cache schedule", "# My notes")
+    card.write_text(edited)
+    SCHEDULE.save_pretrained(tmp_path)
+    assert card.read_text() == edited
     card.write_text("# my pipeline\n")
     SCALED.save_pretrained(tmp_path)
     assert card.read_text() == "# my pipeline\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save
 from test_data import write_folder
 from training_fixtures import BUDGET, SAMPLING, changed, fit, random_schedule
 
@@ -263,11 +267,38 @@ def test_what_is_asked_for_holds_on_resuming(teacher: Path, tmp_path: Path) -> N
 
 
 def test_a_new_run_keeps_the_checkpoint_that_was_there(teacher: Path, tmp_path: Path) -> None:
-    ckpt_path = fit(teacher, tmp_path, 2)
-    assert fit(teacher, tmp_path, 1) == ckpt_path
-    names = "last.ckpt", "previous.ckpt"
+    ckpt_path = fit(teacher, tmp_path, 3)
+    for num_steps in (2, 1):
+        assert fit(teacher, tmp_path, num_steps) == ckpt_path
+    names = "last.ckpt", "previous-1.ckpt", "previous.ckpt"
     steps = [torch.load(ckpt_path.with_name(name), weights_only=True)["global_step"] for name in names]
-    assert steps == [1, 2]
+    assert steps == [1, 2, 3]
+
+
+def test_a_router_stays_with_its_models(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = shutil.copytree(teacher, tmp_path / "model", ignore=shutil.ignore_patterns("trained"))
+    ckpt_path = fit(model, tmp_path / "run", 1)
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    unet.conv_out.weight.data *= 2
+    unet.save_pretrained(model / "unet")
+    assert guarded(lambda: fit(model, tmp_path / "run", 2, f"--ckpt_path={ckpt_path}")) == 2
+    assert "ckpt_path: the router was trained for another model" in capsys.readouterr().err
+    assert main(["export", "--ckpt_path", str(ckpt_path), "--output", str(tmp_path / "out")]) == 2
+    assert "last.ckpt: the router was trained for another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["text", "half", "tensors"])
+def test_files_that_are_no_checkpoint_are_refused_by_name(
+    teacher: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, whole = tmp_path / "some.ckpt", io.BytesIO()
+    torch.save({"config": "a: 1", "state_dict": {"router.logits": torch.zeros(100)}}, whole)
+    contents = {"text": b"no checkpoint", "half": whole.getvalue()[: len(whole.getvalue()) // 2]}
+    path.write_bytes(contents.get(content) or save({"a": torch.zeros(3)}))
+    assert main(["export", "--ckpt_path", str(path), "--output", str(tmp_path / "out")]) == 2
+    assert guarded(lambda: fit(teacher, tmp_path, 1, f"--ckpt_path={path}")) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert sum("some.ckpt: not a checkpoint written by" in line for line in lines) == 2
 
 
 def test_checkpoint_of_another_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

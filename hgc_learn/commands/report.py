@@ -34,10 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from hgc_learn.files import check_writable
     from hgc_learn.report import write_page
     from hgc_learn.report.pareto import read_comparison
     from hgc_learn.schedule import HGCSchedule
 
+    check_writable(args.output)
+    if args.output.suffix in (".json", ".safetensors"):
+        raise ValueError(f"--output: {args.output} is an HTML page; name it so.")
     schedule = HGCSchedule.from_pretrained(args.source)
     comparison = read_comparison(args.comparison) if args.comparison else ()
     if args.num_pictures < 0:

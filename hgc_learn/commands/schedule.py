@@ -90,8 +90,10 @@ def write(policy: Policy, args: argparse.Namespace) -> None:
     """Loads the pipeline, lets the policy write, saves the file and prints what is left of the MACs."""
     from hgc_learn.architectures import Architecture
     from hgc_learn.rollout import SamplingConfig, load_pipeline
+    from hgc_learn.schedule import check_output
     from hgc_learn.setting import Setting
 
+    check_output(args.output)
     for name in ("steps", "num_samples", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
