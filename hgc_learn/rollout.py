@@ -86,6 +86,9 @@ def load_pipeline(
     if controlnet is None:
         pipe = _load("model", DiffusionPipeline.from_pretrained, model, dtype=torch_dtype)
     else:
+        kind = _load("controlnet", ControlNetModel.load_config, controlnet).get("_class_name")
+        if kind != "ControlNetModel":
+            raise ValueError(f"controlnet: {controlnet!r} is a {kind}, not a ControlNetModel.")
         net = _load("controlnet", ControlNetModel.from_pretrained, controlnet, dtype=torch_dtype)
         if "controlnet" in _load("model", DiffusionPipeline.load_config, model):
             raise ValueError(
@@ -93,6 +96,13 @@ def load_pipeline(
                 "give none (null), or a model without one."
             )
         pipe = _load("model", AutoPipelineForText2Image.from_pretrained, model, controlnet=net, dtype=torch_dtype)
+        for name in ("cross_attention_dim", "block_out_channels"):
+            theirs, its = (str(model.config[name]).strip("()[]") for model in (pipe.unet, net))  # tuples, or lists
+            if theirs != its:
+                raise ValueError(
+                    f"controlnet: {controlnet!r} is for another kind of model than {model!r} (its {name} is {its}, the "
+                    f"UNet's {theirs})."
+                )
     if isinstance(getattr(pipe, "controlnet", None), MultiControlNetModel):
         raise ValueError(
             f"model: the pipeline {model!r} has several ControlNets, and data have one control image a sample; take a "

@@ -31,6 +31,15 @@ def load(folder: Path, **kwargs: Any) -> RouterModule:
     return RouterModule(str(folder / "model"), SAMPLING, controlnet=str(folder / "controlnet"), **kwargs)
 
 
+def test_controlnets_that_do_not_fit_are_refused(sdxl: Path, teacher: Path) -> None:
+    for folder, message in (
+        (teacher / "controlnet", "for another kind of model"),
+        (sdxl / "model" / "unet", "is a UNet"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_pipeline(str(sdxl / "model"), SAMPLING, controlnet=str(folder))
+
+
 def test_latents_with_a_mean_are_decoded_as_the_pipeline_does(sdxl: Path, batch: dict[str, Any]) -> None:
     module = load(sdxl)
     latents, plain = generate(module.pipe, SAMPLING, batch), generate(module.pipe, SAMPLING, batch, output_type="pt")
