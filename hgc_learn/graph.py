@@ -57,7 +57,7 @@ class Graph:
     """Nodes in execution order; `output` is the UNet's prediction, `guidance` its guided less its unguided half
     (nothing reads it: see `hgc_learn.plan`), `residuals[n]` the n-th ControlNet residual as the UNet receives it
     (empty without a ControlNet), `modules` by path what nodes hold, `opened` by path those of them that are not called
-    themselves but in parts, with their types."""
+    themselves but in parts, with their types. `takes_guidance_scale`: the UNet guides by itself (LCM)."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
     output: str = "unet:eps"
@@ -65,6 +65,12 @@ class Graph:
     residuals: tuple[str, ...] = ()
     modules: dict[str, nn.Module] = field(default_factory=dict)
     opened: dict[str, tuple[nn.Module, type]] = field(default_factory=dict)
+    takes_guidance_scale: bool = False
+
+    def batch_size(self, guidance_scale: float) -> int:
+        """Samples in a model call per picture: an unguided and a guided one, or one where there is no guidance (1 or
+        less), or the UNet takes its scale as an input."""
+        return 2 if guidance_scale > 1 and not self.takes_guidance_scale else 1
 
     def consumers(self) -> dict[str, list[str]]:
         """Maps every node to the nodes that read it, in execution order."""
@@ -121,7 +127,11 @@ def build_graph(
         controls.append(builder.add_controlnet(path, net))
     builder.add_unet(unet, list(zip(*controls, strict=True)))
     return Graph(
-        nodes=builder.nodes, residuals=tuple(builder.residuals), modules=builder.modules, opened=builder.opened
+        nodes=builder.nodes,
+        residuals=tuple(builder.residuals),
+        modules=builder.modules,
+        opened=builder.opened,
+        takes_guidance_scale=unet.config.time_cond_proj_dim is not None,
     )
 
 

@@ -289,10 +289,8 @@ class Runtime(RoutedForwards):
         unet, *controlnets = self.models.values()
         architecture = replace(Architecture.of(self.pipe), unet=unet, controlnet=controlnets)
         size = architecture.default_size if schedule is None else (schedule.height, schedule.width)
-        batch = 2 if schedule is None else schedule.batch_size
-        if unet.config.time_cond_proj_dim is not None:  # it takes the guidance scale as an input (LCM)
-            batch = 1
         graph, costs = architecture.measure(size)
+        batch = graph.batch_size(7.5 if schedule is None else schedule.guidance_scale)
         plan = compile_plan(graph, self.rows, self.num_steps)
         full = compile_plan(graph, {}, self.num_steps)
         result: dict[str, Any] = {"num_inference_steps": self.num_steps}

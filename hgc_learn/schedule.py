@@ -129,11 +129,6 @@ class HGCSchedule:
         """Model calls of a run: one per timestep."""
         return len(self.timesteps)
 
-    @property
-    def batch_size(self) -> int:
-        """Samples in a model call per image: 2 with guidance, 1 without."""
-        return 2 if self.guidance_scale > 1 else 1
-
     def reductions(self) -> dict[str, str]:
         """Share of the MACs that it saves, as people read it, by convention; empty where the file does not say."""
         shares = {}

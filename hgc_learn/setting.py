@@ -72,15 +72,13 @@ class Setting:
 
     @property
     def is_guided(self) -> bool:
-        """Whether a model call has an unguided and a guided half: not where the UNet takes the guidance scale as an
-        input of its own (LCM)."""
-        takes_scale = self.pipe is not None and self.pipe.unet.config.time_cond_proj_dim is not None
-        return self.sampling.guidance_scale > 1 and not takes_scale
+        """Whether a model call has an unguided and a guided half."""
+        return self.batch_size == 2
 
     @property
     def batch_size(self) -> int:
         """Samples in a model call per picture."""
-        return 2 if self.is_guided else 1
+        return self.graph.batch_size(self.sampling.guidance_scale)
 
     def plan(self, draft: Draft) -> Plan:
         return compile_plan(self.graph, draft.sites, len(draft.timesteps or self.timesteps))

@@ -14,8 +14,10 @@ from training_fixtures import BUDGET, SAMPLING, save_tiny_models
 
 from hgc_learn.evaluation import decode, unclamped_pictures
 from hgc_learn.hard import HardSchedule
+from hgc_learn.inference import apply_schedule
 from hgc_learn.objectives import Rollout
 from hgc_learn.rollout import SamplingConfig, generate, load_pipeline
+from hgc_learn.setting import Draft
 from hgc_learn.training import RouterModule
 
 
@@ -91,6 +93,10 @@ def test_a_unet_that_takes_the_guidance_scale_has_no_halves(
     draft = module.draft(HardSchedule.full(*module.router.logits.shape))
     macs = module.setting.schedule(draft, policy="none", settings={}).macs
     assert macs["full"] == module.num_steps * sum(cost.macs for cost in module.costs.values())
+    schedule = module.setting.schedule(Draft({"unet:eps": "C-C-C"}), policy="none", settings={})
+    with apply_schedule(module.pipe, schedule) as handle:
+        generate(module.pipe, sampling, batch)
+        assert handle.stats()["macs_cached"] == schedule.macs["cached"] == macs["full"] * 3 / 5
     prediction = torch.randn(2, 4, 8, 8)
     assert torch.equal(module.guide(prediction), prediction)
     with pytest.raises(ValueError, match="unet:guidance is the difference that guidance makes"):

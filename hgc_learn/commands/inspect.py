@@ -79,8 +79,7 @@ def _with_model(schedule: HGCSchedule, architecture: Architecture) -> tuple[dict
         site: "".join(code if site in names else DEAD for code, names in zip(row, needed, strict=True))
         for site, row in schedule.sites.items()
     }
-    batch_size = 2 if schedule.guidance_scale > 1 else 1
-    per_step = plan.macs_per_step(costs, batch_size=batch_size)
+    per_step = plan.macs_per_step(costs, batch_size=graph.batch_size(schedule.guidance_scale))
     return rows, [macs / per_step[0] for macs in per_step]
 
 

@@ -91,7 +91,7 @@ def count_macs(
 
     height, width = size or architecture.default_size
     graph, costs = architecture.measure((height, width))
-    batch_size = 2 if guidance_scale > 1 else 1
+    batch_size = graph.batch_size(guidance_scale)
     per_forward: dict[str, dict[str, int]] = {}
     for node in graph.nodes.values():
         entry = per_forward.setdefault(node.model, dict.fromkeys(CONVENTIONS, 0))

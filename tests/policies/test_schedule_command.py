@@ -82,7 +82,7 @@ def test_schedule_writes_what_the_knobs_say(capsys: pytest.CaptureFixture[str], 
     assert main(["schedule", "faster_diffusion", *argv]) == 0
     schedule = HGCSchedule.load(path)
     assert set(schedule.sites.values()) == {"C--C--"}
-    assert (schedule.height, schedule.width, schedule.batch_size) == (128, 64, 1)
+    assert (schedule.height, schedule.width, schedule.guidance_scale) == (128, 64, 1)
     assert schedule.scheduler == "DDIMScheduler"
 
 
