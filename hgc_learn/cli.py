@@ -85,7 +85,8 @@ class RouterCLI(LightningCLI):
 
     def before_fit(self) -> None:
         ckpt_path = self.config["fit"]["ckpt_path"]
-        if ckpt_path is not None and Path(ckpt_path).suffix:  # not one of Lightning's words, such as `last`
+        # Not one of Lightning's words, such as `last`, and on a disk.
+        if ckpt_path is not None and Path(ckpt_path).suffix and "://" not in ckpt_path:
             read_checkpoint(Path(ckpt_path))
         for callback in self.trainer.checkpoint_callbacks:
             folder = getattr(callback, "dirpath", None)
@@ -121,15 +122,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: it is none.
+        OSError: it cannot be read.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint.")
+    content = io.BytesIO(path.read_bytes())
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(content, map_location="cpu", weights_only=True)
         if isinstance(checkpoint["config"], str):
             return dict(checkpoint)
     # What torch makes of files that are cut off, or of another kind.
-    except (RuntimeError, KeyError, IndexError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError):
+    except (RuntimeError, KeyError, IndexError, TypeError, ValueError, EOFError, pickle.UnpicklingError):
         pass
     raise ValueError(f"{path}: not a checkpoint written by `python train.py fit`, or not all of one.")
 
@@ -141,7 +144,7 @@ def rebuild(config: str) -> RouterCLI:
         ArgumentError: of jsonargparse; not a configuration of this version.
     """
     settings = yaml.safe_load(config)
-    # Arguments of `fit`, not of an object; the last two were never used, and are in checkpoints of version 0.1.0.
+    # Arguments of `fit`, not of an object; the last two, never used, are in earlier checkpoints.
     for key in ("ckpt_path", "weights_only", "optimizer", "lr_scheduler"):
         settings.pop(key, None)
     for key in ("strategy", "devices", "num_nodes", "accelerator"):  # the machines of the run need not be here

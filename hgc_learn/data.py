@@ -319,7 +319,7 @@ class _TrainLoader(DataLoader[dict[str, Any]]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Raises ValueError in the middle of an epoch that was cut into other batches."""
-        num_batches = state.get("num_batches", len(self))  # checkpoints of version 0.1.0 do not say
+        num_batches = state.get("num_batches", len(self))  # earlier checkpoints do not say
         if state["num_done"] and num_batches != len(self):
             raise ValueError(
                 f"ckpt_path: it was saved after {state['num_done']} of the {num_batches} batches of an epoch; here an "

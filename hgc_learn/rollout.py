@@ -97,7 +97,7 @@ def load_pipeline(
             )
         pipe = _load("model", AutoPipelineForText2Image.from_pretrained, model, controlnet=net, dtype=torch_dtype)
         for name in ("cross_attention_dim", "block_out_channels"):
-            theirs, its = (str(model.config[name]).strip("()[]") for model in (pipe.unet, net))  # tuples, or lists
+            theirs, its = (torch.tensor(model.config[name]).tolist() for model in (pipe.unet, net))  # tuples, or lists
             if theirs != its:
                 raise ValueError(
                     f"controlnet: {controlnet!r} is for another kind of model than {model!r} (its {name} is {its}, the "

@@ -96,7 +96,6 @@ class RouterModule(L.LightningModule):
         self.use_pipeline(pipe)
         self.targets: dict[tuple[str, str, int], Tensor] = {}
         self.generator = torch.Generator()
-        self.batch_idx = 0  # in its epoch
         self.config: str | None = None  # of the run, as YAML; goes into the checkpoint
         objective.prepare(self)
         for budget in budgets:
@@ -138,8 +137,8 @@ class RouterModule(L.LightningModule):
         self.check_model(checkpoint, "ckpt_path")
 
     def check_model(self, checkpoint: dict[str, Any], name: str) -> None:
-        """Raises ValueError where the router was trained for other models than these; checkpoints of version 0.1.0 do
-        not all say which."""
+        """Raises ValueError where the router was trained for other models than these; earlier checkpoints do not
+        say which."""
         if (trained := checkpoint.get("fingerprint")) is None:
             return
         if difference := ModelFingerprint.from_dict(trained).difference(self.setting.fingerprint):
@@ -222,7 +221,6 @@ class RouterModule(L.LightningModule):
         for text, image in zip(batch["text"], batch["conditioning_image"], strict=True):
             if not image.isfinite().all():
                 raise ValueError(f"The control image of {text!r} holds NaN or infinity. Repair it or leave it out.")
-        self.batch_idx = batch_idx
         logs = self.objective.step(self, batch)
         logs = {f"train/{name}": value for name, value in logs.items()}
         self.log_dict(logs, batch_size=len(batch["text"]), sync_dist=True)
@@ -255,7 +253,8 @@ class RouterModule(L.LightningModule):
         trainer, done = self.trainer, 0.0
         if trainer.max_epochs is not None and trainer.max_epochs > 0:
             num_batches = trainer.num_training_batches
-            done = (self.current_epoch * num_batches + self.batch_idx) / (trainer.max_epochs * num_batches)
+            batch_idx = trainer.fit_loop.epoch_loop.batch_idx
+            done = (self.current_epoch * num_batches + batch_idx) / (trainer.max_epochs * num_batches)
         if trainer.max_steps > 0:
             done = max(done, self.global_step / trainer.max_steps)
         return min(1.0, done)

@@ -354,7 +354,7 @@ def test_where_nothing_can_be_written_is_told_before_the_work(
     folder.mkdir()
     page = ["report", str(source), "--output"]
     assert "is a folder" in refused(capsys, *page, str(tmp_path))
-    assert "is an HTML page" in refused(capsys, *page, str(source))
+    assert "would be an HTML page" in refused(capsys, *page, str(source))
     assert HGCSchedule.load(source) == SCHEDULE
     policy = ["schedule", "uniform", "--model", "nowhere/at/all", "--output"]
     assert "a schedule's file ends in .json" in refused(capsys, *policy, str(tmp_path))

@@ -60,7 +60,6 @@ def test_what_cannot_be_written_leaves_the_file_that_was_there(tmp_path: Path) -
 
 SAVE_FOR_EVER = """
 import itertools, sys
-from dataclasses import replace
 from pathlib import Path
 from hgc_learn.files import write_atomically
 for i in itertools.count():

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
 
     check_writable(args.output)
     if args.output.suffix in (".json", ".safetensors"):
-        raise ValueError(f"--output: {args.output} is an HTML page; name it so.")
+        raise ValueError(f"--output: {args.output} would be an HTML page; give it another ending.")
     schedule = HGCSchedule.from_pretrained(args.source)
     comparison = read_comparison(args.comparison) if args.comparison else ()
     if args.num_pictures < 0:

@@ -136,7 +136,7 @@ class Rollout(Objective):
                 "The effects that the warm start measures are not finite: the models overflow. Train with "
                 "--model.dtype=bfloat16 or float32."
             )
-        if len(set(score[1:].flatten().tolist())) > 1:
+        if score[1:].std(correction=0) > 0:
             score[1:] = 2 * (score[1:] - score[1:].mean()) / score[1:].std()
         score[:, savings <= 0] = score.max()
         score[0] = 0
