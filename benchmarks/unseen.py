@@ -1,8 +1,8 @@
 """Judges the comparisons' schedules on scenes that nothing has seen: `python benchmarks/unseen.py`.
 
 The test scenes of a comparison have judged more than one version of the learned policy, which may have grown to suit
-them. Here the schedules that the comparisons chose, of `learned` and of the best other policies, meet scenes after all
-of those. What is in the output already is not run again.
+them. Here the schedules that the comparisons chose, of `learned` and of the best other policy, meet scenes after all of
+those. What is in the output already is not run again.
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ OFFSET = 50_000
 """Beyond the test scenes of all comparisons."""
 
 
-def judge(
-    config: CompareConfig, rankings: Sequence[Ranking], num_scenes: int, num_others: int
-) -> Iterator[dict[str, Any]]:
-    """A row for each other policy, best first, at each budget of one sampler."""
+def judge(config: CompareConfig, rankings: Sequence[Ranking], num_scenes: int) -> Iterator[dict[str, Any]]:
+    """A row for each budget of one sampler."""
     sampling = config.sampling(rankings[0].sampler)
     pipe = load_pipeline(config.model, sampling)
     scenes = draw_batches("test", num_scenes, config.batch_size, OFFSET)
@@ -45,24 +43,22 @@ def judge(
         return values
 
     for ranking in track(rankings, rankings[0].sampler):
-        own = psnr(ranking, "learned")
-        others = [cell["policy"] for cell in ranking.cells if cell["policy"] != "learned"]
-        for other in others[:num_others]:
-            values = psnr(ranking, other)
-            difference, interval = paired_difference(own, values)
-            yield {
-                "model": config.model,
-                "sampler": ranking.sampler,
-                "budget": ranking.budget,
-                "offset": OFFSET,
-                "num_samples": num_scenes,
-                "psnr_db": round(sum(own) / num_scenes, 3),
-                "psnr_ci": [round(bound, 3) for bound in mean_interval(own)],
-                "other": other,
-                "other_psnr_db": round(sum(values) / num_scenes, 3),
-                "difference_db": round(difference, 3),
-                "difference_ci": [round(bound, 3) for bound in interval],
-            }
+        other = next(cell["policy"] for cell in ranking.cells if cell["policy"] != "learned")
+        own, values = psnr(ranking, "learned"), psnr(ranking, other)
+        difference, interval = paired_difference(own, values)
+        yield {
+            "model": config.model,
+            "sampler": ranking.sampler,
+            "budget": ranking.budget,
+            "offset": OFFSET,
+            "num_samples": num_scenes,
+            "psnr_db": round(sum(own) / num_scenes, 3),
+            "psnr_ci": [round(bound, 3) for bound in mean_interval(own)],
+            "other": other,
+            "other_psnr_db": round(sum(values) / num_scenes, 3),
+            "difference_db": round(difference, 3),
+            "difference_ci": [round(bound, 3) for bound in interval],
+        }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,15 +67,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--configs", type=Path, nargs="+", default=[Path(f"configs/compare/{n}.yaml") for n in ("demo", "second")])
     add("--samplers", nargs="+", metavar="NAME", help="of the comparisons (default all)")
     add("--num_scenes", type=int, default=128)
-    add("--num_others", type=int, default=2, help="policies, the best of each cell (default 2)")
     add("--output", type=Path, default=Path("benchmarks/unseen.json"))
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = json.loads(args.output.read_text()) if args.output.is_file() else []
     for config in map(read_config, args.configs):
+        found, _ = collect(config)
         for sampler in args.samplers or config.samplers:
-            rankings = [r for r in collect(config)[0] if r.sampler == sampler and len(r.cells) > 1]
+            rankings = [r for r in found if r.sampler == sampler and len(r.cells) > 1]
             if rankings and not any((row["model"], row["sampler"]) == (config.model, sampler) for row in rows):
-                rows += judge(config, rankings, args.num_scenes, args.num_others)
+                rows += judge(config, rankings, args.num_scenes)
                 save_json(args.output, rows)
     print(json.dumps(rows, indent=1))
 
