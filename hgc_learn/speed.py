@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from hgc_learn.files import save_json, write_atomically
+from hgc_learn.forwards import routed_models
 from hgc_learn.inference import ScheduleHandle
 from hgc_learn.macs import flop_counter
 
 Setup = Callable[[], AbstractContextManager[ScheduleHandle | None]]
 """Sets the pipeline up for one run, and back."""
 
-SETTING = ("machine", "arch", "size", "dtype", "num_inference_steps", "guidance_scale", "schedule")
+SETTING = ("machine", "arch", "size", "dtype", "compiled", "num_inference_steps", "guidance_scale", "schedule")
 """What a row is about; all else in it are figures."""
 
 
@@ -60,6 +61,16 @@ def time_once(run: Callable[[], object], setup: Setup, device: torch.device) -> 
 def plain() -> AbstractContextManager[None]:
     """The pipeline as it is."""
     return nullcontext()
+
+
+def compile_blocks(pipe: Any) -> None:
+    """Has torch.compile run the transformer blocks of UNet and ControlNets, as `compile_repeated_blocks` of diffusers'
+    UNets does."""
+    torch._dynamo.config.recompile_limit = 64  # one function for blocks of all widths, sizes and batches
+    for model in routed_models(pipe).values():
+        for module in model.modules():
+            if type(module).__name__ in pipe.unet._repeated_blocks:
+                module.compile(fullgraph=True)
 
 
 def row(
@@ -117,7 +128,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A table per setting: medians, with 95 % intervals where runs were repeated."""
     parts = []
     for setting, group in itertools.groupby(rows, lambda row: tuple(row[name] for name in SETTING[:-1])):
-        machine, arch, size, dtype, steps, guidance_scale = setting
+        machine, arch, size, dtype, compiled, steps, guidance_scale = setting
+        dtype += ", compiled block by block" * compiled
         parts += [f"{arch}, {size} px, {steps} steps, guidance scale {guidance_scale:g}, {dtype}. {machine}.", ""]
         parts += [
             "| schedule | rounds | fewer MACs | faster | efficiency | peak memory | cache, MB: planned, measured |"

@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=5, help="to add (default %(default)s)")
     add("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     add("--device", default="cpu", choices=["cpu", "cuda"], help="(default %(default)s)")
+    add("--compile", action="store_true", help="with and without a schedule by torch.compile, block by block")
     add("--output", type=Path, required=True, metavar="FILE", help="JSON list of rows")
     parser.set_defaults(parser=parser)
 
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     setting = Setting.of_pipeline(pipe, sampling)
     candidates = _candidates(pipe, setting, args)
     common = {"machine": speed.machine(device), "arch": args.arch or args.model, "size": args.size, "dtype": args.dtype}
-    common |= {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    common |= {"compiled": args.compile, "num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
 
     def generate() -> None:
         pipe(**call)
@@ -99,6 +100,10 @@ def run(args: argparse.Namespace) -> None:
     of_plain = next(iter(known.values()))[0] if known else speed.measure_cost(generate, speed.plain, device)
     for name, candidate in track(new.items(), description="counting MACs and memory"):
         costs[name] = speed.measure_cost(generate, candidate, device)
+    if args.compile:  # after counting: what is compiled cannot be counted
+        speed.compile_blocks(pipe)
+        for candidate in track([speed.plain, *candidates.values()], description="compiling"):
+            speed.time_once(generate, candidate, device)
     for _ in track(range(args.rounds), description="timing"):
         for neighbours in _in_pairs(candidates):  # each beside a run of the plain pipeline
             first, *second = neighbours
