@@ -102,6 +102,8 @@ def test_readme_has_the_measured_figures() -> None:
     computes = next(iter(speed.read_rows(ROOT / "benchmarks/speed/overhead.json").values()))
     low, high = (100 * x for x in computes["overhead_interval"])
     figures.append(f"costs {100 * computes['overhead']:.1f} % [{low:.1f}, {high:.1f}]")
-    assert len(figures) == 5
+    gpu = [*speed.read_rows(ROOT / "benchmarks/speed/gpu.json").values()]
+    figures += [f"{row['speedup']:.2f}x" for row in gpu if row["macs_ratio"] > 1.1 and "hgc:" not in row["schedule"]]
+    assert len(figures) == 11
     for figure in figures:
         assert figure in section.replace("\n", " "), figure

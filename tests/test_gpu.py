@@ -101,15 +101,6 @@ def test_no_step_waits_for_the_device(shape: str) -> None:
     assert of_schedule <= of_plain + SYNCS_PER_RUN
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_compiled_programs_give_the_same() -> None:
-    tiny = on_gpu("small")
-    handle = apply_schedule(tiny.pipe, tiny.schedule(ROWS))
-    eager = call(tiny)
-    handle.compile(fullgraph=True)
-    assert (call(tiny) - eager).norm() < 1e-3 * eager.norm()
-
-
 def test_a_router_learns_and_is_exported(teacher: Path, batch: dict[str, Any]) -> None:
     sites = [*DEFAULT_SITES, "unet:guidance"]
     module = RouterModule(str(teacher), SAMPLING, budgets=[BUDGET], sites=sites, objective=Rollout()).to("cuda")
@@ -129,3 +120,13 @@ def test_a_router_learns_and_is_exported(teacher: Path, batch: dict[str, Any]) -
     schedule_file = module.setting.schedule(draft, policy="learned", settings={})
     figures, _ = evaluate_schedule(module.pipe, SAMPLING, schedule_file, [batch])
     assert 0 < figures["psnr_db"] < 150
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_programs_give_the_same() -> None:
+    tiny = on_gpu("small")
+    handle = apply_schedule(tiny.pipe, tiny.schedule(ROWS))
+    eager = call(tiny)
+    handle.compile(fullgraph=True)
+    assert (call(tiny) - eager).norm() < 1e-3 * eager.norm()
