@@ -222,7 +222,7 @@ def test_several_controlnets_and_a_sampler_with_scaled_latents() -> None:
 
 
 def test_predicted_cache_bytes_are_the_measured_ones(own: TinyPipeline) -> None:
-    for name in ("deepcache", "faster_diffusion", "tgate", "hgc"):
+    for name in ("deepcache", "faster_diffusion", "tgate", "tgate_deepcache", "hgc"):
         arguments = own.arguments()
         sampling = SamplingConfig(NUM_STEPS, arguments["guidance_scale"], arguments["height"], arguments["width"])
         policy = POLICIES[name]

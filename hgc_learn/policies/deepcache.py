@@ -6,10 +6,12 @@ whose skip it reads, and all shallower ones, run anew.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 import numpy as np
 
+from hgc_learn.plan import live_step
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import decoder_inputs
@@ -48,20 +50,30 @@ def deepcache(
         center: of the quadratic spacing, a step; 3/10 of the run if not given.
         power: of the quadratic spacing, above 1; the higher, the denser around the centre.
     """
-    inputs = decoder_inputs(setting.graph)
-    if not 0 <= branch < len(inputs):
-        raise ValueError(f"branch is {branch}; this UNet has branches 0 to {len(inputs) - 1}.")
     full = full_steps(setting.num_steps, interval)
     if spacing == "quadratic" and interval > 1:
         center = setting.num_steps * 3 // 10 if center is None else center
         full = quadratic_steps(setting.num_steps, len(full), center=center, power=power)
+    return Draft(shell_between(setting, full, branch=branch, control=control))
+
+
+def shell_between(
+    setting: Setting, full: Collection[int], *, branch: int, control: Literal["held", "fresh"]
+) -> dict[str, str]:
+    """The rows with which all runs at the steps `full`, of which the first must be one, and at the others only the
+    layers outside of `branch`; `branch` and `control` are those of `deepcache`.
+
+    Raises:
+        ValueError: a branch that the UNet does not have.
+    """
+    inputs = decoder_inputs(setting.graph)
+    if not 0 <= branch < len(inputs):
+        raise ValueError(f"branch is {branch}; this UNet has branches 0 to {len(inputs) - 1}.")
     row = "".join("C" if i in full else "-" for i in range(setting.num_steps))
     reused = [site for site in inputs[-1 - branch] if not site.endswith(":control")]
-    rows = dict.fromkeys(reused, row)
     if control == "held" and "-" in row:
-        shell = setting.plan(Draft(rows)).steps[row.index("-")].run
-        rows |= {site: row for site in shell if site.endswith(":control")}
-    return Draft(rows)
+        reused += [site for site in live_step(setting.graph, reused).run if site.endswith(":control")]
+    return dict.fromkeys(reused, row)
 
 
 def quadratic_steps(num_steps: int, num_full: int, *, center: int, power: float) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from hgc_learn.graph import Graph
@@ -64,6 +64,38 @@ def tgate(
         late_self_attention_interval: the same from the gate on.
         controlnet: whether the ControlNets' own attention follows the rule too.
     """
+    steps = range(setting.num_steps)
+    rows = gated_rows(
+        setting,
+        gate=gate,
+        warm_up=warm_up,
+        self_attention_interval=self_attention_interval,
+        late_self_attention_interval=late_self_attention_interval,
+        controlnet=controlnet,
+        runs=lambda site: steps,
+    )
+    return Draft(rows)
+
+
+def gated_rows(
+    setting: Setting,
+    *,
+    gate: int,
+    warm_up: int,
+    self_attention_interval: int,
+    late_self_attention_interval: int,
+    controlnet: bool,
+    runs: Callable[[str], Collection[int]],
+) -> dict[str, str]:
+    """T-GATE's rows, of attention and guidance.
+
+    Args:
+        runs: of an attention, given by its site, the steps at which it or its substitute is read; `gate - 1` is one. A
+            self-attention is reused only if it was due at such a step since `warm_up`.
+
+    Raises:
+        ValueError: a gate or an interval below 1, or a UNet without attention that could be reused.
+    """
     for name, value in (
         ("gate", gate),
         ("self_attention_interval", self_attention_interval),
@@ -72,22 +104,27 @@ def tgate(
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     held = "m" if setting.is_guided else "-"  # without guidance there is one half only
-    first_late = -(-gate // late_self_attention_interval) * late_self_attention_interval
-
-    def self_attention(i: int) -> str:
-        if i < gate:
-            return "C" if i <= warm_up or i % self_attention_interval == 0 or i == gate - 1 else "-"
-        if i % late_self_attention_interval == 0:
-            return "C"
-        return held if i < first_late else "-"
-
     steps = range(setting.num_steps)
-    self_row = "".join(self_attention(i) for i in steps)
-    cross_row = "".join("C" if i < gate else held for i in steps)
+
+    first_kept = min(warm_up, gate - 1)
+
+    def self_attention(runs: Collection[int]) -> str:
+        row, fill = "", "C"
+        for i in steps:
+            if i == gate:
+                fill = held
+            interval = self_attention_interval if i < gate else late_self_attention_interval
+            is_due = i <= first_kept or i == gate - 1 or i % interval == 0
+            row += "C" if is_due else fill
+            if is_due and i >= first_kept and i in runs:
+                fill = "-"
+        return row
+
+    cross_attention = "".join("C" if i < gate else held for i in steps)
     rows = {
-        **dict.fromkeys(attention_sites(setting.graph, "attn1", controlnet=controlnet), self_row),
-        **dict.fromkeys(attention_sites(setting.graph, "attn2", controlnet=controlnet), cross_row),
+        **{site: self_attention(runs(site)) for site in attention_sites(setting.graph, "attn1", controlnet=controlnet)},
+        **dict.fromkeys(attention_sites(setting.graph, "attn2", controlnet=controlnet), cross_attention),
     }
     if setting.is_guided:
         rows[setting.graph.guidance] = "".join("C" if i < gate else "0" for i in steps)
-    return Draft(rows)
+    return rows

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,6 +96,24 @@ def denoise(tiny: TinyPipeline, gate: int, begin_step: Callable[[int], None]) ->
             prediction = unguided + GUIDANCE_SCALE * (guided - unguided)
         latents = pipe.scheduler.step(prediction, t, latents).prev_sample
     return latents
+
+
+@contextmanager
+def controlnet_at(net: Any, steps: Collection[int]) -> Iterator[None]:
+    """Calls the ControlNet at these steps only and repeats what it gave."""
+    forward, calls, kept = net.forward, [0], {}
+
+    def repeat(*args: Any, **kwargs: Any) -> Any:
+        if calls[0] in steps:
+            kept["result"] = forward(*args, **kwargs)
+        calls[0] += 1
+        return kept["result"]
+
+    net.forward = repeat
+    try:
+        yield
+    finally:
+        del net.forward
 
 
 def distance(a: Tensor, b: Tensor) -> float:

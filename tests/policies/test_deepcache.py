@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from attention_pipelines import controlnet_at
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UniPCMultistepScheduler
 from tiny_models import GUIDANCE_SCALE, IMAGE_SIZE, NUM_STEPS, SHAPES, TinyPipeline, build_pipeline, shared_pipeline
 from torch import Tensor
@@ -101,30 +101,12 @@ def test_fresh_residuals_are_what_the_package_does_to_a_controlnet_pipeline() ->
         assert relative_error(full, reference) > 1e-5
 
 
-@contextmanager
-def controlnet_every(net: Any, interval: int) -> Iterator[None]:
-    """Calls the ControlNet at every `interval`-th step only and repeats what it gave."""
-    forward, calls, kept = net.forward, [0], {}
-
-    def repeat(*args: Any, **kwargs: Any) -> Any:
-        if calls[0] % interval == 0:
-            kept["result"] = forward(*args, **kwargs)
-        calls[0] += 1
-        return kept["result"]
-
-    net.forward = repeat
-    try:
-        yield
-    finally:
-        del net.forward
-
-
 @needs_package
 def test_held_residuals_are_those_of_the_full_steps() -> None:
     tiny = shared_pipeline("sd15")
     setting = setting_of(tiny)
     for branch in (0, 1, 5, 11):
-        with controlnet_every(tiny.pipe.controlnet, 3):
+        with controlnet_at(tiny.pipe.controlnet, range(0, NUM_STEPS, 3)):
             reference = by_package(tiny, 3, branch)
         assert relative_error(by_policy(tiny, setting, branch=branch, control="held"), reference) < 1e-6
         assert relative_error(by_policy(tiny, setting, branch=branch, control="fresh"), reference) > 1e-5

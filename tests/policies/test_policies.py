@@ -50,6 +50,8 @@ CASES = [
     Case("deepcache", {"interval": 3, "control": "fresh", "spacing": "quadratic", "center": 2}),
     Case("faster_diffusion", {"num_keys": 2}),
     Case("tgate", {"gate": 2, "warm_up": 1}),
+    Case("tgate_deepcache", {"gate": 3, "interval": 2, "branch": 3}),
+    Case("tgate_deepcache", {"gate": 2, "self_attention_interval": 2, "control": "fresh", "controlnet": False}),
     Case("pab"),
     Case("hgc", {"interval": 2, "gate": 3}),
     Case("smoothcache", {"alpha": 0.3}),
