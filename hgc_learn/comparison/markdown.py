@@ -39,10 +39,12 @@ def markdown(config: CompareConfig, rankings: Sequence[Ranking], *, command: str
         f"Written by `{command}`; the numbers are in [{config.name}.json]({config.name}.json). Teacher "
         f"`{config.model}`, guidance scale {config.guidance_scale:g}. {samplers}. Every test sample has its own "
         "prompt, control and seed.",
-        f"All knobs are tuned for each cell on {tuning.num_scenes} other samples: of a policy's candidates within the "
-        f"budget (+{tuning.tolerance:.1%} of the full MACs) up to {tuning.max_candidates}, closest to it and spread "
-        f"over its variants, are tried on {tuning.num_screening_scenes}, the best {tuning.num_finalists} of "
-        "them on all; the best mean PSNR wins. MACs do not count attention matmuls.",
+        f"All knobs are tuned for each cell on up to {tuning.num_scenes} other samples, by successive halving "
+        f"(arXiv 1502.07943): of a policy's candidates within the budget (+{tuning.tolerance:.1%} of the full MACs) up "
+        f"to {tuning.max_candidates}, closest to it and spread over its variants, share "
+        f"{tuning.max_candidates * tuning.num_screening_scenes} pictures; the better half of them shares as many "
+        f"again, and so on, until those left have been judged on {tuning.num_scenes} samples each; the best mean PSNR "
+        "wins. MACs do not count attention matmuls.",
         "PSNR, SSIM and latent error (relative L2) are against the uncached picture of the same seed, means over "
         "samples; brackets are 95 % bootstrap intervals over samples. *To best* is the mean paired difference to the "
         "first row: where its interval contains 0, the test set cannot tell the two apart, and both are marked with =. "

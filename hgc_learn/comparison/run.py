@@ -90,7 +90,7 @@ def _what_mattered(cell: dict[str, Any], protocol: dict[str, Any]) -> dict[str, 
     """A protocol without those of its settings that made no difference to a cell: how candidates are tried where there
     was one at most, and how many of them where all were."""
     num_tried = cell.get("tuning", {}).get("num_tried", 0)
-    of_trials = {"max_candidates", "num_screening_scenes", "num_finalists", "num_scenes"} if not num_tried else set()
+    of_trials = {"max_candidates", "num_screening_scenes", "num_scenes"} if not num_tried else set()
     if num_tried < min(protocol["tuning"]["max_candidates"], cell["protocol"]["tuning"]["max_candidates"]):
         of_trials.add("max_candidates")
     tuning = {name: value for name, value in protocol["tuning"].items() if name not in of_trials}

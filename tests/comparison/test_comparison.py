@@ -48,7 +48,6 @@ def settings(teacher: Path, tmp_path: Path) -> dict[str, Any]:
             "num_screening_scenes": 1,
             "num_scenes": 2,
             "max_candidates": 4,
-            "num_finalists": 2,
             "num_calibration": 2,
         },
         "training_config": str(tmp_path / "{policy}-{sampler}.yaml"),
@@ -82,7 +81,7 @@ def test_a_comparison_writes_figures_reasons_tables_and_pictures(settings: dict[
     assert row["psnr_ci"][0] <= row["psnr_db"] <= row["psnr_ci"][1]
     assert row["settings"]["interval"] == 2
     assert row["tuning"]["num_tried"] == 4
-    assert row["tuning"]["sample_rollouts"] == 4 * 1 + 2 * 2  # four candidates on one scene, two on two
+    assert row["tuning"]["sample_rollouts"] == 4 * 1 + 2 * 1  # four candidates on one scene, two of them on two
     for name in ("ssim", "latent_rel_l2", "control_miou", "color_accuracy", "fid"):
         assert isinstance(row[name], float), name
     assert "keeps at least 0.2" in found["uniform", 0.1]["reason"]
@@ -374,7 +373,13 @@ def test_ranking_names_ties_and_the_lead() -> None:
     assert low <= gap <= high
 
 
-@pytest.mark.parametrize("key", ["budgets=[1.5]", "policies=[magic]", "grid.budget=0.9", "samplers.DDIM-50.num_test=1"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("budgets=[1.5]", "policies=[magic]", "grid.budget=0.9", "samplers.DDIM-50.num_test=1"),
+        *("tuning.max_candidates=0", "tuning.num_screening_scenes=0", "tuning.num_scenes=1"),
+    ],
+)
 def test_wrong_settings_are_named(key: str) -> None:
     with pytest.raises(ValueError, match=key.partition("=")[0].partition(".")[0]):
         read_config(ROOT / "configs/compare/demo.yaml", [f"--{key}"])
