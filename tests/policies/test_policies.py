@@ -42,6 +42,7 @@ class Case:
 CASES = [
     Case("uniform", {"interval": 2}, kept=3 / 5),
     Case("uniform", {"interval": 2, "predictor": "linear"}, kept=3 / 5),
+    Case("uniform", {"interval": 2, "first_full": 3, "predictor": "taylor2"}, kept=4 / 5),
     Case("fewer_steps", {"num_steps": 3}, kept=3 / 5),
     Case("time_cutoff", {"cutoff": 2, "interval": 2, "site": "unet:eps"}, kept=3 / 5),
     Case("time_cutoff", {"cutoff": 2, "interval": 5}),
@@ -58,6 +59,7 @@ CASES = [
     Case("block_caching_scale_shift", {"delta": 0.3}),
     Case("hyca", {"interval": 2, "site": "prediction"}, kept=3 / 5),
     Case("hyca", {"interval": 3, "site": "last_block"}),
+    Case("hyca", {"interval": 3, "first_full": 2, "site": "prediction"}, kept=3 / 5),
     Case("evolutionary", {"budget": 0.5, "population": 2, "generations": 1}),
     Case("learned", {"budget": 0.5, "specialise_updates": 0, "fill_updates": 2}),
     Case("l2c", {"budget": 0.7, "interval": 2}),
