@@ -51,7 +51,8 @@ def markdown(config: CompareConfig, rankings: Sequence[Ranking], *, command: str
         f"{tuning.max_candidates * tuning.num_screening_scenes} pictures; the better half of them shares as many "
         f"again, and so on, until those left have been judged on {tuning.num_scenes} samples each; the best mean PSNR "
         "wins. "
-        + f"So it is now; cells marked with {DAGGER} were tuned with {'; or with '.join(otherwise)}. " * bool(otherwise)
+        + f"These are today's settings; {DAGGER} marks cells tuned with others: {'; or '.join(otherwise)}. "
+        * bool(otherwise)
         + "MACs do not count attention matmuls.",
         "PSNR, SSIM and latent error (relative L2) are against the uncached picture of the same seed, means over "
         "samples; brackets are 95 % bootstrap intervals over samples. *To best* is the mean paired difference to the "
