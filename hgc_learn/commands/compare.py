@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samplers", nargs="+", metavar="NAME", help="only these samplers of the configuration")
     parser.add_argument("--policies", nargs="+", metavar="NAME", help="only these policies")
     parser.add_argument("--budgets", nargs="+", type=float, metavar="B", help="only these budgets")
-    parser.add_argument("--redo", action="store_true", help="run the selected cells again")
+    parser.add_argument(
+        "--redo", action="store_true", help="run the selected cells again; a second process goes without"
+    )
     parser.add_argument(
         "--timing", action="store_true", help="measure wall-clock times of finished cells; leave the machine alone"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -91,7 +90,7 @@ class Bench:
         self.test = read_batches(
             config, "test", config.samplers[sampler].num_test, config.batch_size, config.test_offset
         )
-        self.tuning = read_batches(config, "validation", config.tuning.num_scenes, config.tuning.num_scenes)
+        (self.tuning,) = read_batches(config, "validation", config.tuning.num_scenes, config.tuning.num_scenes)
         self.optional = {name: optional_metric(name) for name in config.optional_metrics}
 
     def _full(self, name: str, split: str, batches: list[dict[str, Any]]) -> Samples:
@@ -105,7 +104,7 @@ class Bench:
 
     @cached_property
     def tuning_full(self) -> Samples:
-        return self._full("tuning", "validation", self.tuning)
+        return self._full("tuning", "validation", self._tuning_batches(range(self.config.tuning.num_scenes)))
 
     def make_references(self) -> None:
         for samples in (self.tuning_full, self.test_full):
@@ -136,14 +135,18 @@ class Bench:
         figures = Obedience.of(pictures, self.test).figures(self.full_obedience)
         return figures | {"fid": self.fid(pictures), "fid_num_samples": len(pictures), "full": self.full_figures}
 
-    def tuning_psnr(self, candidate: Candidate, policy: Policy, num_scenes: int) -> float:
-        """Mean PSNR on the first tuning scenes; minus infinity if a trajectory is lost."""
-        (batch,) = self.tuning
-        batch = {name: values[:num_scenes] for name, values in batch.items()}
+    def tuning_psnr(self, candidate: Candidate, policy: Policy, scenes: range) -> list[float]:
+        """PSNR on each of these tuning scenes."""
         schedule = policy.file(self.setting, candidate.draft, plain(candidate.knobs))
-        samples = render(self.pipe, self.sampling, [batch], schedule)
-        psnr = float(picture_psnr(samples.pictures, self.tuning_full.pictures[:num_scenes]).mean())
-        return psnr if math.isfinite(psnr) else -math.inf
+        samples = render(self.pipe, self.sampling, self._tuning_batches(scenes), schedule)
+        psnr: list[float] = picture_psnr(samples.pictures, self.tuning_full.pictures[_slice(scenes)]).tolist()
+        return psnr
+
+    def _tuning_batches(self, scenes: range) -> list[dict[str, Any]]:
+        """Of some tuning scenes, no more at once than the configuration says."""
+        size = self.config.batch_size
+        parts = [scenes[start : start + size] for start in range(0, len(scenes), size)]
+        return [{name: values[_slice(part)] for name, values in self.tuning.items()} for part in parts]
 
 
 class PolicyBench:
@@ -192,11 +195,11 @@ class PolicyBench:
 
             trial = 0
 
-            def judge(candidate: Candidate, num_scenes: int) -> float:
+            def judge(candidate: Candidate, scenes: range) -> list[float]:
                 nonlocal trial
                 trial += 1
                 self.say(f"trial {trial}, {len(shortlisted)} candidates")
-                return bench.tuning_psnr(candidate, self.policy, num_scenes)
+                return bench.tuning_psnr(candidate, self.policy, scenes)
 
             chosen, num_tried = best(shortlisted, config.tuning, judge)
         row["tuning"] = {
@@ -251,6 +254,10 @@ def _reason(offered: Candidates, budget: float) -> str:
             return str(refusal)
     words = f"; the first: {offered.refused[0]}" if offered.refused else ""
     raise ValueError(f"none of its {offered.num_candidates} candidates could be written{words}")
+
+
+def _slice(scenes: range) -> slice:
+    return slice(scenes.start, scenes.stop)
 
 
 def _rounded(value: Any) -> Any:

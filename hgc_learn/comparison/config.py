@@ -29,21 +29,24 @@ class SamplerConfig:
 @dataclass
 class TuningConfig:
     """How the knobs of a policy are set for a cell: all its candidates are counted by plan, those within the budget and
-    closest to it are tried on few scenes, the best of them on all, and the best mean PSNR wins.
+    closest to it are tried by successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943), and the best mean
+    PSNR wins.
+
+    In every round those left share `max_candidates` x `num_screening_scenes` pictures, and the better half goes on:
+    96 candidates are judged on 2 scenes, 48 on 4, 24 on 8, 12 on 16 and 6 on 32; 10, where a policy has no more, on 19
+    and 5 of them on 32. A candidate is judged on all scenes that it has seen, and made on those only that are new.
 
     Args:
-        max_candidates: candidates tried in the first round, spread over the policy's variants.
-        num_screening_scenes: validation scenes of the first round.
-        num_finalists: candidates that reach the second round.
-        num_scenes: validation scenes of the second round.
+        max_candidates: candidates tried, spread over the policy's variants.
+        num_screening_scenes: validation scenes of the first round, if there are as many candidates.
+        num_scenes: validation scenes of the last round.
         num_calibration: training scenes for policies that measure before they write a schedule.
         tolerance: by how much, as a fraction of the full MACs, a schedule may exceed the budget.
     """
 
-    max_candidates: int = 24
-    num_screening_scenes: int = 4
-    num_finalists: int = 4
-    num_scenes: int = 12
+    max_candidates: int = 96
+    num_screening_scenes: int = 2
+    num_scenes: int = 32
     num_calibration: int = 16
     tolerance: float = 0.002
 
@@ -159,6 +162,9 @@ class CompareConfig:
                 raise ValueError(f"budgets: {budget} is not between 0 and 1; it is the fraction of full MACs to keep.")
         if self.test_offset < 0:
             raise ValueError(f"test_offset is {self.test_offset}; it is a number of scenes.")
+        for what in ("max_candidates", "num_screening_scenes"):
+            if getattr(self.tuning, what) < 1:
+                raise ValueError(f"tuning: {what} is {getattr(self.tuning, what)}; it must be at least 1.")
         if self.tuning.num_screening_scenes > self.tuning.num_scenes:
             raise ValueError("tuning: num_screening_scenes is larger than num_scenes.")
         if self.grid.sampler not in self.samplers or self.grid.budget not in self.budgets:

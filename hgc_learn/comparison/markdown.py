@@ -9,10 +9,13 @@ from typing import Any
 
 from hgc_learn.comparison import OURS
 from hgc_learn.comparison.config import CompareConfig
-from hgc_learn.comparison.ranking import Ranking, public_rows
+from hgc_learn.comparison.ranking import Ranking, Row, public_rows
+from hgc_learn.comparison.run import tuned_otherwise
 from hgc_learn.comparison.statistics import Interval
 from hgc_learn.files import read_json
 from hgc_learn.policies import POLICIES
+
+DAGGER = "†"
 
 
 def verdict(ranking: Ranking) -> str:
@@ -31,6 +34,9 @@ def verdict(ranking: Ranking) -> str:
 def markdown(config: CompareConfig, rankings: Sequence[Ranking], *, command: str, num_missing: int = 0) -> str:
     """The report."""
     tuning = config.tuning
+    otherwise = dict.fromkeys(
+        how for ranking in rankings for cell in ranking.cells if (how := tuned_otherwise(config, cell))
+    )
     samplers = "; ".join(
         f"{name}: {sampler.scheduler}, {sampler.num_inference_steps} steps, n = {sampler.num_test}"
         for name, sampler in config.samplers.items()
@@ -39,10 +45,15 @@ def markdown(config: CompareConfig, rankings: Sequence[Ranking], *, command: str
         f"Written by `{command}`; the numbers are in [{config.name}.json]({config.name}.json). Teacher "
         f"`{config.model}`, guidance scale {config.guidance_scale:g}. {samplers}. Every test sample has its own "
         "prompt, control and seed.",
-        f"All knobs are tuned for each cell on {tuning.num_scenes} other samples: of a policy's candidates within the "
-        f"budget (+{tuning.tolerance:.1%} of the full MACs) up to {tuning.max_candidates}, closest to it and spread "
-        f"over its variants, are tried on {tuning.num_screening_scenes}, the best {tuning.num_finalists} of "
-        "them on all; the best mean PSNR wins. MACs do not count attention matmuls.",
+        f"All knobs are tuned for each cell on up to {tuning.num_scenes} other samples, by successive halving "
+        f"(arXiv 1502.07943): of a policy's candidates within the budget (+{tuning.tolerance:.1%} of the full MACs) up "
+        f"to {tuning.max_candidates}, closest to it and spread over its variants, share "
+        f"{tuning.max_candidates * tuning.num_screening_scenes} pictures; the better half of them shares as many "
+        f"again, and so on, until those left have been judged on {tuning.num_scenes} samples each; the best mean PSNR "
+        "wins. "
+        + f"These are today's settings; {DAGGER} marks cells tuned with others: {'; or '.join(otherwise)}. "
+        * bool(otherwise)
+        + "MACs do not count attention matmuls.",
         "PSNR, SSIM and latent error (relative L2) are against the uncached picture of the same seed, means over "
         "samples; brackets are 95 % bootstrap intervals over samples. *To best* is the mean paired difference to the "
         "first row: where its interval contains 0, the test set cannot tell the two apart, and both are marked with =. "
@@ -53,7 +64,7 @@ def markdown(config: CompareConfig, rankings: Sequence[Ranking], *, command: str
     lines = ["# Policies at equal compute", ""]
     for paragraph in paragraphs:
         lines += [fill(paragraph, 118, break_long_words=False, break_on_hyphens=False), ""]
-    lines += _summary(rankings)
+    lines += _summary(config, rankings)
     lines += _policies(config)
     for ranking in rankings:
         lines += _section(config, ranking)
@@ -76,7 +87,7 @@ def _of_obedience(config: CompareConfig) -> str:
     )
 
 
-def _summary(rankings: Sequence[Ranking]) -> list[str]:
+def _summary(config: CompareConfig, rankings: Sequence[Ranking]) -> list[str]:
     lines = [
         "## In short",
         "",
@@ -86,9 +97,10 @@ def _summary(rankings: Sequence[Ranking]) -> list[str]:
     for ranking in rankings:
         own = next((cell for cell in ranking.cells if cell["policy"] == OURS), None)
         lead = ranking.lead(OURS)
-        winners = ", ".join(f"`{name}`" for name in ranking.winners) or "-"
+        names = {cell["policy"]: _name(config, cell) for cell in ranking.cells}
+        winners = ", ".join(names[name] for name in ranking.winners) or "-"
         entries = [ranking.sampler, f"{ranking.budget:.0%}", winners, f"{own['psnr_db']:.2f}" if own else "-"]
-        entries += [f"`{lead[0]}`", _with_interval(lead[1], lead[2], "+.2f")] if lead else ["-", "-"]
+        entries += [names[lead[0]], _with_interval(lead[1], lead[2], "+.2f")] if lead else ["-", "-"]
         lines.append(_line(entries))
     return [*lines, ""]
 
@@ -117,11 +129,11 @@ def _section(config: CompareConfig, ranking: Ranking) -> list[str]:
         lines += [_line(heading), "|" + "---|" * len(heading)]
         winners = ranking.winners
         rows = public_rows(config, ranking)[: len(ranking.cells)]
-        for place, (row, gap) in enumerate(zip(rows, ranking.gaps, strict=True), start=1):
+        for place, (cell, row, gap) in enumerate(zip(ranking.cells, rows, ranking.gaps, strict=True), start=1):
             tied = len(winners) > 1 and row["policy"] in winners
             entries = [
                 f"{place}{' =' * tied}",
-                f"**`{row['policy']}`**" if row["policy"] == OURS else f"`{row['policy']}`",
+                _name(config, cell, bold=cell["policy"] == OURS),
                 _with_interval(row["psnr_db"], row["psnr_ci"], ".2f"),
                 _with_interval(*gap, ".2f") if place > 1 else "",
                 f"{row['kept_macs']:.4f}",
@@ -163,6 +175,12 @@ def _tuning_costs(config: CompareConfig, rankings: Sequence[Ranking]) -> list[st
             entries += [f"{totals['sample_rollouts']:.0f}", f"{totals['seconds'] / 60:.1f}"]
             lines.append(_line([*entries, f"{sum(training):.1f}" if training else ""]))
     return [*lines, ""]
+
+
+def _name(config: CompareConfig, cell: Row, *, bold: bool = False) -> str:
+    """Of a cell's policy, with a dagger if it was tuned otherwise than the text says."""
+    name = f"`{cell['policy']}`"
+    return (f"**{name}**" if bold else name) + f" {DAGGER}" * bool(tuned_otherwise(config, cell))
 
 
 def _with_interval(value: float, interval: Interval, form: str) -> str:

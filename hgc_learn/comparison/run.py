@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from hgc_learn.files import read_json, save_json
 from hgc_learn.policies import POLICIES
 
 T = TypeVar("T", str, float)
+JUDGED = ("num_calibration", "tolerance")
+"""What a cell's figures depend on of the settings for tuning, besides how hard it is tuned."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def read_cell(config: CompareConfig, sampler: str, policy: str, budget: float) -
     """What is known of a cell: figures, `reason` or `error`; None if it has not been run.
 
     Raises:
-        ValueError: it was run with other settings.
+        ValueError: it was run with other settings than now, but for those of `tuned_otherwise`.
     """
     path = cell_files(config, sampler, policy, budget).figures
     if not path.is_file():
@@ -78,7 +81,7 @@ def read_cell(config: CompareConfig, sampler: str, policy: str, budget: float) -
     cell = read_json(path)
     fixed = plain(config.fixed.get(policy, {}))
     other_knobs = any(cell["settings"].get(name) != value for name, value in fixed.items() if "settings" in cell)
-    if _what_mattered(cell, cell["protocol"]) != _what_mattered(cell, protocol(config, sampler)) or other_knobs:
+    if _what_is_judged(cell["protocol"]) != _what_is_judged(protocol(config, sampler)) or other_knobs:
         raise ValueError(
             f"{path} was made with other settings than those asked for now. Set another output (-- --output=DIR), or "
             "run all cells of the comparison again (--redo)."
@@ -86,20 +89,26 @@ def read_cell(config: CompareConfig, sampler: str, policy: str, budget: float) -
     return cell
 
 
-def _what_mattered(cell: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
-    """A protocol without those of its settings that made no difference to a cell: how candidates are tried where there
-    was one at most, and how many of them where all were."""
-    num_tried = cell.get("tuning", {}).get("num_tried", 0)
-    of_trials = {"max_candidates", "num_screening_scenes", "num_finalists", "num_scenes"} if not num_tried else set()
-    if num_tried < min(protocol["tuning"]["max_candidates"], cell["protocol"]["tuning"]["max_candidates"]):
-        of_trials.add("max_candidates")
-    tuning = {name: value for name, value in protocol["tuning"].items() if name not in of_trials}
+def _what_is_judged(protocol: dict[str, Any]) -> dict[str, Any]:
+    """A protocol without how hard knobs were tuned: another effort gives other knobs, not figures of another kind."""
+    tuning = {name: protocol["tuning"].get(name) for name in JUDGED}
     return protocol | {"tuning": tuning}
+
+
+def tuned_otherwise(config: CompareConfig, cell: dict[str, Any]) -> str:
+    """How hard a cell was tuned where that is not what is asked for now, as in `max_candidates 24 instead of 96`; empty
+    if it is, and where it made no difference: at most one candidate was within the budget."""
+    record = cell.get("tuning", {"num_tried": 0, "num_candidates": 0})
+    then, now = cell["protocol"]["tuning"], protocol(config, cell["sampler"])["tuning"]
+    if not record["num_tried"] and not then.get("max_candidates") == 1 < record["num_candidates"]:
+        return ""
+    names = [name for name in {**now, **then} if name not in JUDGED and then.get(name) != now.get(name)]
+    return ", ".join(f"{name} {then.get(name, 'none')} instead of {now.get(name, 'none')}" for name in names)
 
 
 def run_comparison(config: CompareConfig, selection: Selection) -> None:
     """Runs every selected cell that has no figures and no reason yet. An exception in a cell is kept in its file, told,
-    and tried again by the next run."""
+    and tried again by the next run. Cells that were tuned with other settings are told and kept."""
     torch.set_flush_denormal(True)  # arithmetic with denormal numbers is many times slower on CPUs
     cells = list(selection.cells())
     total = len(cells)
@@ -108,6 +117,8 @@ def run_comparison(config: CompareConfig, selection: Selection) -> None:
         return sum(_is_done(read_cell(config, *cell)) for cell in cells)
 
     with _Display(total, num_done()) as display:
+        for line in _other_tunings(config, cells):
+            display.log(line)
         for sampler in selection.samplers:
             bench: Bench | None = None
             for policy in selection.policies:
@@ -120,6 +131,20 @@ def run_comparison(config: CompareConfig, selection: Selection) -> None:
                         display.say(f"{sampler}: drawing scenes")
                         bench = Bench(config, sampler)
                     _run_policy(bench, policy, missing, display, num_done)
+
+
+def _other_tunings(config: CompareConfig, cells: Sequence[tuple[str, str, float]]) -> list[str]:
+    """A line per sampler, policy and other way of tuning."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    for sampler, policy, budget in cells:
+        cell = read_cell(config, sampler, policy, budget)
+        if cell is not None and _is_done(cell) and (how := tuned_otherwise(config, cell)):
+            found[sampler, policy, how] += 1
+    return [
+        f"{sampler} {policy}: {number} {'cells were' if number > 1 else 'cell was'} tuned with {how}; --redo runs "
+        f"{'them' if number > 1 else 'it'} again"
+        for (sampler, policy, how), number in found.items()
+    ]
 
 
 def _run_policy(

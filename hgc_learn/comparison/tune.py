@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,19 +99,38 @@ def _spread(variant: list[Candidate]) -> list[Candidate]:
 
 
 def best(
-    shortlisted: Sequence[Candidate], tuning: TuningConfig, judge: Callable[[Candidate, int], float]
+    shortlisted: Sequence[Candidate], tuning: TuningConfig, judge: Callable[[Candidate, range], Sequence[float]]
 ) -> tuple[Candidate, int]:
-    """The candidate with the best mean PSNR and how many were tried. `judge(candidate, num_scenes)` makes the first
-    scenes of the tuning set and returns that mean. A single candidate needs no trial."""
-    finalists = list(shortlisted)
-    num_tried = len(finalists) if len(finalists) > 1 else 0
-    if len(finalists) > tuning.num_finalists:
-        scores = [judge(candidate, tuning.num_screening_scenes) for candidate in finalists]
-        order = sorted(range(len(finalists)), key=lambda i: -scores[i])
-        finalists = [finalists[i] for i in order[: tuning.num_finalists]]
-    if len(finalists) > 1:
-        finalists = [max(finalists, key=lambda candidate: judge(candidate, tuning.num_scenes))]
-    return finalists[0], num_tried
+    """The candidate with the best mean PSNR by successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943), and
+    how many were tried.
+
+    No round makes more pictures than a first one of `max_candidates` does: the fewer are left, the more scenes each is
+    judged on. The better half goes on, until those left have seen all scenes or are one. A single candidate needs no
+    trial.
+
+    Args:
+        judge: `judge(candidate, scenes)` makes these scenes of the tuning set and returns the PSNR of each. One that
+            is not finite counts as minus infinity.
+    """
+    left = list(shortlisted)
+    num_tried = len(left) if len(left) > 1 else 0
+    pictures = tuning.max_candidates * tuning.num_screening_scenes
+    seen: list[list[float]] = [[] for _ in left]
+    while len(left) > 1:
+        num_scenes = min(tuning.num_scenes, max(tuning.num_screening_scenes, pictures // len(left)))
+        for candidate, psnr in zip(left, seen, strict=True):
+            psnr.extend(judge(candidate, range(len(psnr), num_scenes)))
+        scores = [_mean(psnr) for psnr in seen]
+        num_left = 1 if num_scenes == tuning.num_scenes else math.ceil(len(left) / 2)
+        order = sorted(range(len(left)), key=lambda i: -scores[i])[:num_left]
+        left, seen = [left[i] for i in order], [seen[i] for i in order]
+    return left[0], num_tried
+
+
+def _mean(psnr: Sequence[float]) -> float:
+    """Minus infinity if a trajectory is lost."""
+    mean = sum(psnr) / len(psnr)
+    return mean if math.isfinite(mean) else -math.inf
 
 
 def plain(value: Any) -> Any:

@@ -11,12 +11,13 @@ from hgc_learn.setting import Draft, Setting
 
 PAPER = "Cache Me if You Can, Wimbauer et al., CVPR 2024, arXiv 2312.03209"
 BLOCKS = ("*.resnets.*:branch", "*.attentions.*:branch")
-GRID = {"delta": geometric(0.02, 10.0, 82), "controlnet": ("computed", "layers", "residuals")}
+DELTA = 0.5
+GRID = {"delta": sorted({DELTA, *geometric(0.02, 10.0, 82)}), "controlnet": ("computed", "layers", "residuals")}
 
 
 @register("block_caching", paper=PAPER, grid=GRID)
 def block_caching(
-    setting: Setting, *, delta: float = 0.5, controlnet: str = "layers", scale_shift: bool = False
+    setting: Setting, *, delta: float = DELTA, controlnet: str = "layers", scale_shift: bool = False
 ) -> Draft:
     """Recomputes a block when its relative L1 changes since the last time have added up to more than delta.
 
@@ -39,8 +40,8 @@ def block_caching(
     return fit_scale_shift(setting, draft, statistics) if scale_shift else draft
 
 
-@register("block_caching_scale_shift", paper=PAPER, grid=GRID)
-def block_caching_scale_shift(setting: Setting, *, delta: float = 0.5, controlnet: str = "layers") -> Draft:
+@register("block_caching_scale_shift", paper=f"{PAPER} (reconstruction)", grid=GRID)
+def block_caching_scale_shift(setting: Setting, *, delta: float = DELTA, controlnet: str = "layers") -> Draft:
     """Block Caching that scales and shifts reused tensors per step and channel, fitted in closed form.
 
     Args:

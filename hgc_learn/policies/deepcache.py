@@ -26,7 +26,7 @@ from hgc_learn.spacing import full_steps, intervals
         "branch": range(len(decoder_inputs(setting.graph))),
         "control": ("held", "fresh") if setting.graph.residuals else ("held",),
         "spacing": ("uniform", "quadratic"),
-        "center": sorted({setting.num_steps * tenths // 10 for tenths in (1, 2, 3)}),
+        "center": sorted({setting.num_steps * tenths // 10 for tenths in (1, 2, 3)}),  # the default, None, is the last
     },
 )
 def deepcache(

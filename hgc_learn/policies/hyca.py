@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from hgc_learn.calibration import SiteStatistics, site_statistics
 from hgc_learn.policies.registry import register
 from hgc_learn.predictors.per_channel import CHOICES
 from hgc_learn.setting import Draft, Setting
-from hgc_learn.spacing import full_steps, intervals
+from hgc_learn.spacing import first_fulls, full_steps, intervals
 
 
 @register(
@@ -20,6 +21,7 @@ from hgc_learn.spacing import full_steps, intervals
     paper="HyCa, Zheng et al. 2025, arXiv 2510.04188",
     grid=lambda setting: {
         "interval": intervals(setting.num_steps, 20),
+        "first_full": first_fulls(setting.num_steps),
         "site": ("last_block", "prediction"),
         "num_clusters": (1, 8),
         "solvers": ("all", "hold", "linear", "hold linear", "linear taylor2 ab2 bdf2 foca"),
@@ -29,6 +31,7 @@ def hyca(
     setting: Setting,
     *,
     interval: float = 2,
+    first_full: int = 1,
     site: str = "last_block",
     num_clusters: int = 8,
     solvers: str = "all",
@@ -39,6 +42,8 @@ def hyca(
 
     Args:
         interval: steps per full step; 2.5 for the steps 0, 2, 5, 7, ...
+        first_full: steps at the start that are all full; from the last of them on the interval counts. More than one
+            is TaylorSeer's warm-up (Liu et al. 2025, arXiv 2503.06923).
         site: what is forecast: `last_block` (the decoder's last tensor; only the output convolution runs between
             full steps) or `prediction` (nothing runs).
         num_clusters: of the k-means over channels.
@@ -48,7 +53,7 @@ def hyca(
     setting.need_samples("hyca")
     if num_clusters < 1:
         raise ValueError(f"num_clusters is {num_clusters}; it must be at least 1.")
-    full = full_steps(setting.num_steps, interval)
+    full = full_steps(setting.num_steps, interval, first_full)
     known = [choice.name for choice in CHOICES]
     pool = known if solvers == "all" else solvers.split()
     if not pool or not set(pool) <= set(known):
@@ -62,11 +67,21 @@ def hyca(
     if "p" not in row:
         return Draft({})
     statistics = site_statistics(setting, [name])[name]
-    clusters = cluster_channels(descriptors(statistics), num_clusters)
-    errors = solver_errors(statistics, full)
+    clusters = _once(
+        setting, ("clusters", name, num_clusters), lambda: cluster_channels(descriptors(statistics), num_clusters)
+    )
+    errors = _once(setting, ("errors", name, *full), lambda: solver_errors(statistics, full)).clone()
     errors[[name not in pool for name in known]] = torch.inf
     chosen = choose_solvers(errors, clusters)
     return Draft({name: row}, {f"{name}/predictor": chosen})
+
+
+def _once(setting: Setting, key: tuple[str | int, ...], compute: Callable[[], Tensor]) -> Tensor:
+    """What follows from what was measured, shared by the candidates that have it in common."""
+    known: dict[Any, Tensor] = setting.memo.setdefault("hyca", {})
+    if key not in known:
+        known[key] = compute()
+    return known[key]
 
 
 def descriptors(statistics: SiteStatistics) -> Tensor:

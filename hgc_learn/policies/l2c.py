@@ -9,7 +9,7 @@ from hgc_learn.setting import Draft, Setting
 @register(
     "l2c",
     paper="Learning-to-Cache, Ma et al. 2024, arXiv 2406.01733 (reconstruction)",
-    grid={"interval": range(2, 26)},
+    grid={"interval": range(2, 26)},  # the default, None, is the shortest of these that is trained and in the budget
 )
 def l2c(setting: Setting, *, ckpt_path: str = "", budget: float = 0.5, interval: int | None = None) -> Draft:
     """Every `interval`-th step in full; between them, the layers that a trained router holds dearest.

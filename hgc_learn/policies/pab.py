@@ -11,11 +11,13 @@ from hgc_learn.setting import Draft, Setting
 
 
 def _grid(setting: Setting) -> Mapping[str, Sequence[Any]]:
+    """Among others, what the paper has: intervals (spatial, cross) of (2, 5), (2, 6), (3, 7), (4, 9) and (5, 9); and
+    the ranges of diffusers (100 to 800) and of the authors' VideoSys (also 100 to 850 and 450 to 930)."""
     return {
-        "cross_interval": (2, 3, 5, 10, setting.num_steps),
-        "self_interval": (1, 2, 3, 5, 10, setting.num_steps),
-        "min_timestep": (-1.0, 100.0),
-        "max_timestep": (800.0, 1000.0),
+        "cross_interval": sorted({2, 3, 5, 6, 7, 9, 10, setting.num_steps}),
+        "self_interval": sorted({1, 2, 3, 4, 5, 10, setting.num_steps}),
+        "min_timestep": (-1.0, 100.0, 450.0),
+        "max_timestep": (800.0, 850.0, 930.0, 1000.0),
     }
 
 

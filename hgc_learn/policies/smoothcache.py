@@ -9,6 +9,7 @@ from hgc_learn.calibration import geometric, layer_sites, site_statistics
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
 
+ALPHA = 0.2
 LAYER_TYPES = {"attn1": "*.attn1:out", "attn2": "*.attn2:out", "ff": "*.ff:out", "resnet": "*.resnets.*:branch"}
 """All are residual branches. The paper's transformers have no resnets; here most of the MACs are theirs."""
 
@@ -18,7 +19,7 @@ LAYER_TYPES = {"attn1": "*.attn1:out", "attn2": "*.attn2:out", "ff": "*.ff:out",
     paper="SmoothCache, Liu et al. 2024, arXiv 2411.10510",
     # The paper's max_skip is 3; a longer one is needed to reach few MACs.
     grid=lambda setting: {
-        "alpha": geometric(0.03, 3.0, 46),
+        "alpha": sorted({ALPHA, *geometric(0.03, 3.0, 46)}),
         "max_skip": (3, 6, setting.num_steps - 1),
         "grouping": ("type", "layer"),
         "controlnet": ("computed", "layers", "residuals"),
@@ -27,7 +28,7 @@ LAYER_TYPES = {"attn1": "*.attn1:out", "attn2": "*.attn2:out", "ff": "*.ff:out",
 def smoothcache(
     setting: Setting,
     *,
-    alpha: float = 0.2,
+    alpha: float = ALPHA,
     max_skip: int = 3,
     grouping: str = "type",
     controlnet: str = "layers",

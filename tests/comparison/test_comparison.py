@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ import yaml
 from PIL import Image
 
 from hgc_learn.__main__ import main
-from hgc_learn.comparison.cells import cell_files
+from hgc_learn.comparison.cells import cell_files, protocol
 from hgc_learn.comparison.config import CompareConfig, read_config
 from hgc_learn.comparison.metrics import Samples
 from hgc_learn.comparison.ranking import Ranking
-from hgc_learn.comparison.run import Selection, read_cell
+from hgc_learn.comparison.run import Selection, read_cell, tuned_otherwise
 from hgc_learn.comparison.samples import claim, full_samples, read_batches
 from hgc_learn.comparison.trained import checkpoint
 from hgc_learn.macs import BudgetError
@@ -48,7 +47,6 @@ def settings(teacher: Path, tmp_path: Path) -> dict[str, Any]:
             "num_screening_scenes": 1,
             "num_scenes": 2,
             "max_candidates": 4,
-            "num_finalists": 2,
             "num_calibration": 2,
         },
         "training_config": str(tmp_path / "{policy}-{sampler}.yaml"),
@@ -82,7 +80,7 @@ def test_a_comparison_writes_figures_reasons_tables_and_pictures(settings: dict[
     assert row["psnr_ci"][0] <= row["psnr_db"] <= row["psnr_ci"][1]
     assert row["settings"]["interval"] == 2
     assert row["tuning"]["num_tried"] == 4
-    assert row["tuning"]["sample_rollouts"] == 4 * 1 + 2 * 2  # four candidates on one scene, two on two
+    assert row["tuning"]["sample_rollouts"] == 4 * 1 + 2 * 1  # four candidates on one scene, two of them on two
     for name in ("ssim", "latent_rel_l2", "control_miou", "color_accuracy", "fid"):
         assert isinstance(row[name], float), name
     assert "keeps at least 0.2" in found["uniform", 0.1]["reason"]
@@ -223,14 +221,12 @@ def test_cells_made_with_other_settings_are_refused_until_redone(
     settings |= {"policies": ["uniform"], "budgets": [0.6]}
     path = write(settings, tmp_path)
     assert main(["compare", "--config", str(path)]) == 0
-    for override in ("--fixed={uniform: {interval: 1}}", "--tuning.num_scenes=1"):
+    others = ["--fixed={uniform: {interval: 1}}", "--tuning.num_calibration=1", "--tuning.tolerance=0.1"]
+    for override in [*others, f"--samplers.{SAMPLER}.num_test=2"]:
         assert main(["compare", "--config", str(path), "--", override]) == 2
         assert "--redo" in capsys.readouterr().err
-    num_tried = rows(settings)["uniform", 0.6]["tuning"]["num_tried"]
-    assert num_tried == settings["tuning"]["max_candidates"]  # so others may be better
-    assert main(["compare", "--config", str(path), "--", f"--tuning.max_candidates={num_tried + 1}"]) == 2
-    assert main(["compare", "--config", str(path), "--redo", "--", "--tuning.num_scenes=1"]) == 0
-    assert main(["compare", "--config", str(path), "--", "--tuning.num_scenes=1"]) == 0
+    assert main(["compare", "--config", str(path), "--redo", "--", others[1]]) == 0
+    assert main(["compare", "--config", str(path), "--", others[1]]) == 0
     assert (tmp_path / "run" / "cells" / SAMPLER / "uniform" / "0.6.schedule.json").is_file()
     settings["fixed"] = {"uniform": {"interval": 1}}  # over the budget
     assert main(["compare", "--config", str(write(settings, tmp_path)), "--redo"]) == 0
@@ -238,23 +234,69 @@ def test_cells_made_with_other_settings_are_refused_until_redone(
     assert not [*(tmp_path / "run" / "cells" / SAMPLER / "uniform").glob("*schedule*")]
 
 
-def test_how_candidates_are_tried_matters_where_some_are(settings: dict[str, Any], tmp_path: Path) -> None:
-    settings |= {"policies": ["uniform", "fewer_steps"], "budgets": [0.6]}
-    settings["fixed"] = {"uniform": {"interval": 2, "predictor": "hold"}}
+def test_cells_tuned_with_other_settings_are_kept_told_and_marked(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings |= {"policies": ["time_cutoff", "uniform", "fewer_steps"], "budgets": [0.6, 0.5, 0.1]}
+    settings["fixed"] = {"time_cutoff": {"cutoff": 3, "interval": 5, "site": "unet:eps"}}
     path = write(settings, tmp_path)
     assert main(["compare", "--config", str(path)]) == 0
-    tried = {policy: row["tuning"]["num_tried"] for (policy, _), row in rows(settings).items()}
-    assert tried["uniform"] == 0
-    assert 1 < tried["fewer_steps"] < settings["tuning"]["max_candidates"]
-    fewer = f"--tuning.max_candidates={tried['fewer_steps']}"
-    for policy, override, is_refused in (
-        ("fewer_steps", "--tuning.max_candidates=9", False),
-        ("fewer_steps", "--tuning.num_scenes=1", True),
-        ("fewer_steps", fewer, True),  # it would do, but that the last was the last is not known
-        ("uniform", "--tuning.num_scenes=1", False),
-    ):
-        with pytest.raises(ValueError, match="--redo") if is_refused else nullcontext():
-            read_cell(read_config(path, [override]), SAMPLER, policy, 0.6)
+    output, text = capsys.readouterr().out, (tmp_path / "report" / "tiny.md").read_text()
+    assert "instead of" not in output + text
+    assert "†" not in text
+    config = read_config(path)
+    for policy in ("uniform", "time_cutoff"):  # as by an earlier version
+        file = cell_files(config, SAMPLER, policy, 0.6).figures
+        cell = json.loads(file.read_text())
+        cell["protocol"]["tuning"] |= {"num_finalists": 2, "max_candidates": 24}
+        file.write_text(json.dumps(cell))
+    times = {cell: cell_files(config, *cell).figures.stat().st_mtime_ns for cell in Selection.of(config).cells()}
+
+    assert main(["compare", "--config", str(path)]) == 0
+    output, text = capsys.readouterr().out, (tmp_path / "report" / "tiny.md").read_text()
+    how = "max_candidates 24 instead of 4, num_finalists 2 instead of none"
+    assert f"{SAMPLER} uniform: 1 cell was tuned with {how}; --redo runs it again" in output
+    assert output.count("tuned with") == 1  # there was nothing to try for time_cutoff
+    assert f"† marks cells tuned with others: {how}." in " ".join(text.split())
+    marked = [line for line in text.splitlines() if "`uniform` †" in line]
+    assert all(SAMPLER in line or "interval=" in line for line in marked)
+    assert sum("interval=" in line for line in marked) == 1  # at 60 %, and not at 50 %
+    assert not any("†" in line.replace("`uniform` †", "") for line in text.splitlines() if line.startswith("|"))
+
+    more = ["--", "--tuning.num_scenes=1"]
+    assert main(["compare", "--config", str(path), *more]) == 0
+    output = capsys.readouterr().out
+    again = "num_scenes 2 instead of 1"
+    assert f"{SAMPLER} fewer_steps: 2 cells were tuned with {again}; --redo runs them again" in output
+    assert f"{SAMPLER} uniform: 1 cell was tuned with {again}" in output
+    assert {cell: cell_files(config, *cell).figures.stat().st_mtime_ns for cell in times} == times
+
+    assert main(["compare", "--config", str(path), "--policies", "uniform", "--budgets", "0.6", "--redo"]) == 0
+    assert "tuned with" not in capsys.readouterr().out
+    assert "†" not in (tmp_path / "report" / "tiny.md").read_text()
+    redone = {cell for cell in times if cell_files(config, *cell).figures.stat().st_mtime_ns != times[cell]}
+    assert redone == {(SAMPLER, "uniform", 0.6)}
+
+
+@pytest.mark.parametrize(
+    ("record", "then", "how"),
+    [
+        ({"num_tried": 3, "num_candidates": 9}, {"max_candidates": 3}, "max_candidates 3 instead of 4"),
+        ({"num_tried": 3, "num_candidates": 9}, {"num_calibration": 9, "tolerance": 0.5}, ""),  # these are refused
+        ({"num_tried": 3, "num_candidates": 9}, {}, ""),
+        ({"num_tried": 0, "num_candidates": 9}, {"max_candidates": 3}, ""),  # one was within the budget
+        ({"num_tried": 0, "num_candidates": 9}, {"max_candidates": 1}, "max_candidates 1 instead of 4"),  # at least one
+        ({"num_tried": 0, "num_candidates": 1}, {"max_candidates": 1}, ""),
+        (None, {"max_candidates": 3}, ""),  # none was
+    ],
+)
+def test_how_hard_a_cell_was_tuned_is_told_where_it_may_have_mattered(
+    settings: dict[str, Any], tmp_path: Path, record: dict[str, int] | None, then: dict[str, float], how: str
+) -> None:
+    config = read_config(write(settings, tmp_path))
+    cell: dict[str, Any] = {"sampler": SAMPLER, "protocol": protocol(config, SAMPLER)}
+    cell["protocol"]["tuning"] |= then
+    assert tuned_otherwise(config, cell | ({"tuning": record} if record else {})) == how
 
 
 def test_schedules_that_lose_their_trajectories_lose(
@@ -374,7 +416,13 @@ def test_ranking_names_ties_and_the_lead() -> None:
     assert low <= gap <= high
 
 
-@pytest.mark.parametrize("key", ["budgets=[1.5]", "policies=[magic]", "grid.budget=0.9", "samplers.DDIM-50.num_test=1"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("budgets=[1.5]", "policies=[magic]", "grid.budget=0.9", "samplers.DDIM-50.num_test=1"),
+        *("tuning.max_candidates=0", "tuning.num_screening_scenes=0", "tuning.num_scenes=1"),
+    ],
+)
 def test_wrong_settings_are_named(key: str) -> None:
     with pytest.raises(ValueError, match=key.partition("=")[0].partition(".")[0]):
         read_config(ROOT / "configs/compare/demo.yaml", [f"--{key}"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -121,16 +123,60 @@ def test_shortlist_is_within_the_budget_and_spread() -> None:
     assert [c.kept for c in shortlist(offered, 0.5, tuning)] == [0.502, 0.49, 0.2, 0.47]
 
 
-def test_the_best_of_the_second_round_wins() -> None:
-    tuning = TuningConfig(num_screening_scenes=2, num_scenes=5, num_finalists=2)
-    first, second = {1: 30.0, 2: 33.0, 3: 32.0}, {2: 31.0, 3: 34.0}
-    calls = []
+DEFAULT = TuningConfig(max_candidates=96, num_screening_scenes=2, num_scenes=32)
 
-    def judge(c: Candidate, num_scenes: int) -> float:
-        calls.append((c.knobs["n"], num_scenes))
-        return (first if num_scenes == 2 else second)[c.knobs["n"]]
 
-    chosen, num_tried = best([candidate(0.5, n=n) for n in (1, 2, 3)], tuning, judge)
-    assert chosen.knobs == {"n": 3}
+@pytest.mark.parametrize(
+    ("tuning", "num_candidates", "rounds"),
+    [
+        (DEFAULT, 96, [(96, range(2)), (48, range(2, 4)), (24, range(4, 8)), (12, range(8, 16)), (6, range(16, 32))]),
+        (DEFAULT, 10, [(10, range(19)), (5, range(19, 32))]),
+        (DEFAULT, 7, [(7, range(27)), (4, range(27, 32))]),
+        (DEFAULT, 6, [(6, range(32))]),
+        (DEFAULT, 2, [(2, range(32))]),
+        (DEFAULT, 1, []),
+        (TuningConfig(4, 1, 3), 4, [(4, range(1)), (2, range(1, 2))]),  # one is left before it has seen all
+        (TuningConfig(3, 2, 2), 3, [(3, range(2))]),
+    ],
+)
+def test_rounds_share_the_same_number_of_pictures(
+    tuning: TuningConfig, num_candidates: int, rounds: list[tuple[int, range]]
+) -> None:
+    calls: list[tuple[int, range]] = []
+
+    def judge(c: Candidate, scenes: range) -> list[float]:
+        calls.append((c.knobs["n"], scenes))
+        return [float(c.knobs["n"])] * len(scenes)
+
+    chosen, num_tried = best([candidate(0.5, n=n) for n in range(num_candidates)], tuning, judge)
+    assert chosen.knobs == {"n": num_candidates - 1}
+    assert num_tried == (num_candidates if num_candidates > 1 else 0)
+    assert [scenes for _, scenes in calls] == [scenes for number, scenes in rounds for _ in range(number)]
+    if len(rounds) > 1:  # the better half goes on
+        assert {n for n, scenes in calls if scenes == rounds[1][1]} == set(range(num_candidates)[-rounds[1][0] :])
+    assert sum(len(scenes) for _, scenes in calls) <= len(rounds) * tuning.max_candidates * tuning.num_screening_scenes
+
+
+def test_candidates_are_judged_by_the_mean_of_all_scenes_that_they_have_seen() -> None:
+    psnr = {
+        "late": [30.0, 33.0, 33.0, 33.0],  # better on the last scenes, not on all
+        "even": [40.0, 36.0, 30.0, 30.0],
+        "lost": [50.0, 50.0, float("nan"), 50.0],
+        "soon lost": [math.inf, 50.0, 50.0, 50.0],
+        "poor": [20.0, 20.0, 20.0, 20.0],
+    }
+    offered = [candidate(0.5, name=name) for name in psnr]
+
+    def judge(c: Candidate, scenes: range) -> list[float]:
+        assert c.knobs["name"] in ("late", "even", "lost") or scenes.start == 0
+        return psnr[c.knobs["name"]][scenes.start : scenes.stop]
+
+    tuning = TuningConfig(max_candidates=5, num_screening_scenes=2, num_scenes=4)
+    assert best(offered, tuning, judge)[0].knobs == {"name": "even"}
+
+
+def test_where_all_are_lost_one_is_chosen_nevertheless() -> None:
+    offered = [candidate(0.5, n=n) for n in range(3)]
+    chosen, num_tried = best(offered, DEFAULT, lambda c, scenes: [math.nan] * len(scenes))
+    assert chosen is offered[0]
     assert num_tried == 3
-    assert calls == [(1, 2), (2, 2), (3, 2), (2, 5), (3, 5)]

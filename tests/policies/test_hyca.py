@@ -12,6 +12,7 @@ from hgc_learn.policies import POLICIES
 from hgc_learn.policies.hyca import choose_solvers, cluster_channels, descriptors, hyca, solver_errors
 from hgc_learn.predictors.per_channel import CHOICES
 from hgc_learn.setting import Draft
+from hgc_learn.spacing import full_steps
 
 NUM_STEPS = 16
 EVERY_OTHER = range(0, NUM_STEPS, 2)
@@ -49,7 +50,9 @@ def test_one_cluster_gets_the_solver_with_the_least_error_of_all() -> None:
     assert choose_solvers(errors, torch.tensor([0, 1, 2])).tolist() == [0, 2, 1]
 
 
-@pytest.mark.parametrize("full", [EVERY_OTHER, range(0, NUM_STEPS, 5), [0, 1, 4, 6, 7]])
+@pytest.mark.parametrize(
+    "full", [EVERY_OTHER, range(0, NUM_STEPS, 5), [0, 1, 4, 6, 7], full_steps(NUM_STEPS, 3, 5), range(NUM_STEPS)]
+)
 def test_errors_are_those_of_the_forecasts(full: Sequence[int]) -> None:
     history = synthetic_history()
     errors = solver_errors(SiteStatistics.of(history), full)
@@ -116,6 +119,31 @@ def test_only_the_solvers_asked_for_are_chosen_from(solvers: str) -> None:
     assert set(chosen.tolist()) == {min(pool, key=errors.__getitem__)}
 
 
+@pytest.mark.parametrize("first_full", [1, 2, 3])
+def test_the_steps_at_the_start_are_full_and_errors_are_of_those_skipped(first_full: int) -> None:
+    setting = shared_setting()
+    statistics = site_statistics(setting, ["unet:eps"])["unet:eps"]
+    draft = hyca(setting, interval=2, first_full=first_full, site="prediction", num_clusters=1)
+    assert draft.sites == {"unet:eps": {1: "CpCpC", 2: "CCpCp", 3: "CCCpC"}[first_full]}
+    errors = solver_errors(statistics, full_steps(setting.num_steps, 2, first_full)).sum(1)
+    assert set(draft.tensors["unet:eps/predictor"].tolist()) == {int(errors.argmin())}
+
+
+def test_what_candidates_share_does_not_depend_on_their_order() -> None:
+    alone, shared = [], measured_setting()
+    candidates = [
+        {"interval": i, "solvers": s, "num_clusters": n} for n in (1, 4) for s in ("hold", "all") for i in (2, 3)
+    ]
+    for knobs in candidates:
+        setting = measured_setting()
+        setting.memo["site_statistics"] = shared.memo.setdefault("site_statistics", {})
+        alone.append(hyca(setting, **knobs))
+    for knobs, expected in reversed(list(zip(candidates, alone, strict=True))):
+        draft = hyca(shared, **knobs)
+        assert draft.sites == expected.sites
+        assert all(torch.equal(draft.tensors[name], value) for name, value in expected.tensors.items())
+
+
 def test_no_more_clusters_than_channels() -> None:
     assert len(hyca(shared_setting(), site="prediction", num_clusters=8).tensors["unet:eps/predictor"]) == 4
 
@@ -128,6 +156,7 @@ def test_nothing_is_forecast_at_interval_one() -> None:
     ("knobs", "message"),
     [
         ({"interval": 0}, "interval is 0"),
+        ({"first_full": 6}, "first_full is 6; it must be 1 to 5, the steps of the run"),
         ({"num_clusters": 0}, "num_clusters is 0"),
         ({"solvers": ""}, "solvers is ''; it is all or some of hold linear"),
         ({"solvers": "hold cubic"}, "solvers is 'hold cubic'"),

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 from training_fixtures import SAMPLING, fit
+from unmeasured import unmeasured_setting
 
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.inference import HGCSchedule, apply_schedule
 from hgc_learn.policies import POLICIES
-from hgc_learn.rollout import generate, load_pipeline
+from hgc_learn.rollout import SamplingConfig, generate, load_pipeline
 from hgc_learn.setting import Setting
 
 NUM_STEPS = SAMPLING.num_inference_steps
@@ -42,6 +43,7 @@ class Case:
 CASES = [
     Case("uniform", {"interval": 2}, kept=3 / 5),
     Case("uniform", {"interval": 2, "predictor": "linear"}, kept=3 / 5),
+    Case("uniform", {"interval": 2, "first_full": 3, "predictor": "taylor2"}, kept=4 / 5),
     Case("fewer_steps", {"num_steps": 3}, kept=3 / 5),
     Case("time_cutoff", {"cutoff": 2, "interval": 2, "site": "unet:eps"}, kept=3 / 5),
     Case("time_cutoff", {"cutoff": 2, "interval": 5}),
@@ -60,6 +62,7 @@ CASES = [
     Case("block_caching_scale_shift", {"delta": 0.3}),
     Case("hyca", {"interval": 2, "site": "prediction"}, kept=3 / 5),
     Case("hyca", {"interval": 3, "site": "last_block"}),
+    Case("hyca", {"interval": 3, "first_full": 2, "site": "prediction"}, kept=3 / 5),
     Case("evolutionary", {"budget": 0.5, "population": 2, "generations": 1}),
     Case("learned", {"budget": 0.5, "specialise_updates": 0, "fill_updates": 2}),
     Case("l2c", {"budget": 0.7, "interval": 2}),
@@ -150,6 +153,26 @@ def saves(setting: Setting, name: str, knobs: dict[str, Any]) -> bool:
         return setting.kept(POLICIES[name].write(setting, **knobs)) < 1
     except ValueError:
         return False
+
+
+@pytest.mark.parametrize("num_steps", [20, 50])
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_its_defaults_are_among_its_candidates(name: str, num_steps: int) -> None:
+    """What is published is tried too, the knobs that are not in the grid being at their defaults anyway."""
+    policy = POLICIES[name]
+    sampling = SamplingConfig(num_steps, 7.5, 512, 512)
+    timesteps = tuple(999.0 - 1000.0 * i / num_steps for i in range(num_steps))
+    setting = replace(unmeasured_setting("sd15-controlnet"), sampling=sampling, timesteps=timesteps, memo={})
+    meant = {  # by a default of None; the modules say so
+        "deepcache": {"center": num_steps * 3 // 10},
+        "l2c": {"interval": 2},  # the shortest, where the budget allows it
+    }.get(name, {})
+    grid = policy.grid(setting)
+    default = {knob: meant.get(knob, policy.knobs[knob]) for knob in grid}
+    assert default in list(policy.candidates(setting))
+    if name == "deepcache":
+        knobs = {"interval": 5, "spacing": "quadratic"}
+        assert policy.write(setting, **knobs) == policy.write(setting, **knobs, **meant)
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
