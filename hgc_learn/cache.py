@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hgc_learn.plan import Load
 from hgc_learn.predictors import BY_CODE, Fill
-from hgc_learn.schedule import ScheduleError
+from hgc_learn.strict import ScheduleError
 
 
 class Cache:

@@ -22,9 +22,10 @@ from hgc_learn.fills import Report
 from hgc_learn.hard import HardSchedule
 from hgc_learn.learning import ALL, Learning
 from hgc_learn.rollout import default_device
-from hgc_learn.schedule import HGCSchedule, ScheduleError, check_output
+from hgc_learn.schedule import HGCSchedule, check_output
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sharing import FILE_NAME
+from hgc_learn.strict import ScheduleError
 from hgc_learn.training import RouterModule
 
 

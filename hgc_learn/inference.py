@@ -18,8 +18,9 @@ from hgc_learn.forwards import RoutedForwards, routed_models
 from hgc_learn.graph import build_graph
 from hgc_learn.plan import Plan
 from hgc_learn.runtime import Runtime, RuntimeOptions
-from hgc_learn.schedule import HGCSchedule, ScheduleError
+from hgc_learn.schedule import HGCSchedule
 from hgc_learn.sites import to_lay_open
+from hgc_learn.strict import ScheduleError
 
 __all__ = ["HGCSchedule", "ScheduleError", "ScheduleHandle", "apply_exact_savings", "apply_schedule", "remove_schedule"]
 

@@ -20,7 +20,8 @@ from hgc_learn.graph import Graph
 from hgc_learn.once import Once
 from hgc_learn.plan import Load, StepPlan, compile_plan
 from hgc_learn.program import Program, compile_program, run_program
-from hgc_learn.schedule import HGCSchedule, ScheduleError
+from hgc_learn.schedule import HGCSchedule
+from hgc_learn.strict import ScheduleError
 from hgc_learn.timesteps import steps_for_calls
 
 

@@ -7,8 +7,6 @@ they may come from a stranger. See `docs/schedule_format.md`.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,12 +18,13 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hgc_learn.files import check_writable, printable, to_json, write_atomically
+from hgc_learn.files import check_writable, to_json, write_atomically
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.plan import COMPUTE, check_codes
 from hgc_learn.predictors import BY_CODE
 from hgc_learn.sharing import CARD_NAME, FILE_NAME, find_schedule, is_own_card, model_card, upload_folder
 from hgc_learn.sites import KINDS
+from hgc_learn.strict import ScheduleError, check_finite, number, parse_json, read_bytes, take
 
 FORMAT = "hgc_schedule"
 VERSION = 4
@@ -37,17 +36,8 @@ MAX_STEPS = 4096
 MAX_SITES = 20_000
 MAX_NAME = 256
 MAX_MACS = 10**24
-MAX_DEPTH = 16
 
 Scalar = str | int | float | bool | None
-
-
-class ScheduleError(ValueError):
-    """A schedule that cannot be used; the message names the field and says what to do. It is on one line, without
-    control characters: it quotes files, which may come from a stranger."""
-
-    def __init__(self, message: str):
-        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
@@ -171,7 +161,7 @@ class HGCSchedule:
             raise ScheduleError("The file does not hold a JSON object; it is not a schedule.")
         if data.get("format") != FORMAT:
             raise ScheduleError(f"format: is {data.get('format')!r}, not {FORMAT!r}; this is not a schedule file.")
-        version = _take(data, "version", int)
+        version = take(data, "version", int)
         if version > VERSION:
             raise ScheduleError(
                 f"version: the file has version {version}, this hgc_learn reads up to {VERSION}. Upgrade hgc_learn."
@@ -184,13 +174,13 @@ class HGCSchedule:
         unknown = sorted(set(data) - known)
         if unknown:
             raise ScheduleError(f"{unknown[0]}: unknown key; version {version} knows {', '.join(sorted(known))}.")
-        fields = {name: _take(data, name, kind) for name, kind in _FIELDS.items()}
-        fields["timesteps"] = tuple(_number(t, "timesteps") for t in fields["timesteps"])
-        fields["guidance_scale"] = _number(fields["guidance_scale"], "guidance_scale")
+        fields = {name: take(data, name, kind) for name, kind in _FIELDS.items()}
+        fields["timesteps"] = tuple(number(t, "timesteps") for t in fields["timesteps"])
+        fields["guidance_scale"] = number(fields["guidance_scale"], "guidance_scale")
         for name in ("height", "width"):
             if not 1 <= fields[name] <= 65_536:
                 raise ScheduleError(f"{name}: is {fields[name]}; a picture is 1 to 65536 pixels.")
-        steps = _take(data, "num_inference_steps", int)
+        steps = take(data, "num_inference_steps", int)
         if steps != len(fields["timesteps"]):
             raise ScheduleError(f"num_inference_steps: is {steps}, but timesteps has {len(fields['timesteps'])}.")
         for site, row in fields["sites"].items():
@@ -202,8 +192,8 @@ class HGCSchedule:
         for name, scalar in fields["fidelity"].items():
             if not isinstance(scalar, Scalar):
                 raise ScheduleError(f"fidelity: {name!r} must be a single value, not {type(scalar).__name__}.")
-            _check_finite(scalar, f"fidelity: {name!r}")
-        _check_finite(fields["producer"], "producer")
+            check_finite(scalar, f"fidelity: {name!r}")
+        check_finite(fields["producer"], "producer")
         try:
             fields["model"] = ModelFingerprint.from_dict(fields["model"])
         except ValueError as error:
@@ -247,9 +237,9 @@ class HGCSchedule:
         Raises:
             ScheduleError: the file cannot be read or is not a valid schedule; the message names file and field.
         """
-        raw = _read(Path(path), MAX_FILE_BYTES)
+        raw = read_bytes(Path(path), MAX_FILE_BYTES)
         try:
-            data = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+            data = parse_json(raw)
             return cls.from_dict(data, _read_tensors(tensor_path(path), data))
         except ScheduleError as error:
             raise ScheduleError(f"{path}: {error}") from None
@@ -316,24 +306,13 @@ def tensor_path(path: str | os.PathLike[str]) -> Path:
     return Path(path).with_suffix(".safetensors")
 
 
-def _read(path: Path, max_bytes: int) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(max_bytes + 1)
-    except OSError as error:
-        raise ScheduleError(f"{path}: cannot be read ({error.strerror}).") from None
-    if len(raw) > max_bytes:
-        raise ScheduleError(f"{path}: larger than {max_bytes // 2**20} MiB; it is not part of a schedule.")
-    return raw
-
-
 def _read_tensors(path: Path, data: Any) -> dict[str, Tensor]:
     digest = data.get("tensors") if isinstance(data, dict) else None
     if digest is None:
         return {}
     if not isinstance(digest, str):
         raise ScheduleError(f"tensors: must be the SHA-256 of {path.name}, not {type(digest).__name__}.")
-    raw = _read(path, MAX_TENSOR_BYTES)
+    raw = read_bytes(path, MAX_TENSOR_BYTES)
     if hashlib.sha256(raw).hexdigest() != digest:
         raise ScheduleError(f"tensors: {path.name} is not the file that belongs to this schedule. Get both again.")
     if int.from_bytes(raw[:8], "little") > MAX_HEADER_BYTES:
@@ -382,42 +361,3 @@ _FIELDS: dict[str, Any] = {
     "macs": dict,
     "fidelity": dict,
 }
-
-
-def _take(data: dict[str, Any], name: str, kind: Any) -> Any:
-    if name not in data:
-        raise ScheduleError(f"{name}: missing.")
-    value = data[name]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        names = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
-        raise ScheduleError(f"{name}: must be {names.get(kind, 'a number')}, not {type(value).__name__}.")
-    return value
-
-
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e9 or not math.isfinite(value):
-        raise ScheduleError(f"{name}: {value!r} is not a finite number.")
-    return value
-
-
-def _check_finite(value: Any, name: str, depth: int = 0) -> None:
-    """JSON reads 1e999 as infinity, which it cannot write."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ScheduleError(f"{name}: {value} is not a finite number.")
-    if depth > MAX_DEPTH:
-        raise ScheduleError(f"{name}: nested deeper than {MAX_DEPTH} levels.")
-    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_finite(child, name, depth + 1)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ScheduleError(f"{key}: appears twice.")
-        result[key] = value
-    return result
-
-
-def _no_constant(name: str) -> Any:
-    raise ScheduleError(f"{name} is not allowed; all numbers must be finite.")

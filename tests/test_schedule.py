@@ -16,7 +16,8 @@ from tiny_models import TinyPipeline, build_pipeline, random_rows, shared_pipeli
 
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.inference import apply_schedule
-from hgc_learn.schedule import MAX_FILE_BYTES, VERSION, HGCSchedule, ScheduleError
+from hgc_learn.schedule import MAX_FILE_BYTES, VERSION, HGCSchedule
+from hgc_learn.strict import ScheduleError
 
 SCHEDULE = HGCSchedule(
     sites={"unet.mid_block.attentions.0:out": "C--C-", "unet:eps": "CC-CC"},
