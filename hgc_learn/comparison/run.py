@@ -97,7 +97,7 @@ def _what_mattered(cell: dict[str, Any], protocol: dict[str, Any]) -> dict[str, 
     return protocol | {"tuning": tuning}
 
 
-def run_comparison(config: CompareConfig, selection: Selection) -> None:
+def run_comparison(config: CompareConfig, selection: Selection, *, redo: bool = False) -> None:
     """Runs every selected cell that has no figures and no reason yet. An exception in a cell is kept in its file, told,
     and tried again by the next run."""
     torch.set_flush_denormal(True)  # arithmetic with denormal numbers is many times slower on CPUs
@@ -118,7 +118,7 @@ def run_comparison(config: CompareConfig, selection: Selection) -> None:
                         continue
                     if bench is None:
                         display.say(f"{sampler}: drawing scenes")
-                        bench = Bench(config, sampler)
+                        bench = Bench(config, sampler, redo=redo)
                     _run_policy(bench, policy, missing, display, num_done)
 
 
