@@ -19,6 +19,9 @@ from hgc_learn.graph import architecture_key, meta_copy, named_models
 NORM_TOLERANCE = 2e-3
 """Relative; rounding a tensor to bfloat16 moves its norm by less."""
 
+SAME_NORM_TOLERANCE = 1e-5
+"""Relative; other orders of summation, of another machine, move a norm by less."""
+
 MAX_NORM = 1e30
 
 _PROBES = ("conv_in", "mid_block.resnets.0.conv1", "mid_block.resnets.1.conv2", "conv_out", "controlnet_mid_block")
@@ -40,8 +43,9 @@ class ModelFingerprint:
             norms={name: _norms(model) for name, model in models.items()},
         )
 
-    def difference(self, other: ModelFingerprint) -> tuple[str, str] | None:
-        """None if `other` is the same model, else (`architecture` or `weights`, what differs)."""
+    def difference(self, other: ModelFingerprint, tolerance: float = NORM_TOLERANCE) -> tuple[str, str] | None:
+        """None if `other` is the same model, else (`architecture` or `weights`, what differs). Norms may differ by
+        `tolerance`, relative."""
         for name in sorted(self.architecture.keys() | other.architecture.keys()):
             mine, theirs = self.architecture.get(name), other.architecture.get(name)
             if mine != theirs:
@@ -49,7 +53,7 @@ class ModelFingerprint:
         for name, norms in self.norms.items():
             for key, norm in norms.items():
                 found = other.norms.get(name, {}).get(key)
-                if found is not None and abs(found - norm) > NORM_TOLERANCE * max(abs(norm), abs(found)):
+                if found is not None and abs(found - norm) > tolerance * max(abs(norm), abs(found)):
                     return "weights", f"the norm of {name}.{key}.weight is {found:.6g} where {norm:.6g} is expected"
         return None
 

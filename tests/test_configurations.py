@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,23 @@ def test_every_configuration_parses_and_prints_readably(
 def test_every_comparison_parses(path: Path) -> None:
     assert f"python -m hgc_learn compare --config configs/compare/{path.name}" in path.read_text()
     assert read_config(path).budgets
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/compare").glob("*.yaml")), ids=lambda path: path.stem)
+def test_of_every_comparison_what_is_small_can_be_committed(path: Path, tmp_path: Path) -> None:
+    """Figures and schedules, not what they are made from."""
+    cell, training = f"cells/UniPC-20/{path.stem}", f"trained/UniPC-20/{path.stem}"
+    kept = [f"{cell}/0.5.json", f"{cell}/0.5.schedule.json", f"{cell}/0.5.schedule.safetensors"]
+    kept += [f"{cell}/0.5.timing.json", f"{training}/trained.json"]
+    made_again = ["references/UniPC-20-test.safetensors", "references/UniPC-20-test.lock", f"{training}/last.ckpt"]
+    made_again += [f"{training}/lightning_logs/version_0/metrics.csv", f"{cell}/lock", f"{cell}/tmp1.tmp"]
+    output = read_config(path).output
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    names = "\n".join(f"{output}/{name}" for name in kept + made_again)
+    command = ["git", "-C", str(tmp_path), "check-ignore", "--stdin"]
+    ignored = subprocess.run(command, input=names, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert ignored == [f"{output}/{name}" for name in made_again]
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda path: path.stem)

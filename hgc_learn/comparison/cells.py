@@ -25,6 +25,8 @@ from hgc_learn.comparison.samples import full_samples, read_batches, render
 from hgc_learn.comparison.trained import checkpoint
 from hgc_learn.comparison.tune import Candidate, Candidates, best, count_rollouts, list_candidates, plain, shortlist
 from hgc_learn.evaluation import picture_psnr
+from hgc_learn.files import read_json
+from hgc_learn.fingerprint import SAME_NORM_TOLERANCE, ModelFingerprint
 from hgc_learn.macs import BudgetError
 from hgc_learn.policies import Policy
 from hgc_learn.rollout import load_pipeline
@@ -54,6 +56,13 @@ class CellFiles:
     def timing(self) -> Path:
         return self.folder / f"{self.budget:g}.timing.json"
 
+    @property
+    def weights(self) -> ModelFingerprint | None:
+        """Those that its figures are of, if it has any."""
+        if not (self.figures.is_file() and self.schedule.is_file()):
+            return None
+        return ModelFingerprint.from_dict(read_json(self.schedule)["model"])
+
     def remove(self) -> None:
         for path in (self.figures, self.timing, self.schedule, tensor_path(self.schedule)):
             path.unlink(missing_ok=True)
@@ -78,15 +87,47 @@ def protocol(config: CompareConfig, sampler: str) -> dict[str, Any]:
     )
 
 
+def check_weights(config: CompareConfig, sampler: str, held: ModelFingerprint | None = None) -> None:
+    """
+    Args:
+        held: the weights that `config.model` holds; where they are not given, cells are compared with each other.
+
+    Raises:
+        ValueError: a cell was made with other weights.
+    """
+    whose = f"{config.model} holds now"
+    for policy in config.policy_names:
+        for budget in config.budgets:
+            files = cell_files(config, sampler, policy, budget)
+            if (weights := files.weights) is None:
+                continue
+            if held is None:
+                held, whose = weights, f"{files.figures} was made with"
+            elif difference := weights.difference(held, SAME_NORM_TOLERANCE):
+                raise ValueError(
+                    f"{files.figures} was made with other weights than {whose}: {difference[1]}. Set another output "
+                    "(-- --output=DIR), or run all cells of the comparison again (--redo)."
+                )
+
+
 class Bench:
     """A sampler's pipeline and samples, which its cells share; what is expensive is made when it is first used."""
 
-    def __init__(self, config: CompareConfig, sampler: str):
+    def __init__(self, config: CompareConfig, sampler: str, *, redo: bool = False):
+        """
+        Args:
+            redo: cells that are there may be of other weights, for they are to be run again.
+
+        Raises:
+            ValueError: one is, and is not.
+        """
         self.config, self.sampler = config, sampler
         self.sampling = config.sampling(sampler)
         self.pipe = load_pipeline(config.model, self.sampling)
         calibration = read_batches(config, "train", config.tuning.num_calibration, config.batch_size)
         self.setting = Setting.of_pipeline(self.pipe, self.sampling, calibration)
+        if not redo:
+            check_weights(config, sampler, self.setting.fingerprint)
         self.test = read_batches(
             config, "test", config.samplers[sampler].num_test, config.batch_size, config.test_offset
         )

@@ -57,7 +57,7 @@ def markdown(config: CompareConfig, rankings: Sequence[Ranking], *, command: str
         "PSNR, SSIM and latent error (relative L2) are against the uncached picture of the same seed, means over "
         "samples; brackets are 95 % bootstrap intervals over samples. *To best* is the mean paired difference to the "
         "first row: where its interval contains 0, the test set cannot tell the two apart, and both are marked with =. "
-        + _of_obedience(config),
+        "*With attention* is the kept fraction of MACs with attention matmuls counted. " + _of_obedience(config),
     ]
     if num_missing:
         paragraphs.append(f"**Incomplete: {num_missing} cells have not been run.**")
@@ -123,7 +123,7 @@ def _section(config: CompareConfig, ranking: Ranking) -> list[str]:
             )
         lines.append("")
         optional = config.optional_metrics
-        heading = ["", "policy", "PSNR, dB", "to best, dB", "MACs", "latent error", "SSIM"]
+        heading = ["", "policy", "PSNR, dB", "to best, dB", "MACs", "with attention", "latent error", "SSIM"]
         heading += ["mIoU", "colour", "FID"] if is_scenes else []
         heading += [*optional, "speed", "settings"]
         lines += [_line(heading), "|" + "---|" * len(heading)]
@@ -137,6 +137,7 @@ def _section(config: CompareConfig, ranking: Ranking) -> list[str]:
                 _with_interval(row["psnr_db"], row["psnr_ci"], ".2f"),
                 _with_interval(*gap, ".2f") if place > 1 else "",
                 f"{row['kept_macs']:.4f}",
+                f"{row['kept_macs_attention']:.4f}",
                 f"{row['latent_rel_l2']:.4f}",
                 f"{row['ssim']:.4f}",
                 *([f"{row['control_miou']:.4f}", f"{row['color_accuracy']:.4f}"] if is_scenes else []),

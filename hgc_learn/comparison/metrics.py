@@ -62,13 +62,13 @@ class Obedience:
 
     def miou(self, samples: NDArray[np.int64]) -> NDArray[np.floating]:
         """Mean IoU of every set of samples; indices [sets, n]."""
-        confusion = self.confusion[samples].sum(1)
+        confusion = _sums(self.confusion, samples)
         intersection = np.einsum("skk->sk", confusion)
         union = confusion.sum(1) + confusion.sum(2) - intersection
         return np.nanmean(np.where(union > 0, intersection / np.maximum(union, 1), np.nan), axis=1)
 
     def color_accuracy(self, samples: NDArray[np.int64]) -> NDArray[np.floating]:
-        return self.correct[samples].sum(1) / np.maximum(self.total[samples].sum(1), 1)
+        return _sums(self.correct, samples) / np.maximum(_sums(self.total, samples), 1)
 
     def figures(self, full: Obedience) -> dict[str, Any]:
         """Both figures and their relative loss against the uncached pictures, with intervals."""
@@ -88,6 +88,16 @@ class Obedience:
             result[f"{key}_relative_loss"] = float(loss(everything)[0])
             result[f"{key}_relative_loss_ci"] = resampled_interval(num_samples, loss)
         return result
+
+
+def _sums(counts: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.floating]:
+    """Of counts [n, ...] over every set of samples, indices [sets, n]: whole numbers [sets, ...]. By how often each
+    sample is in a set, which is faster than to take the samples out."""
+    num_sets, n = len(samples), len(counts)
+    places = samples + n * np.arange(num_sets)[:, None]
+    often = np.bincount(places.ravel(), minlength=num_sets * n).reshape(num_sets, n).astype(float)
+    sums: NDArray[np.floating] = np.tensordot(often, counts.astype(float), 1)
+    return sums
 
 
 class SceneFID:

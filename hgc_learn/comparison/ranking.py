@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hgc_learn.comparison.cells import cell_files
+from hgc_learn.comparison.cells import cell_files, check_weights
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.run import Selection, read_cell
 from hgc_learn.comparison.statistics import Interval, paired_difference
@@ -55,9 +55,14 @@ class Ranking:
 
 
 def collect(config: CompareConfig) -> tuple[list[Ranking], int]:
-    """All cells of the configuration by sampler and budget, and the number of those that have not been run."""
+    """All cells of the configuration by sampler and budget, and the number of those that have not been run.
+
+    Raises:
+        ValueError: some were made with other settings than those asked for, or with other weights than others.
+    """
     rankings, num_missing = [], 0
     for sampler in config.samplers:
+        check_weights(config, sampler)
         for budget in config.budgets:
             cells = [read_cell(config, *cell) for cell in Selection([sampler], config.policy_names, [budget]).cells()]
             num_missing += cells.count(None)

@@ -9,7 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import bootstrap
 
 CONFIDENCE = 0.95
-NUM_RESAMPLES = 2000
+NUM_RESAMPLES = 10_000
+"""An interval's ends then vary by about 3 % of the standard error; in the comparison by 0.004 to 0.013 dB."""
 
 Interval = tuple[float, float]
 

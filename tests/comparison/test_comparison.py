@@ -88,6 +88,7 @@ def test_a_comparison_writes_figures_reasons_tables_and_pictures(settings: dict[
     text = (tmp_path / "report" / "tiny.md").read_text()
     assert f"## {SAMPLER}, 60% of the MACs" in text
     assert "`uniform` is not here: keeps at least" in text
+    assert "| MACs | with attention |" in text
     assert f"- `uniform`: {POLICIES['uniform'].paper}" in text
     for name in ("pareto.png", "grid.png"):
         assert (tmp_path / "report" / name).stat().st_size > 5000
@@ -96,8 +97,11 @@ def test_a_comparison_writes_figures_reasons_tables_and_pictures(settings: dict[
     assert schedule.producer["paper"] == POLICIES["uniform"].paper
     assert schedule.fidelity["psnr_db"] == row["psnr_db"]
 
+    figures = tmp_path / "run" / "cells" / SAMPLER / "uniform" / "0.6.json"
+    figures.write_text(json.dumps(json.loads(figures.read_text()) | {"kept_macs_attention": 0.1234}))
     assert main(["compare", "--config", str(config), "--timing"]) == 0
     assert rows(settings)["uniform", 0.6]["wall_clock_speedup"] > 0
+    assert f" | {row['kept_macs']:.4f} | 0.1234 | " in (tmp_path / "report" / "tiny.md").read_text()
 
 
 def test_a_comparison_on_ones_own_pictures(settings: dict[str, Any], tmp_path: Path) -> None:
