@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import signal
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
+from contextlib import closing, contextmanager
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +41,30 @@ def _draw_chunk(seeds: range) -> tuple[dict[str, NDArray[np.generic]], list[str]
     return arrays, [scene.caption for scene in scenes]
 
 
-def _draw(seeds: range) -> Iterator[tuple[int, tuple[dict[str, NDArray[np.generic]], list[str]]]]:
+def _draw(seeds: range) -> Generator[tuple[int, tuple[dict[str, NDArray[np.generic]], list[str]]], None, None]:
     starts = range(0, len(seeds), _CHUNK)
     chunks = [seeds[start : start + _CHUNK] for start in starts]
     if len(chunks) == 1:
         yield 0, _draw_chunk(chunks[0])
         return
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        yield from zip(starts, pool.map(_draw_chunk, chunks), strict=True)
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes inherit it: Ctrl-C is told once, by this one
+        try:
+            drawn = deque(pool.submit(_draw_chunk, chunk) for chunk in chunks)
+        finally:
+            signal.signal(signal.SIGINT, heard)
+        try:
+            for start in starts:
+                yield start, drawn.popleft().result()
+        except BaseException:
+            kill_child_processes()  # not to wait for the chunks that they have begun
+            raise
+
+
+def kill_child_processes() -> None:
+    """Those that `multiprocessing` has started, at once."""
+    for process in active_children():
+        process.kill()
 
 
 def draw_training_scenes(folder: Path, num_scenes: int) -> None:
@@ -58,8 +76,9 @@ def draw_training_scenes(folder: Path, num_scenes: int) -> None:
     if is_written(folder, num_scenes):
         return
     progress = tqdm(total=num_scenes, desc="drawing scenes", unit="scene")
-    with progress, new_arrays(folder, _SHAPES, num_scenes) as (arrays, captions):
-        for start, (chunk, texts) in _draw(TRAIN_SEEDS[:num_scenes]):
+    drawing = closing(_draw(TRAIN_SEEDS[:num_scenes]))
+    with progress, new_arrays(folder, _SHAPES, num_scenes) as (arrays, captions), drawing as drawn:
+        for start, (chunk, texts) in drawn:
             for name, values in chunk.items():
                 arrays[name][start : start + len(values)] = values
             captions += texts

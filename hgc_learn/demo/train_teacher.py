@@ -2,17 +2,20 @@
 
 With `--data FOLDER`, a small teacher on the photographs, control images and captions of an imagefolder instead.
 
-The stages, each resumable (interrupt with Ctrl-C, run the same command again): draw scenes or cut photographs, text
-encoder, VAE, encode the pictures, UNet together with ControlNet. The pipeline folder is `DIR/pipeline`; after every
-validation of the last stage it is in `DIR/pipeline-early`, and its pictures are in `DIR/pictures.png`.
+The stages, each resumable (interrupt with Ctrl-C, run the same command again; other arguments are refused): draw
+scenes or cut photographs, text encoder, VAE, encode the pictures, UNet together with ControlNet. The pipeline folder is
+`DIR/pipeline`; after every validation of the last stage it is in `DIR/pipeline-early`, and its pictures are in
+`DIR/pictures.png`.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from hgc_learn.__main__ import guarded
 from hgc_learn.demo.material import Material, PhotographMaterial, SceneMaterial
 from hgc_learn.demo.photographs import Photographs
 from hgc_learn.demo.scenes import IMAGE_SIZE
@@ -40,12 +44,21 @@ from hgc_learn.demo.teacher import (
     build_vae,
     tokenize,
 )
-from hgc_learn.demo.teacher_data import LatentDataset, PictureDataset, encode_training_scenes, read_captions
+from hgc_learn.demo.teacher_data import (
+    LatentDataset,
+    PictureDataset,
+    encode_training_scenes,
+    kill_child_processes,
+    read_captions,
+)
 from hgc_learn.demo.teacher_modules import AutoencoderModule, DenoiserModule
 from hgc_learn.figures import picture_grid, save_figure
+from hgc_learn.files import read_json, save_json
 from hgc_learn.rollout import SamplingConfig, generate
 
 NUM_SHOWN = 8
+MAY_DIFFER = ("output", "num_processes", "validation_interval")
+"""Arguments that a training may go on without: where it is, how many share its work, when it is looked at."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,11 @@ class TeacherArguments:
     seed: int = 0
 
     @property
+    def kept(self) -> Path:
+        """File of the arguments that a training was begun with."""
+        return self.output / "checkpoints" / "arguments.json"
+
+    @property
     def scenes(self) -> Path:
         """Folder of the pictures, drawn or cut, and of their latents."""
         return self.output / "scenes"
@@ -101,6 +119,39 @@ class TeacherArguments:
             Photographs(self.data, split, self.condition) for split in (self.train_split, self.val_split)
         )
         return PhotographMaterial(train, held_out)
+
+
+def keep_arguments(args: TeacherArguments) -> None:
+    """Beside the checkpoints, for :func:`check_arguments`."""
+    save_json(args.kept, _decisive(args))
+
+
+def check_arguments(args: TeacherArguments) -> None:
+    """
+    Raises:
+        ValueError: the training in `args.output` was begun with others. One of an earlier version does not say.
+    """
+    begun = read_json(args.kept) if args.kept.is_file() else {}
+    for name, value in _decisive(args).items():
+        if name in begun and begun[name] != value:
+            raise ValueError(
+                f"--{name}: {_told(value)} now, {_told(begun[name])} when the training in {args.output} was begun. "
+                "Give what it was begun with to go on, or another --output to begin anew."
+            )
+
+
+def _decisive(args: TeacherArguments) -> dict[str, Any]:
+    """The arguments that decide what is learned, as JSON has them."""
+    values = {name: value for name, value in asdict(args).items() if name not in MAY_DIFFER}
+    values["parts"] = str(args.parts) if args.parts else None
+    values["block_out_channels"] = list(args.block_out_channels)
+    return values
+
+
+def _told(value: Any) -> str:
+    if value is None:
+        return "not given"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def save_folder(save: Callable[[Path], object], folder: Path) -> None:
@@ -129,6 +180,7 @@ def fit(
 
     Raises:
         ValueError: if the batch size does not divide by the number of processes.
+        KeyboardInterrupt: it was interrupted.
     """
     if batch_size % num_processes:
         raise ValueError(f"batch size {batch_size} of stage {name!r} must divide by {num_processes} processes")
@@ -155,14 +207,19 @@ def fit(
         enable_model_summary=False,
     )
     per_process = batch_size // num_processes
-    trainer.fit(
-        stage,
-        DataLoader(dataset, per_process, shuffle=True, drop_last=True),
-        DataLoader(validation, per_process) if validation else None,
-        ckpt_path=last if last.exists() else None,
-    )
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(
+            stage,
+            DataLoader(dataset, per_process, shuffle=True, drop_last=True),
+            DataLoader(validation, per_process) if validation else None,
+            ckpt_path=last if last.exists() else None,
+        )
+    except BaseException as error:
+        if distributed:  # they would be waited for until they have trained all
+            kill_child_processes()
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None  # Lightning's own ends with status 1
+        raise
 
 
 def take_parts(source: Path, output: Path) -> None:
@@ -283,6 +340,7 @@ def train_denoiser(args: TeacherArguments) -> None:
 
 def train_teacher(args: TeacherArguments) -> None:
     """Run all stages that are not done yet."""
+    keep_arguments(args)
     L.seed_everything(args.seed)
     args.material.prepare(args.scenes, args.num_scenes)
     train_text_encoder(args)
@@ -312,7 +370,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = vars(parser.parse_args(argv))
     arguments["block_out_channels"] = tuple(arguments["block_out_channels"])
     args = TeacherArguments(**arguments)
-    try:  # a width that cannot be or a folder without the parts, before the work
+    try:  # other arguments, a width that cannot be or a folder without the parts, before the work
+        check_arguments(args)
         build_unet(args.block_out_channels, args.layers_per_block)
         if args.parts:
             take_parts(args.parts, args.output)
@@ -323,5 +382,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_teacher(args)
 
 
+def _asked_to_end(signum: int, frame: object) -> None:
+    """Ends as at Ctrl-C, no process left behind. Lightning's own ends with status 0, as a training that is done."""
+    raise SystemExit(128 + signum)
+
+
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, _asked_to_end)
+    sys.exit(guarded(main))

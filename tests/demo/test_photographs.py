@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionControlNetPipeline
+from lightning import Trainer
 from PIL import Image
 from torch.utils.data import default_collate
 
@@ -82,16 +83,26 @@ def test_every_word_of_any_captions_is_one_token() -> None:
     assert build_caption_tokenizer(["word " * 500]).model_max_length == 77
 
 
-def test_a_teacher_is_trained_on_photographs_and_resumed(folder: Path, tmp_path: Path) -> None:
+def test_a_teacher_is_trained_on_photographs_and_resumed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "teacher"
     options = ["--output", str(output), "--data", str(folder)]  # by default the last tenth is held out, here one
     options += ["--block_out_channels", "8", "16", "16", "16", "--layers_per_block", "1", "--num_processes", "1"]
     options += ["--num_scenes", "8", "--text_encoder_steps", "2", "--text_encoder_batch_size", "4", "--vae_steps", "2"]
-    options += ["--vae_batch_size", "2", "--denoiser_batch_size", "2", "--validation_interval", "2"]
-    train_teacher.main([*options, "--denoiser_steps", "2"])
+    options += ["--vae_batch_size", "2", "--denoiser_steps", "4", "--denoiser_batch_size", "2"]
+    options += ["--validation_interval", "2"]
+
+    def stop(self: object, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == 3:
+            raise ConnectionError
+
+    monkeypatch.setattr(train_teacher.ExportPipeline, "on_train_batch_end", stop)
+    with pytest.raises(ConnectionError):
+        train_teacher.main(options)
     assert (output / "pictures.png").stat().st_size > 5000
-    (output / "pipeline").rename(tmp_path / "shorter")
-    train_teacher.main([*options, "--denoiser_steps", "4"])
+    monkeypatch.undo()
+    train_teacher.main(options)
     checkpoint = torch.load(output / "checkpoints" / "denoiser" / "last.ckpt", weights_only=False)
     assert checkpoint["global_step"] == checkpoint["state_dict"]["averaged.n_averaged"] == 4
 

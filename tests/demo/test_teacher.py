@@ -1,9 +1,17 @@
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionControlNetPipeline
+from lightning import Trainer
 from torch.utils.data import default_collate
 
 from hgc_learn.demo import train_teacher
@@ -20,6 +28,8 @@ from hgc_learn.demo.teacher import (
 from hgc_learn.demo.teacher_modules import warmup_stable_decay
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.rollout import SamplingConfig, generate
+
+ROOT = Path(__file__).parent.parent.parent
 
 pytestmark = [  # other libraries' warnings about each other
     pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec:FutureWarning"),  # lightning, torch
@@ -51,10 +61,10 @@ def test_learning_rate_warms_up_stays_and_decays() -> None:
     assert factors[90] == pytest.approx(0.5)
 
 
-def test_training_runs_through_all_stages_and_resumes(tmp_path: Path) -> None:
+def test_training_runs_through_all_stages_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {
         "num_scenes": 8, "num_processes": 1, "text_encoder_steps": 2, "text_encoder_batch_size": 4, "vae_steps": 2,
-        "vae_batch_size": 2, "denoiser_steps": 2, "denoiser_batch_size": 2, "validation_interval": 2,
+        "vae_batch_size": 2, "denoiser_steps": 3, "denoiser_batch_size": 2, "validation_interval": 2,
         "validation_scenes": 2,
     }  # fmt: skip
 
@@ -62,30 +72,112 @@ def test_training_runs_through_all_stages_and_resumes(tmp_path: Path) -> None:
         options = [f"--{name}={value}" for name, value in {**sizes, **changes}.items()]
         train_teacher.main(["--output", str(tmp_path), *options])
 
-    train()
+    stop_after(2, monkeypatch)
+    with pytest.raises(ConnectionError, match="after step 2"):
+        train()
+    checkpoint_file = tmp_path / "checkpoints" / "denoiser" / "last.ckpt"
+    assert torch.load(checkpoint_file, weights_only=False)["global_step"] == 1
+
+    # Stages that are done stay as they are; an unfinished one goes on from its checkpoint.
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "vae").iterdir()}
+    monkeypatch.undo()
+    train(validation_interval=3)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "vae").iterdir()} == finished
+    checkpoint = torch.load(checkpoint_file, weights_only=False)
+    assert checkpoint["global_step"] == 3
+    assert checkpoint["state_dict"]["averaged.n_averaged"] == 3
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipeline.unet.dtype == torch.float32
     figures = evaluate_teacher(pipeline, split="validation", num_scenes=2, num_steps=(2, 1))
     assert 0 <= figures["scores"]["steps_2"]["control_miou"] <= 1
 
-    # Stages that are done stay as they are; an unfinished one goes on from its checkpoint.
-    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "vae").iterdir()}
-    (tmp_path / "pipeline").rename(tmp_path / "shorter")
-    train(denoiser_steps=3)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "vae").iterdir()} == finished
-    checkpoint = torch.load(tmp_path / "checkpoints" / "denoiser" / "last.ckpt", weights_only=False)
-    assert checkpoint["global_step"] == 3
-    assert checkpoint["state_dict"]["averaged.n_averaged"] == 3
-
     # Another width and depth, on the parts of the first.
     options = [f"--{name}={value}" for name, value in sizes.items()]
-    options += ["--parts", str(tmp_path / "shorter"), "--block_out_channels", "8", "16", "16", "16"]
+    options += ["--parts", str(tmp_path / "pipeline"), "--block_out_channels", "8", "16", "16", "16"]
     train_teacher.main(["--output", str(tmp_path / "narrow"), *options, "--layers_per_block=1"])
     narrow = StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "narrow" / "pipeline")
     assert narrow.controlnet.config.block_out_channels == narrow.unet.config.block_out_channels == [8, 16, 16, 16]
     assert narrow.unet.config.layers_per_block == 1
     for mine, other in zip(narrow.vae.parameters(), pipeline.vae.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last stage, before that step is saved."""
+
+    def stop(self: object, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == step:
+            raise ConnectionError(f"stopped after step {step}")
+
+    monkeypatch.setattr(train_teacher.ExportPipeline, "on_train_batch_end", stop)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", "3"], "--seed: 3 now, 0 when the training in {} was begun"),
+        (["--parts", "elsewhere"], "--parts: elsewhere now, not given when"),
+        (["--block_out_channels", "8", "16", "16", "16"], "--block_out_channels: 8 16 16 16 now, 32 64 128 128 when"),
+        (["--denoiser_steps", "7"], "Give what it was begun with to go on, or another --output"),
+    ],
+)
+def test_a_training_does_not_go_on_with_other_arguments(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_teacher.keep_arguments(train_teacher.TeacherArguments(tmp_path))
+    with pytest.raises(SystemExit) as end:
+        train_teacher.main(["--output", str(tmp_path), *options])
+    assert end.value.code == 2
+    assert message.format(tmp_path) in capsys.readouterr().err
+
+
+def test_a_training_goes_on_elsewhere_with_as_many_processes_as_one_likes(tmp_path: Path) -> None:
+    train_teacher.keep_arguments(train_teacher.TeacherArguments(tmp_path / "here"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    there = train_teacher.TeacherArguments(tmp_path / "there", num_processes=1, validation_interval=5)
+    train_teacher.check_arguments(there)
+    with pytest.raises(ValueError, match="--data: photographs now, not given when"):
+        train_teacher.check_arguments(replace(there, data="photographs"))
+
+
+@pytest.mark.parametrize(
+    ("sent", "to_all", "num_processes", "num_scenes"),
+    [
+        (signal.SIGTERM, False, 1, 8),
+        pytest.param(signal.SIGINT, False, 2, 8, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGTERM, True, 2, 8, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGINT, True, 1, 40_000, marks=pytest.mark.nightly),  # while processes draw them
+        pytest.param(signal.SIGTERM, False, 1, 40_000, marks=pytest.mark.nightly),
+    ],
+)
+def test_a_training_that_is_to_end_does_so_without_a_stack_trace_and_leaves_no_process(
+    sent: signal.Signals, to_all: bool, num_processes: int, num_scenes: int, tmp_path: Path
+) -> None:
+    """Whether the signal is sent to the command alone or, as by Ctrl-C, to all its processes."""
+    command = [sys.executable, "-m", "hgc_learn.demo.train_teacher", "--output", str(tmp_path / "teacher")]
+    command += [f"--num_scenes={num_scenes}", f"--num_processes={num_processes}", "--validation_scenes=2"]
+    command += ["--text_encoder_steps=1", "--text_encoder_batch_size=4", "--vae_steps=100000", "--vae_batch_size=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    begun = "scenes/images.npy.partial" if num_scenes > 8 else "logs/vae/version_0"
+    with (tmp_path / "printed").open("w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    try:
+        while not (tmp_path / "teacher" / begun).exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(1)
+        (os.killpg if to_all else os.kill)(process.pid, sent)
+        assert process.wait(60) == 128 + sent
+        with pytest.raises(ProcessLookupError):
+            for _ in range(100):
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    printed = (tmp_path / "printed").read_text()
+    assert "Traceback" not in printed
+    assert printed.count("hgc_learn: interrupted\n") == (sent == signal.SIGINT)
 
 
 @pytest.mark.parametrize(
