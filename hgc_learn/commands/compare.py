@@ -1,8 +1,9 @@
 """Compare policies at equal compute on the teacher of a configuration, the knobs of every one tuned alike.
 
-Cells (policy x sampler x budget) that are done are not run again: interrupt it and run the same command to go on. Two
-processes with one thread each (OMP_NUM_THREADS=1) share the work. Then the report is written: DIR/NAME.json,
-DIR/NAME.md, DIR/pareto.png and DIR/grid.png. Run it from the root of the repository.
+Cells (policy x sampler x budget) that are done are not run again: interrupt it and run the same command to go on.
+Those of other weights than the teacher's, or judged by other settings, are refused. Two processes with one thread each
+(OMP_NUM_THREADS=1) share the work. Then the report is written: DIR/NAME.json, DIR/NAME.md, DIR/pareto.png and
+DIR/grid.png. Run it from the root of the repository.
 
   hgc_learn compare --config configs/compare/demo.yaml
   hgc_learn compare --config configs/compare/demo.yaml --policies uniform -- --output=runs/compare --report=runs/compare

@@ -34,10 +34,7 @@ def warmup_stable_decay(step: int, *, num_steps: int, num_warmup_steps: int, dec
 
 
 class _Stage(L.LightningModule):
-    """AdamW with a warm-up, a constant phase and a decay to zero.
-
-    The schedule is computed from the trainer's `max_steps`, so a resumed run may be given more or fewer steps.
-    """
+    """AdamW with a warm-up, a constant phase and a decay to zero at the trainer's `max_steps`."""
 
     learning_rate = 1e-3
     num_warmup_steps = 100
