@@ -21,7 +21,7 @@ def full_steps(num_steps: int, interval: float, first_full: int = 1) -> list[int
     """
     if not interval >= 1:
         raise ValueError(f"interval is {interval}; it must be at least 1.")
-    if not 1 <= first_full <= num_steps:
+    if not 1 <= first_full <= max(1, num_steps):  # of no steps none is full
         raise ValueError(f"first_full is {first_full}; it must be 1 to {num_steps}, the steps of the run.")
     last = first_full - 1  # of those at the start
     num_full = math.ceil((num_steps - last) / interval - _ROUNDING)

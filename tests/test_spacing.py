@@ -70,3 +70,8 @@ def test_warm_ups_without_a_full_step_are_refused() -> None:
 def test_intervals_below_one_are_refused(interval: float) -> None:
     with pytest.raises(ValueError, match="it must be at least 1"):
         full_steps(10, interval)
+
+
+@pytest.mark.parametrize("num_steps", [0, -1])
+def test_of_no_steps_none_is_full(num_steps: int) -> None:
+    assert full_steps(num_steps, 2) == []
