@@ -167,12 +167,14 @@ class ObservedForwards(RoutedForwards):
 def mean_psnr(setting: Setting, draft: Draft) -> float:
     """Mean PSNR, dB, of what a draft makes of the setting's samples, to the uncached pictures: what comparisons judge.
     Minus infinity if a trajectory is lost."""
+    if not draft.tensors and draft.timesteps is None:
+        return setting.once(("mean_psnr", frozenset(draft.sites.items())), lambda: _mean_psnr(setting, draft))
+    return _mean_psnr(setting, draft)
+
+
+def _mean_psnr(setting: Setting, draft: Draft) -> float:
     from hgc_learn.evaluation import picture_psnr  # torchmetrics: not for those who only list policies
 
-    known: dict[Any, float] = setting.memo.setdefault("mean_psnr", {})
-    key = frozenset(draft.sites.items()) if not draft.tensors and draft.timesteps is None else None
-    if key in known:
-        return known[key]
     references = reference_pictures(setting)
     schedule = setting.schedule(draft, policy="trial", settings={})
     with scheduled(setting.pipe, setting.sampling, schedule) as sampling:
@@ -181,21 +183,19 @@ def mean_psnr(setting: Setting, draft: Draft) -> float:
             for batch, reference in zip(setting.batches, references, strict=True)
         ]
     mean = float(torch.cat(psnr).mean())
-    mean = mean if math.isfinite(mean) else -math.inf
-    if key is not None:
-        known[key] = mean
-    return mean
+    return mean if math.isfinite(mean) else -math.inf
 
 
 def reference_pictures(setting: Setting) -> list[Tensor]:
     """The uncached pipeline's pictures of every batch, [batch, 3, height, width] in [0, 1], on the CPU."""
-    if "reference_pictures" not in setting.memo:
-        setting.memo["reference_pictures"] = [
+
+    def make() -> list[Tensor]:
+        return [
             generate(setting.pipe, setting.sampling, batch, output_type="pt").cpu()
             for batch in progress(setting.batches, "uncached trajectories")
         ]
-    references: list[Tensor] = setting.memo["reference_pictures"]
-    return references
+
+    return setting.once("reference_pictures", make)
 
 
 # What the policies share

@@ -157,10 +157,7 @@ def load_trained(setting: Setting, ckpt_path: str, policy: str) -> tuple[RouterM
     """
     if not ckpt_path:
         raise ValueError(f"{policy} needs ckpt_path, a checkpoint of train.py fit (see configs/compare/train).")
-    key = ("load_trained", ckpt_path)
-    if key not in setting.memo:
-        setting.memo[key] = load_run(Path(ckpt_path))
-    module, data = setting.memo[key]
+    module, data = setting.once(("load_trained", ckpt_path), lambda: load_run(Path(ckpt_path)))
     if module.objective.policy != policy:
         raise ValueError(f"{ckpt_path}: trained for the policy {module.objective.policy}, not for {policy}.")
     if (module.sampling, module.timesteps) != (setting.sampling, setting.timesteps):

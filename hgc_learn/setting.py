@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ from hgc_learn.macs import NodeCost
 from hgc_learn.plan import Plan, compile_plan
 from hgc_learn.rollout import SamplingConfig
 from hgc_learn.schedule import HGCSchedule
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,13 @@ class Setting:
     pipe: Any = None
     batches: Sequence[dict[str, Any]] = ()
     memo: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` gives; under the same key it is made only once."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        result: T = self.memo[key]
+        return result
 
     @classmethod
     def of_pipeline(cls, pipe: Any, sampling: SamplingConfig, batches: Sequence[dict[str, Any]] = ()) -> Setting:

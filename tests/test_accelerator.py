@@ -11,16 +11,13 @@ import pytest
 import torch
 from pretend_accelerator import PretendTensor, move, pretend_accelerator
 from tiny_models import build_pipeline
-from training_fixtures import BUDGET, SAMPLING
+from training_fixtures import BUDGET, SAMPLING, learn
 
 from hgc_learn.calibration import mean_psnr, site_statistics
 from hgc_learn.evaluation import evaluate_schedule
-from hgc_learn.fills import learn_fills
 from hgc_learn.inference import apply_schedule
 from hgc_learn.objectives import DEFAULT_SITES, L2C, HarmoniCa, Objective, Rollout
-from hgc_learn.patterns import cap
 from hgc_learn.setting import Draft, Setting
-from hgc_learn.specialise import specialise
 from hgc_learn.training import RouterModule
 
 
@@ -53,19 +50,7 @@ def test_tensors_of_two_devices_are_refused() -> None:
 def test_a_router_learns_and_is_exported(teacher: Path, batch: dict[str, Any]) -> None:
     with on_accelerator(teacher, Rollout(), batch) as (module, batch):
         assert isinstance(module.router.logits.data, PretendTensor)
-        objective = module.objective
-        assert isinstance(objective, Rollout)
-        optimizer = objective.optimizer(module.router)
-        objective.warm_start(module, [batch])
-        module.seed(1, is_own=True)
-        objective.gradients(module, batch, BUDGET)
-        module.router.check_gradients()
-        optimizer.step()
-        module.router.clamp()
-        schedule = specialise(module, BUDGET, [batch], 1)
-        cap(module.router, schedule, BUDGET, 2)
-        draft = learn_fills(module, schedule, [batch], 1)
-        assert module.log_error([batch], draft) < float("inf")
+        learn(module, batch)
         soft, _ = module.router.sample(BUDGET, torch.Generator(module.device))
         assert module.rollout_errors(batch, soft).isfinite().all()
 

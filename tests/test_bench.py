@@ -50,6 +50,18 @@ def test_rows_of_policies_files_and_peers(tmp_path: Path) -> None:
     assert f"| `{rule}` | 2 |" in (tmp_path / "speed.md").read_text()
 
 
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_rows_are_told_apart(tmp_path: Path) -> None:
+    more = ["--steps", "2", "--rounds", "1", "--policy", "all-compute"]
+    bench(tmp_path / "speed.json", *more)
+    bench(tmp_path / "speed.json", *more, "--compile")
+    plain, compiled = json.loads((tmp_path / "speed.json").read_text())
+    assert (plain["compiled"], compiled["compiled"]) == (False, True)
+    assert plain["macs"] == compiled["macs"] > 0
+    assert "float32, compiled block by block. " in (tmp_path / "speed.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

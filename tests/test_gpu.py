@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import NUM_STEPS, SHAPES, TinyPipeline, build_pipeline, random_rows
-from training_fixtures import BUDGET, SAMPLING
+from training_fixtures import BUDGET, SAMPLING, learn
 
 from hgc_learn.evaluation import evaluate_schedule
-from hgc_learn.fills import learn_fills
 from hgc_learn.inference import apply_exact_savings, apply_schedule, remove_schedule
 from hgc_learn.objectives import DEFAULT_SITES, Rollout
-from hgc_learn.specialise import specialise
 from hgc_learn.training import RouterModule
 
 pytestmark = [
@@ -106,19 +104,9 @@ def test_a_router_learns_and_is_exported(teacher: Path, batch: dict[str, Any]) -
     module = RouterModule(str(teacher), SAMPLING, budgets=[BUDGET], sites=sites, objective=Rollout()).to("cuda")
     module.pipe.to("cuda")
     batch = {name: v.to("cuda") if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
-    objective = module.objective
-    assert isinstance(objective, Rollout)
-    optimizer = objective.optimizer(module.router)
-    objective.warm_start(module, [batch])
-    module.seed(1, is_own=True)
-    objective.gradients(module, batch, BUDGET)
-    optimizer.step()
-    module.router.clamp()
-    schedule = specialise(module, BUDGET, [batch], 1)
-    draft = learn_fills(module, schedule, [batch], 1)
-    assert module.log_error([batch], draft) < float("inf")
-    schedule_file = module.setting.schedule(draft, policy="learned", settings={})
-    figures, _ = evaluate_schedule(module.pipe, SAMPLING, schedule_file, [batch])
+    draft = learn(module, batch)
+    schedule = module.setting.schedule(draft, policy="learned", settings={})
+    figures, _ = evaluate_schedule(module.pipe, SAMPLING, schedule, [batch])
     assert 0 < figures["psnr_db"] < 150
 
 

@@ -23,6 +23,7 @@ from hgc_learn.hard import HardSchedule
 from hgc_learn.rollout import SamplingConfig
 
 if TYPE_CHECKING:
+    from hgc_learn.setting import Draft
     from hgc_learn.training import RouterModule
 
 BUDGET = 0.5
@@ -147,3 +148,26 @@ def fit(teacher: Path, folder: Path, max_steps: int, *more: str) -> Path:
 
     train(fit_arguments(teacher, folder, max_steps, *more))
     return folder / "checkpoints" / "last.ckpt"
+
+
+def learn(module: RouterModule, batch: dict[str, Any]) -> Draft:
+    """One of everything that a training by `Rollout` and its export do, where module and batch are."""
+    from hgc_learn.fills import learn_fills
+    from hgc_learn.objectives import Rollout
+    from hgc_learn.patterns import cap
+    from hgc_learn.specialise import specialise
+
+    objective = module.objective
+    assert isinstance(objective, Rollout)
+    optimizer = objective.optimizer(module.router)
+    objective.warm_start(module, [batch])
+    module.seed(1, is_own=True)
+    objective.gradients(module, batch, BUDGET)
+    module.router.check_gradients()
+    optimizer.step()
+    module.router.clamp()
+    schedule = specialise(module, BUDGET, [batch], 1)
+    cap(module.router, schedule, BUDGET, 2)
+    draft = learn_fills(module, schedule, [batch], 1)
+    assert module.log_error([batch], draft) < float("inf")
+    return draft

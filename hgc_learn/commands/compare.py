@@ -49,5 +49,5 @@ def run(args: argparse.Namespace) -> None:
     if args.timing:
         time_cells(config, selection)
     elif not args.report_only:
-        run_comparison(config, selection, redo=args.redo)
+        run_comparison(config, selection)
     write_report(config, command=f"python -m hgc_learn compare --config {args.config}")

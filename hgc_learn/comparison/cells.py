@@ -113,21 +113,14 @@ def check_weights(config: CompareConfig, sampler: str, held: ModelFingerprint | 
 class Bench:
     """A sampler's pipeline and samples, which its cells share; what is expensive is made when it is first used."""
 
-    def __init__(self, config: CompareConfig, sampler: str, *, redo: bool = False):
-        """
-        Args:
-            redo: cells that are there may be of other weights, for they are to be run again.
-
-        Raises:
-            ValueError: one is, and is not.
-        """
+    def __init__(self, config: CompareConfig, sampler: str):
+        """Raises ValueError where a cell that is there was made with other weights."""
         self.config, self.sampler = config, sampler
         self.sampling = config.sampling(sampler)
         self.pipe = load_pipeline(config.model, self.sampling)
         calibration = read_batches(config, "train", config.tuning.num_calibration, config.batch_size)
         self.setting = Setting.of_pipeline(self.pipe, self.sampling, calibration)
-        if not redo:
-            check_weights(config, sampler, self.setting.fingerprint)
+        check_weights(config, sampler, self.setting.fingerprint)
         self.test = read_batches(
             config, "test", config.samplers[sampler].num_test, config.batch_size, config.test_offset
         )

@@ -106,7 +106,7 @@ def tuned_otherwise(config: CompareConfig, cell: dict[str, Any]) -> str:
     return ", ".join(f"{name} {then.get(name, 'none')} instead of {now.get(name, 'none')}" for name in names)
 
 
-def run_comparison(config: CompareConfig, selection: Selection, *, redo: bool = False) -> None:
+def run_comparison(config: CompareConfig, selection: Selection) -> None:
     """Runs every selected cell that has no figures and no reason yet. An exception in a cell is kept in its file, told,
     and tried again by the next run. Cells that were tuned with other settings are told and kept."""
     torch.set_flush_denormal(True)  # arithmetic with denormal numbers is many times slower on CPUs
@@ -129,7 +129,7 @@ def run_comparison(config: CompareConfig, selection: Selection, *, redo: bool = 
                         continue
                     if bench is None:
                         display.say(f"{sampler}: drawing scenes")
-                        bench = Bench(config, sampler, redo=redo)
+                        bench = Bench(config, sampler)
                     _run_policy(bench, policy, missing, display, num_done)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -67,21 +66,13 @@ def hyca(
     if "p" not in row:
         return Draft({})
     statistics = site_statistics(setting, [name])[name]
-    clusters = _once(
-        setting, ("clusters", name, num_clusters), lambda: cluster_channels(descriptors(statistics), num_clusters)
+    clusters = setting.once(
+        ("hyca clusters", name, num_clusters), lambda: cluster_channels(descriptors(statistics), num_clusters)
     )
-    errors = _once(setting, ("errors", name, *full), lambda: solver_errors(statistics, full)).clone()
+    errors = setting.once(("hyca errors", name, *full), lambda: solver_errors(statistics, full)).clone()
     errors[[name not in pool for name in known]] = torch.inf
     chosen = choose_solvers(errors, clusters)
     return Draft({name: row}, {f"{name}/predictor": chosen})
-
-
-def _once(setting: Setting, key: tuple[str | int, ...], compute: Callable[[], Tensor]) -> Tensor:
-    """What follows from what was measured, shared by the candidates that have it in common."""
-    known: dict[Any, Tensor] = setting.memo.setdefault("hyca", {})
-    if key not in known:
-        known[key] = compute()
-    return known[key]
 
 
 def descriptors(statistics: SiteStatistics) -> Tensor:
