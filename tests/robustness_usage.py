@@ -256,7 +256,7 @@ def around() -> list[Row]:
         row("fused QKV projections", change=lambda pipe: pipe.unet.fuse_qkv_projections()),
         neutral("channels_last", change=lambda pipe: pipe.unet.to(memory_format=torch.channels_last)),
         neutral("torch.compile of the UNet", change=act.compile_whole, is_slow=True),
-        neutral("UNet compiled in place", change=lambda pipe: pipe.unet.compile(backend="eager")),
+        neutral("UNet compiled in place", change=lambda pipe: pipe.unet.compile(backend="eager"), is_slow=True),
         neutral("compile_repeated_blocks", change=lambda pipe: pipe.unet.compile_repeated_blocks(backend="eager")),
         neutral("save_pretrained", change=act.save_and_load),
         row("handle.compile(), guidance off", check=partial(check.compiled_without_halves, guidance_scale=1.0)),

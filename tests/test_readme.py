@@ -26,10 +26,11 @@ SMALL_TRAINING = [
     "--model.sampling.num_inference_steps=4",
     "--model.objective.num_warm_start_batches=1",
 ]
+SMALL_EXPORT = ["--learning_samples=2", "--specialise_updates=1", "--fill_updates=1"]
 # What to add so that a command takes seconds. A README command without a row here fails the test below.
 MORE_ARGUMENTS: dict[str, list[str]] = {
     "python train.py fit --config configs/demo.yaml": SMALL_TRAINING,
-    "python export.py": ["--learning_samples=2", "--specialise_updates=1", "--fill_updates=1"],
+    "python export.py": SMALL_EXPORT,
     "python -m hgc_learn inspect": [],
     "python -m hgc_learn report": [],
     "python -m hgc_learn macs": [],
@@ -105,7 +106,7 @@ def test_python_runs(workplace: Path) -> None:
 def test_demo_command(workplace: Path) -> None:
     """What `make demo` runs, on fewer scenes and steps; it writes what the README promises."""
     assert "python -m hgc_learn demo" in (ROOT / "Makefile").read_text()
-    output = run(workplace, "-m", "hgc_learn", "demo", "--num_scenes=4", "--", *SMALL_TRAINING)
+    output = run(workplace, "-m", "hgc_learn", "demo", "--num_scenes=4", *SMALL_EXPORT, "--", *SMALL_TRAINING)
     assert "control mIoU" in output
     for name in ("hgc_schedule.json", "comparison.png", "summary.json"):
         assert (workplace / "runs/demo" / name).stat().st_size > 500

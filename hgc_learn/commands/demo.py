@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hgc_learn.commands.export import add_learning, learning
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")
@@ -17,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=0.5, help="fraction of the full MACs to keep (default 0.5)")
     parser.add_argument("--num_scenes", type=int, default=256, help="held-out scenes to judge on (default 256)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
+    add_learning(parser)
     parser.add_argument(
         "training_arguments", nargs="*", metavar="-- ARGUMENT", help="more arguments for the training, after --"
     )
@@ -33,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
         args.output,
         config=args.config,
         budget=args.budget,
+        learning=learning(args),
         num_scenes=args.num_scenes,
         resume=args.resume,
         training_arguments=args.training_arguments,

@@ -21,13 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt_path", type=Path, required=True, metavar="CKPT", help="checkpoint of train.py fit")
     parser.add_argument("--budget", type=float, default=0.5, help="fraction of the full MACs to keep (default 0.5)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
-    for name, words in (
-        ("learning_samples", "training samples that the following learn from"),
-        ("specialise_updates", "more training steps of the router, for this budget alone; 0 for none"),
-        ("fill_updates", "steps of learning how to fill in what is skipped; 0 for none"),
-    ):
-        default = getattr(Learning, name)
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{words} (default {default})")
+    add_learning(parser)
     parser.add_argument(
         "--max_patterns",
         type=int,
@@ -39,6 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from hgc_learn.export import export
 
-    learning = Learning(**{field.name: getattr(args, field.name) for field in fields(Learning)})
-    path = export(args.ckpt_path, args.output, args.budget, learning, args.max_patterns)
+    path = export(args.ckpt_path, args.output, args.budget, learning(args), args.max_patterns)
     print(f"wrote {path}")
+
+
+def add_learning(parser: argparse.ArgumentParser) -> None:
+    """How much is learned at an export, for every command that exports."""
+    for name, words in (
+        ("learning_samples", "training samples that the following learn from"),
+        ("specialise_updates", "more training steps of the router, for this budget alone; 0 for none"),
+        ("fill_updates", "steps of learning how to fill in what is skipped; 0 for none"),
+    ):
+        default = getattr(Learning, name)
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{words} (default {default})")
+
+
+def learning(args: argparse.Namespace) -> Learning:
+    return Learning(**{field.name: getattr(args, field.name) for field in fields(Learning)})

@@ -22,6 +22,7 @@ from hgc_learn.export import check_folder, export
 from hgc_learn.figures import picture_grid, save_figure
 from hgc_learn.files import save_json
 from hgc_learn.inference import HGCSchedule
+from hgc_learn.learning import ALL, Learning
 from hgc_learn.rollout import SamplingConfig, load_pipeline
 
 EVALUATION_BATCH_SIZE = 16
@@ -33,6 +34,7 @@ def run_demo(
     config: Path,
     budget: float,
     num_scenes: int,
+    learning: Learning = ALL,
     resume: bool = False,
     training_arguments: list[str] | None = None,
 ) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def run_demo(
     cli = train(arguments)
 
     console.rule(f"2. exporting the schedule at a budget of {budget:g}")
-    path = export(ckpt_path, output, budget)
+    path = export(ckpt_path, output, budget, learning)
 
     console.rule(f"3. full against cached on {num_scenes} held-out scenes")
     model = cli.model.hparams
