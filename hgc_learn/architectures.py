@@ -133,11 +133,16 @@ def build_architecture(name: str) -> Architecture:
     return Architecture(unet, controlnet)
 
 
-def load_architecture(folder: str | os.PathLike[str]) -> Architecture:
+def load_architecture(folder: str | os.PathLike[str], controlnet: str | os.PathLike[str] | None = None) -> Architecture:
     """Builds the models of a diffusers pipeline folder on the meta device; reads its configs, never its weights.
 
+    Args:
+        folder: of the pipeline.
+        controlnet: folder of a ControlNet, where the pipeline has none.
+
     Raises:
-        ValueError: a folder without a UNet's config, or a config that cannot be used; the message names the file.
+        ValueError: a folder without a UNet's or the ControlNet's config, a config that cannot be used (the message
+            names the file), or a ControlNet besides the pipeline's own.
     """
     folder = Path(folder)
     if not (folder / "unet" / "config.json").is_file():
@@ -146,7 +151,14 @@ def load_architecture(folder: str | os.PathLike[str]) -> Architecture:
     paths = [folder / "controlnet" / "config.json"]
     while paths[-1].is_file():
         paths.append(folder / f"controlnet_{len(paths)}" / "config.json")
-    nets = [_from_config(ControlNetModel, path) for path in paths[:-1]]
+    paths.pop()
+    if controlnet is not None:
+        if paths:
+            raise ValueError(f"{folder}: has a ControlNet already, and {controlnet} is given besides.")
+        paths = [Path(controlnet) / "config.json"]
+        if not paths[0].is_file():
+            raise ValueError(f"{controlnet}: not the folder of a ControlNet (it has no config.json).")
+    nets = [_from_config(ControlNetModel, path) for path in paths]
     vae = _read_config(folder / "vae" / "config.json")
     num_tokens = _read_config(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
     return Architecture(

@@ -56,6 +56,7 @@ def load_pipeline(
     sampling: SamplingConfig,
     *,
     controlnet: str | None = None,
+    variant: str | None = None,
     dtype: str = "float32",
     device: torch.device | None = None,
 ) -> Any:
@@ -66,6 +67,8 @@ def load_pipeline(
         model: folder or hub id of a pipeline; with a ControlNet in it unless `controlnet` names one.
         sampling: its `scheduler` replaces the pipeline's.
         controlnet: folder or hub id of a ControlNet to add.
+        variant: of the files with the weights, as diffusers has it (`fp16`), of the model, and of the ControlNet if it
+            comes in that, too.
         dtype: of all models: `float32`, `float16` or `bfloat16`.
         device: where it is moved to; `default_device()` if not given.
 
@@ -82,20 +85,20 @@ def load_pipeline(
         )
     if dtype not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"dtype {dtype!r} is not one of float32, float16, bfloat16.")
-    torch_dtype = getattr(torch, dtype)
+    how = {"dtype": getattr(torch, dtype), "variant": variant}
     if controlnet is None:
-        pipe = _load("model", DiffusionPipeline.from_pretrained, model, dtype=torch_dtype)
+        pipe = _load("model", DiffusionPipeline.from_pretrained, model, **how)
     else:
         kind = _load("controlnet", ControlNetModel.load_config, controlnet).get("_class_name")
         if kind != "ControlNetModel":
             raise ValueError(f"controlnet: {controlnet!r} is a {kind}, not a ControlNetModel.")
-        net = _load("controlnet", ControlNetModel.from_pretrained, controlnet, dtype=torch_dtype)
+        net = _load("controlnet", _controlnet, controlnet, **how)
         if "controlnet" in _load("model", DiffusionPipeline.load_config, model):
             raise ValueError(
                 f"controlnet: the pipeline {model!r} has a ControlNet already, and {controlnet!r} is given besides; "
                 "give none (null), or a model without one."
             )
-        pipe = _load("model", AutoPipelineForText2Image.from_pretrained, model, controlnet=net, dtype=torch_dtype)
+        pipe = _load("model", AutoPipelineForText2Image.from_pretrained, model, controlnet=net, **how)
         for name in ("cross_attention_dim", "block_out_channels"):
             theirs, its = (torch.tensor(model.config[name]).tolist() for model in (pipe.unet, net))  # tuples, or lists
             if theirs != its:
@@ -141,6 +144,18 @@ def _load(role: str, load: Callable[..., Any], source: str, **kwargs: Any) -> An
             f"{role}: {source!r} cannot be loaded as a {what} ({reason}). Check the name; a private repository of the "
             "hub needs `hf auth login`."
         ) from None
+
+
+def _controlnet(source: str, *, variant: str | None, dtype: torch.dtype) -> ControlNetModel:
+    """In the variant if it comes in that; a folder is looked at first, for diffusers logs what it does not find."""
+    if Path(source).is_dir() and not any(Path(source).glob(f"*.{variant}.*")):
+        variant = None
+    try:
+        return ControlNetModel.from_pretrained(source, variant=variant, dtype=dtype)
+    except OSError:
+        if variant is None:
+            raise
+    return ControlNetModel.from_pretrained(source, dtype=dtype)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ class RouterModule(L.LightningModule):
         model: folder or hub id of a diffusers pipeline.
         sampling: the sampler setting that the schedule is for.
         controlnet: folder or hub id of a ControlNet, if `model` holds none.
+        variant: of the files with the weights, such as `fp16`; see `load_pipeline`.
         objective: how the router learns; `Rollout` if not given.
         sites: glob patterns of the sites to route, as printed by `python -m hgc_learn sites`; the objective's own if
             not given.
@@ -49,6 +50,7 @@ class RouterModule(L.LightningModule):
         model: str,
         sampling: SamplingConfig,
         controlnet: str | None = None,
+        variant: str | None = None,
         objective: Objective | None = None,
         sites: list[str] | tuple[str, ...] | None = None,
         errors_of: Literal["pictures", "latents"] = "pictures",
@@ -66,6 +68,7 @@ class RouterModule(L.LightningModule):
                 "model": model,
                 "sampling": asdict(sampling),
                 "controlnet": controlnet,
+                "variant": variant,
                 "objective": objective.settings(),
                 "sites": list(sites),
                 "errors_of": errors_of,
@@ -78,7 +81,7 @@ class RouterModule(L.LightningModule):
         self.sampling = sampling
         # Where it runs is Lightning's to say; it is moved there when a run begins.
         device = torch.device("cpu")
-        pipe = load_pipeline(model, sampling, controlnet=controlnet, dtype=dtype, device=device)
+        pipe = load_pipeline(model, sampling, controlnet=controlnet, variant=variant, dtype=dtype, device=device)
         if errors_of == "pictures" and decodes_upcast(pipe):
             raise ValueError(
                 "errors_of is pictures, and this pipeline's VAE overflows in float16. Set errors_of: latents, or "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,25 @@ def test_macs_of_a_folder_and_a_schedule(capsys: pytest.CaptureFixture[str], tmp
         assert handle.stats()["macs_cached"] < result["macs_cached"] * 1.2
     assert main(["macs", "--model", str(tmp_path), "--schedule", str(path)]) == 0
     assert "50.0%" in capsys.readouterr().out
+
+
+def test_macs_of_a_folder_and_a_controlnet_of_its_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    save_configs(tmp_path / "both")
+    shutil.copytree(tmp_path / "both", tmp_path / "model")
+    controlnet = shutil.move(tmp_path / "model" / "controlnet", tmp_path / "net")
+
+    def macs(*argv: str) -> dict[str, int]:
+        assert main(["macs", "--json", *argv]) == 0
+        return json.loads(capsys.readouterr().out)["macs_per_forward_per_sample"]
+
+    model = ["--model", str(tmp_path / "model")]
+    assert list(macs(*model)) == ["unet"]
+    assert macs(*model, "--controlnet_model", str(controlnet)) == macs("--model", str(tmp_path / "both"))
+    message = refused(capsys, "macs", "--model", str(tmp_path / "both"), "--controlnet_model", str(controlnet))
+    assert "has a ControlNet already" in message
+    assert "it has no config.json" in refused(capsys, "macs", *model, "--controlnet_model", str(tmp_path))
+    for command in (["macs", "--arch", "sd15"], ["inspect", "examples/demo_schedule.json"]):
+        assert "there is no --model" in refused(capsys, *command, "--controlnet_model", str(controlnet))
 
 
 def test_macs_of_a_folder_with_two_controlnets(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -3,13 +3,14 @@ precision."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from training_fixtures import BUDGET, SAMPLING, save_tiny_models
 
 from hgc_learn.evaluation import decode, unclamped_pictures
@@ -40,6 +41,24 @@ def test_controlnets_that_do_not_fit_are_refused(sdxl: Path, teacher: Path) -> N
     ):
         with pytest.raises(ValueError, match=message):
             load_pipeline(str(sdxl / "model"), SAMPLING, controlnet=str(folder))
+
+
+def test_weights_that_come_in_a_variant_only(sdxl: Path, tmp_path: Path) -> None:
+    plain = load(sdxl).pipe
+    StableDiffusionXLPipeline.from_pretrained(sdxl / "model").save_pretrained(tmp_path / "model", variant="fp16")
+    plain.controlnet.save_pretrained(tmp_path / "controlnet", variant="fp16")
+    model, own = str(tmp_path / "model"), str(tmp_path / "controlnet")
+    like_the_hub = shutil.copytree(sdxl / "controlnet", tmp_path / "looks as if")
+    (like_the_hub / "notes.fp16.txt").touch()  # not seen to be without it before it is asked for
+    for controlnet in (own, str(sdxl / "controlnet"), str(like_the_hub)):  # the first comes in it, the others do not
+        pipe = load_pipeline(model, SAMPLING, controlnet=controlnet, variant="fp16")
+        for name in ("unet", "controlnet", "vae", "text_encoder", "text_encoder_2"):
+            ours, theirs = (getattr(each, name).state_dict() for each in (pipe, plain))
+            assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    with pytest.raises(ValueError, match=r"model: .* cannot be loaded as a diffusers pipeline"):
+        load_pipeline(model, SAMPLING, controlnet=str(sdxl / "controlnet"), variant="ema")
+    with pytest.raises(ValueError, match=r"controlnet: .* cannot be loaded as a ControlNet"):
+        load_pipeline(model, SAMPLING, controlnet=own)
 
 
 def test_latents_with_a_mean_are_decoded_as_the_pipeline_does(sdxl: Path, batch: dict[str, Any]) -> None:

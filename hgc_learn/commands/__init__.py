@@ -14,21 +14,31 @@ DEMO_TEACHER = Path(__file__).parents[1] / "demo" / "teacher"
 
 
 def add_architecture(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """Adds --arch and --model, of which one may be given."""
+    """Adds --arch and --model, of which one may be given, and --controlnet_model for the latter."""
     source = parser.add_mutually_exclusive_group(required=required)
     source.add_argument("--arch", metavar="NAME", help="a well-known architecture: sd15-controlnet, sdxl, ...")
     source.add_argument("--model", metavar="DIR", help="folder of a diffusers pipeline; only its configs are read")
+    parser.add_argument(
+        "--controlnet_model", metavar="DIR", help="of a ControlNet, if the pipeline of --model has none"
+    )
 
 
 def named_architecture(args: argparse.Namespace) -> Architecture:
     """The one that --arch or --model names.
 
     Raises:
-        ValueError: an unknown name, or a folder that cannot be used.
+        ValueError: an unknown name, a folder that cannot be used, or a ControlNet without --model.
     """
     from hgc_learn.architectures import build_architecture, load_architecture
 
-    return build_architecture(args.arch) if args.arch else load_architecture(args.model)
+    check_controlnet_model(args)
+    return build_architecture(args.arch) if args.arch else load_architecture(args.model, args.controlnet_model)
+
+
+def check_controlnet_model(args: argparse.Namespace) -> None:
+    """Raises ValueError where --controlnet_model is given and --model is not."""
+    if args.controlnet_model is not None and not args.model:
+        raise ValueError("--controlnet_model is the ControlNet of a pipeline that --model names; there is no --model.")
 
 
 def add_data(parser: argparse.ArgumentParser, what: str) -> None:

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     from hgc_learn.schedule import HGCSchedule
 
     schedule = HGCSchedule.from_pretrained(args.file)
-    architecture = named_architecture(args) if args.arch or args.model else None
+    architecture = named_architecture(args) if args.arch or args.model or args.controlnet_model else None
     print("\n".join(printable(line) for line in describe(schedule, architecture)))
 
 

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hgc_learn.commands import DEMO_TEACHER, add_data, samples
+from hgc_learn.commands import DEMO_TEACHER, add_data, check_controlnet_model, samples
 
 if TYPE_CHECKING:
     from hgc_learn.architectures import Architecture
@@ -25,8 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN_OR_FILE", help="a schedule file, or a folder or hub id with one")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="page to write, .html")
     parser.add_argument("--model", metavar="DIR", help="folder of the pipeline; with --num_pictures a hub id, too")
+    parser.add_argument("--controlnet_model", metavar="DIR", help="of a ControlNet, if the pipeline holds none")
     parser.add_argument(
-        "--controlnet_model", metavar="DIR", help="of a ControlNet, if the pipeline of --model has none"
+        "--variant", metavar="NAME", help="of the files with the weights, such as fp16, for the pictures"
     )
     parser.add_argument("--comparison", type=Path, metavar="JSON", help="of `hgc_learn compare`, for its Pareto curves")
     parser.add_argument("--num_pictures", type=int, default=0, help="full and cached, same seeds (default 0)")
@@ -46,19 +47,20 @@ def run(args: argparse.Namespace) -> None:
     comparison = read_comparison(args.comparison) if args.comparison else ()
     if args.num_pictures < 0:
         raise ValueError(f"--num_pictures is {args.num_pictures}; it must be 0 (none) or more.")
-    for name in ("data", "controlnet_model"):
+    for name in ("data", "variant"):
         if getattr(args, name) is not None and not args.num_pictures:
             raise ValueError(f"--{name} is for pictures: say how many with --num_pictures.")
+    check_controlnet_model(args)
     if args.num_pictures:
         architecture, pictures = _draw(args, schedule)
     else:
-        architecture, pictures = _find_architecture(args.model, schedule), None
+        architecture, pictures = _find_architecture(args.model, args.controlnet_model, schedule), None
     graph, costs = architecture.measure((schedule.height, schedule.width))
     write_page(args.output, schedule, graph, costs, comparison=comparison, pictures=pictures)
     print(f"wrote {args.output}")
 
 
-def _find_architecture(model: str | None, schedule: HGCSchedule) -> Architecture:
+def _find_architecture(model: str | None, controlnet: str | None, schedule: HGCSchedule) -> Architecture:
     """Raises ValueError if it is not the one that the schedule was made for, or none is known."""
     from hgc_learn.architectures import ARCHITECTURES, build_architecture, load_architecture
     from hgc_learn.fingerprint import ModelFingerprint
@@ -67,7 +69,7 @@ def _find_architecture(model: str | None, schedule: HGCSchedule) -> Architecture
         return schedule.model.difference(ModelFingerprint.of(architecture.unet, architecture.controlnet))
 
     if model is not None:
-        architecture = load_architecture(model)
+        architecture = load_architecture(model, controlnet)
         if (found := difference(architecture)) is not None:
             raise ValueError(f"--model: the schedule was made for another model ({': '.join(found)}). Name that one.")
         return architecture
@@ -95,7 +97,7 @@ def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture
     batches = samples(args, sampling, "validation", args.num_pictures, 1)  # pictures of real models need the memory
     if not batches:
         raise ValueError("--num_pictures needs control images and prompts: give a folder of them with --data.")
-    pipe = load_pipeline(args.model, sampling, controlnet=args.controlnet_model)
+    pipe = load_pipeline(args.model, sampling, controlnet=args.controlnet_model, variant=args.variant)
     pictures: dict[str, Any] = {"text": [], "control": [], "full": [], "cached": [], "psnr_db": []}
     for batch in track(batches, description="making pictures"):
         with scheduled(pipe, sampling, schedule) as sampling:

@@ -54,6 +54,7 @@ def policy_parser(policy: Policy, kind: type[argparse.ArgumentParser], prog: str
     add("--output", type=Path, required=True, metavar="FILE", help="schedule file to write")
     # Not --controlnet: several policies have a knob of that name.
     add("--controlnet_model", metavar="DIR", help="folder or hub id of a ControlNet, if the pipeline holds none")
+    add("--variant", metavar="NAME", help="of the files with the weights, such as fp16 (default: those without a name)")
     add("--scheduler", metavar="NAME", help="class of a diffusers scheduler (default: the pipeline's)")
     add("--steps", type=int, default=DEFAULT_STEPS, help=f"denoising steps (default {DEFAULT_STEPS})")
     add(
@@ -103,7 +104,7 @@ def write(policy: Policy, args: argparse.Namespace) -> None:
         negative_prompt=args.negative_prompt,
         scheduler=args.scheduler,
     )
-    pipe = load_pipeline(args.model, sampling, controlnet=args.controlnet_model)
+    pipe = load_pipeline(args.model, sampling, controlnet=args.controlnet_model, variant=args.variant)
     height, width = args.size or Architecture.of(pipe).default_size
     sampling = replace(sampling, height=height, width=width)
     setting = Setting.of_pipeline(pipe, sampling, samples(args, sampling, "train", args.num_samples, args.batch_size))
