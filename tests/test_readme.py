@@ -112,7 +112,7 @@ def test_demo_command(workplace: Path) -> None:
         assert (workplace / "runs/demo" / name).stat().st_size > 500
 
 
-GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("train", "share", "use", "camvid", "speed")]
+GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("train", "share", "use", "camvid", "comparison", "speed")]
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
