@@ -12,10 +12,7 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import cpu_offload
-from diffusers.models.attention_processor import IPAdapterAttnProcessor
-from diffusers.models.embeddings import ImageProjection
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from robustness_pipelines import arguments, build, run
 from tiny_models import GUIDANCE_SCALE, NUM_STEPS
 from torch import Tensor
@@ -308,10 +305,6 @@ def subclass_of(path: str) -> Callable[[Any], None]:
     return change
 
 
-def mid_lora(pipe: Any, tensors: Any = None) -> None:
-    pipe.set_adapters(["style"], [0.1])
-
-
 def freeu(pipe: Any, tensors: Any = None) -> None:
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
 
@@ -326,105 +319,4 @@ def pooled() -> Any:
     """A ControlNet as that of shuffled pictures: its residuals have no size."""
     pipe = build()
     pipe.controlnet.register_to_config(global_pool_conditions=True)
-    return pipe
-
-
-def no_ip(pipe: Any, tensors: dict[str, Any]) -> None:
-    pipe.set_ip_adapter_scale(0.2)
-
-
-def ip_with(callback: Any) -> Callable[[Any], dict[str, Any]]:
-    return lambda pipe: ip_image(pipe) | callback
-
-
-def change_lora_scale(pipe: Any, tensors: dict[str, Any]) -> None:
-    pipe._cross_attention_kwargs = {"scale": 0.1}
-
-
-# LoRA
-
-
-def lora(model: Any, *targets: str, seed: int = 0) -> None:
-    """Lays a random LoRA over the named layers of a model."""
-    torch.manual_seed(seed)
-    config = LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False)
-    inject_adapter_in_model(config, model, adapter_name="default")
-
-
-def load_lora(pipe: Any) -> None:
-    """As users do it, from a file's tensors."""
-    donor = build().unet
-    torch.manual_seed(5)
-    targets = ["to_q", "to_k", "to_v", "conv1", "proj_in", "conv_shortcut"]
-    donor.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
-    tensors = {f"unet.{name}": tensor for name, tensor in get_peft_model_state_dict(donor).items()}
-    pipe.load_lora_weights(tensors, adapter_name="style")
-
-
-def with_lora() -> Any:
-    pipe = build()
-    load_lora(pipe)
-    return pipe
-
-
-class TextEncoder(torch.nn.Module):
-    """One that is not used, for prompts come as embeddings, but whose LoRA layers the pipeline wants to scale."""
-
-    dtype = torch.float64
-    device = torch.device("cpu")
-
-
-def with_lora_and_text_encoder() -> Any:
-    pipe = with_lora()
-    pipe.text_encoder = TextEncoder()
-    return pipe
-
-
-def with_lora_plain() -> Any:
-    pipe = build("StableDiffusionPipeline")
-    load_lora(pipe)
-    return pipe
-
-
-def fuse_scaled(pipe: Any, tensors: Any) -> None:
-    pipe.fuse_lora(components=["unet"], lora_scale=0.3)
-
-
-def fuse_lora(pipe: Any) -> None:
-    pipe.fuse_lora(components=["unet"])
-
-
-def fused() -> Any:
-    pipe = with_lora()
-    fuse_lora(pipe)
-    return pipe
-
-
-# IP-Adapter
-
-
-def load_ip_adapter(pipe: Any) -> None:
-    """The tensors of an IP-Adapter file, random."""
-    torch.manual_seed(6)
-    dim = pipe.unet.config.cross_attention_dim
-    layers = {}
-    cross = [name for name in pipe.unet.attn_processors if "attn2" in name]
-    for i, name in enumerate(cross):
-        hidden = pipe.unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
-        for key, tensor in IPAdapterAttnProcessor(hidden, dim, scale=1.0).state_dict().items():
-            layers[f"{2 * i + 1}.{key.replace('.0.', '.')}"] = tensor
-    projection = ImageProjection(cross_attention_dim=dim, image_embed_dim=dim, num_image_text_embeds=4).state_dict()
-    projection = {k.replace("image_embeds", "proj"): v for k, v in projection.items()}
-    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": layers}])
-    pipe.unet.double()
-
-
-def ip_image(pipe: Any) -> dict[str, Any]:
-    embeds = torch.randn(2, 1, pipe.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(2))
-    return {"ip_adapter_image_embeds": [embeds.double()]}
-
-
-def with_ip_adapter() -> Any:
-    pipe = build()
-    load_ip_adapter(pipe)
     return pipe

@@ -13,7 +13,8 @@ import pytest
 import torch
 from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import CrossFrameAttnProcessor
 from oracle import by_definition
-from robustness_actions import MIDDLE, freeu, load_lora, mid_lora, when
+from robustness_actions import MIDDLE, freeu, when
+from robustness_adapters import load_lora, mid_lora
 from robustness_pipelines import arguments, assert_close, build, run, schedule_for, schedules
 from tiny_models import NUM_STEPS
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 from oracle import by_definition
-from robustness_actions import ip_image, load_ip_adapter
+from robustness_adapters import ip_image, load_ip_adapter
 from robustness_pipelines import SDXL, build, run, schedule_for
 from tiny_models import NUM_STEPS, TinyPipeline, build_pipeline
 from torch import Tensor, nn
