@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.progress import Progress
 from torch.utils.data import DataLoader, Subset
 
@@ -196,7 +197,8 @@ def load_run(ckpt_path: Path) -> tuple[RouterModule, Any]:
 def measure_fidelity(module: RouterModule, data: Any, draft: Draft) -> dict[str, Any]:
     """Paired comparison with the uncached pipeline on the validation samples; empty if there are none."""
     psnr = []
-    for batch in data.val_dataloader():
+    loader = data.val_dataloader() if is_overridden("val_dataloader", data) else None
+    for batch in [] if loader is None else loader:
         batch = module.transfer_batch_to_device(batch, module.device, 0)
         full = module.rollout(batch, None, "pt")
         cached = module.rollout(batch, draft, "pt")

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from lightning.pytorch import LightningDataModule
 from safetensors.torch import save
 from test_data import write_folder
 from training_fixtures import BUDGET, SAMPLING, changed, fit, random_schedule
 
 from hgc_learn.__main__ import guarded, main
 from hgc_learn.evaluation import decode
-from hgc_learn.export import export
+from hgc_learn.export import export, load_run, measure_fidelity
 from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import HGCSchedule, apply_schedule
 from hgc_learn.learning import Learning
@@ -249,6 +250,8 @@ def test_export_misses_its_folder_at_once_and_does_without_validation(
     for name, path in (("out", ckpt_path), ("scenes", of_scenes)):
         assert HGCSchedule.load(export(path, tmp_path / name, learning=few)).fidelity == {}
         assert "nothing has been measured" in capsys.readouterr().out
+    module, _ = load_run(of_scenes)
+    assert measure_fidelity(module, LightningDataModule(), module.draft(module.hard_schedule(0.9))) == {}
 
 
 def test_what_is_asked_for_holds_on_resuming(teacher: Path, tmp_path: Path) -> None:
