@@ -2,14 +2,7 @@
 
 import sys
 
-from hgc_learn.__main__ import guarded
-
-
-def run() -> None:
-    from hgc_learn.cli import train
-
-    train()
-
+from hgc_learn.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(guarded(run))
+    sys.exit(main(["train", *sys.argv[1:]]))

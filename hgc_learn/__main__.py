@@ -17,7 +17,7 @@ from typing import NoReturn
 from hgc_learn import __version__
 from hgc_learn.files import printable
 
-COMMANDS = ["demo", "compare", "export", "policies", "schedule", "macs", "sites", "inspect", "report", "bench"]
+COMMANDS = ["demo", "train", "export", "compare", "policies", "schedule", "macs", "sites", "inspect", "report", "bench"]
 
 
 class _Parser(argparse.ArgumentParser):

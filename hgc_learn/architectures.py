@@ -112,8 +112,7 @@ class Architecture:
         difference = schedule.model.difference(ModelFingerprint.of(self.unet, self.controlnet))
         if difference is not None:
             raise ValueError(
-                f"model: the schedule was made for another model ({difference[0]}: {difference[1]}). "
-                "Name that model with --arch or --model."
+                f"model: the schedule was made for another model ({difference[0]}: {difference[1]}). Name that one."
             )
 
 

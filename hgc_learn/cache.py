@@ -83,14 +83,16 @@ class Cache:
         )
 
     def _fill_in(self, load: Load, step: int, sources: tuple[int, ...], samples: slice) -> Tensor:
-        """sum_j c_j F_j + bias over some samples of the kept values."""
+        """sum_j c_j F_j + bias over some samples of the kept values, rounded to their dtype once, at the end: in half
+        precision the terms of an extrapolation, which nearly cancel, would lose what it is about."""
         values = [self._kept(load.site, source) for source in sources]
         fill = self._fill_on(values[0], load, step, sources)
         if fill.holds:
             return values[0][samples]
-        total = values[0][samples] * fill.coefficients[0]
+        wide = torch.promote_types(values[0].dtype, torch.float32)
+        total = values[0][samples].to(wide) * fill.coefficients[0]
         for value, coefficient in zip(values[1:], fill.coefficients[1:], strict=False):
-            total = total + value[samples] * coefficient
+            total = total + value[samples].to(wide) * coefficient
         total = total if fill.bias is None else total + fill.bias
         return total.to(values[0].dtype)
 

@@ -25,6 +25,9 @@ from hgc_learn.files import check_writable, write_atomically
 from hgc_learn.monitoring import ScheduleMonitor
 from hgc_learn.training import RouterModule
 
+USAGE = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
+"""There are more than a hundred settings, and jsonargparse prints the usage with every error."""
+
 
 class KeepConfig(SaveConfigCallback):
     """Puts the run's configuration into its checkpoints too, so that one file is all that export needs."""
@@ -165,7 +168,7 @@ def _cli(args: list[str] | dict[str, Any] | None, *, run: bool) -> RouterCLI:
             run=run,
             args=args,
             seed_everything_default=0,
-            parser_kwargs={"exit_on_error": run},
+            parser_kwargs={"exit_on_error": run, **{name: {"usage": USAGE} for name in RouterCLI.subcommands()}},
             auto_configure_optimizers=False,  # the objective's own
             save_config_callback=KeepConfig,
             save_config_kwargs={"overwrite": True},

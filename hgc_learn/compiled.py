@@ -15,6 +15,18 @@ from hgc_learn.program import Op, Program
 Run = Callable[[ops.Call, dict[str, Tensor]], dict[str, Tensor]]
 
 
+def check_options(options: dict[str, Any]) -> None:
+    """Raises ValueError for options of `torch.compile` that record CUDA graphs: the next call writes into what the one
+    before gave, and a schedule keeps that for later steps."""
+    mode = options.get("mode")
+    if mode in ("reduce-overhead", "max-autotune") or (options.get("options") or {}).get("triton.cudagraphs"):
+        what = f"mode={mode!r}" if mode else "triton.cudagraphs"
+        raise ValueError(
+            f"{what} records CUDA graphs, whose outputs the next call overwrites; a schedule keeps outputs for later "
+            'steps. Use mode="max-autotune-no-cudagraphs", or leave mode out.'
+        )
+
+
 class CompiledPrograms:
     """Compiles what programs run when it is first asked for.
 

@@ -84,7 +84,7 @@ class ControlDataModule(L.LightningDataModule):
             val_indices = list(range(num_open, len(rows)))
         else:
             rows = self._read(hp["train_split"], num_train) if num_train else []
-            val_rows = self._read(hp["val_split"], num_val)
+            val_rows = self._read(hp["val_split"], num_val) if num_val else []
             num_open = len(rows)
             val_indices = self._draw(len(val_rows), num_val)
         self.train_data = _Samples(rows, self._draw(num_open, num_train), hp, seed, hp["prompt_dropout"])
@@ -187,7 +187,7 @@ class _Samples(Dataset[dict[str, Any]]):
     def __init__(self, rows: Any, indices: Sequence[int], hparams: Any, first_seed: int, prompt_dropout: float = 0.0):
         self.rows, self.indices, self.hparams = rows, indices, hparams
         self.first_seed, self.prompt_dropout = first_seed, prompt_dropout
-        self.processor = VaeImageProcessor(do_normalize=False, do_convert_rgb=True)
+        self.processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_rgb=True)
 
     def __len__(self) -> int:
         return len(self.indices)

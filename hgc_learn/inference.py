@@ -135,9 +135,12 @@ class ScheduleHandle:
         """What the schedule saves by its plan, and what the latest run did.
 
         Keys: `num_inference_steps`; `macs_full`, `macs_cached`, `macs_reduction` per image at the schedule's size
-        (attention matmuls not counted) and the same with `_attention`; `cache_bytes` at its peak; `num_patterns`, of
-        different steps (`compile`); `steps_run` and `steps_refreshed` of the latest run (a step is refreshed when its
-        inputs changed in mid-run).
+        (attention matmuls not counted) and the same with `_attention`; `cache_bytes` at its peak, of one image, by the
+        plan; `num_patterns`, of different steps (`compile`); `steps_run` and `steps_refreshed` of the latest run (a
+        step is refreshed when its inputs changed in mid-run).
+
+        Raises:
+            ValueError: without a schedule, a UNet whose config has no `sample_size` to count at.
         """
         return self.runtime.stats()
 
@@ -147,6 +150,9 @@ class ScheduleHandle:
         Args:
             tensors: as `schedule.tensors`; gradients reach them in runs that keep the autograd graph.
             gradient_checkpointing: keep only what nodes give for the backward pass, and run each again in it.
+
+        Raises:
+            ValueError: other names than those of `schedule.tensors`.
         """
         self.runtime.use_tensors(tensors, gradient_checkpointing=gradient_checkpointing)
 
@@ -157,11 +163,14 @@ class ScheduleHandle:
 
         Args:
             options: of `torch.compile` (mode, fullgraph, dynamic, backend, ...).
+
+        Raises:
+            ValueError: options that record CUDA graphs (`mode="reduce-overhead"`, `mode="max-autotune"`).
         """
         self.runtime.compile(**options)
 
     def remove(self) -> None:
-        """As `remove_schedule(pipe)`."""
+        """As `remove_schedule(pipe)`; raises the same."""
         self.runtime.uninstall()
 
     def __enter__(self) -> ScheduleHandle:

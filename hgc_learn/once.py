@@ -6,7 +6,8 @@ the control image alone, and both are the same at every step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,7 @@ class Once:
         self.modules = [module for model in self.models for module in _constant_modules(model)]
         self.replaced: dict[nn.Module, Any] = {}  # the forward that stood in the instance, if any
         self.kept: dict[nn.Module, dict[Any, tuple[Tensor, Tensor, int]]] = {}
+        self.is_off = False
 
     def prepare(self) -> None:
         """For a new run: takes the modules' places, or leaves them if some are compiled block by block, for one graph
@@ -60,8 +62,17 @@ class Once:
         """A new run begins, or what the outputs depend on has changed."""
         self.kept = {}
 
+    @contextmanager
+    def without_keeping(self) -> Iterator[None]:
+        """The modules run as ever meanwhile, and what is kept stays."""
+        self.is_off = True
+        try:
+            yield
+        finally:
+            self.is_off = False
+
     def _forward(self, module: nn.Module, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        is_off = not self.replaced or torch.compiler.is_compiling() or torch.is_grad_enabled()
+        is_off = self.is_off or not self.replaced or torch.compiler.is_compiling() or torch.is_grad_enabled()
         if is_off or args or kwargs or x.is_inference():
             return forward(x, *args, **kwargs)
         kept = self.kept.setdefault(module, {})

@@ -149,9 +149,13 @@ class ProbedForwards(RoutedForwards):
         return latest([j for j in self.computed[site] if not (in_full and self.is_half[j])], step)
 
     def _combine(self, load: Load, step: int, sources: tuple[int, ...]) -> Tensor:
-        terms = zip(self.coefficients_of(load.site, step, sources), sources, strict=True)
-        scaled = [self.values[load.site][j] if c == 1.0 else c * self.values[load.site][j] for c, j in terms]
-        return sum(scaled[1:], start=scaled[0])
+        """As `Cache` does: rounded once, at the end."""
+        values = [self.values[load.site][j] for j in sources]
+        dtype = values[0].dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        terms = zip(self.coefficients_of(load.site, step, sources), values, strict=True)
+        scaled = [value.to(wide) if c == 1.0 else c * value.to(wide) for c, value in terms]
+        return sum(scaled[1:], start=scaled[0]).to(dtype)
 
     def _guide(self, values: dict[str, Tensor], step: int) -> None:
         """The guidance difference, where it is one of the sites."""

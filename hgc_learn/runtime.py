@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from hgc_learn import ops
 from hgc_learn.ahead import find_batches, stack_call, stack_steps, unstack_steps
 from hgc_learn.architectures import Architecture
 from hgc_learn.cache import Cache
-from hgc_learn.compiled import CompiledPrograms
+from hgc_learn.compiled import CompiledPrograms, check_options
 from hgc_learn.forwards import RoutedForwards, routed_models
 from hgc_learn.graph import Graph
 from hgc_learn.once import Once
@@ -54,6 +55,8 @@ class Runtime(RoutedForwards):
         self.compiled: CompiledPrograms | None = None
         self.once = Once(routed_models(pipe).values()) if options.exact_savings else None
         self.cache = Cache({}, {})
+        self.given_tensors: Mapping[str, Tensor] | None = None  # instead of the schedule's own
+        self.gradient_checkpointing = False
         super().__init__(pipe, graph, 0 if schedule is None else schedule.num_inference_steps)
         self.follow(schedule)
 
@@ -73,12 +76,18 @@ class Runtime(RoutedForwards):
             first: (length, compile_program(graph, _of_batch(plan.steps[first : first + length]), "unet"))
             for first, length in find_batches(graph, plan, self.options.max_steps_at_once).items()
         }
-        self.use_tensors({} if schedule is None else schedule.tensors)
+        own = {} if schedule is None else schedule.tensors
+        self.cache = Cache(self.rows, own if self.given_tensors is None else self.given_tensors)
         if self.compile_options is not None:
             self.compile(**self.compile_options)
 
     def compile(self, **options: Any) -> None:
-        """Runs its programs by torch.compile from now on, but for refreshed steps and batches of steps."""
+        """Runs its programs by torch.compile from now on, but for refreshed steps and batches of steps.
+
+        Raises:
+            ValueError: options that record CUDA graphs.
+        """
+        check_options(options)
         programs = [
             (program, is_half)
             for of_model in self.programs.values()
@@ -89,7 +98,14 @@ class Runtime(RoutedForwards):
         self.compiled = CompiledPrograms(programs, self.graph.guidance, options)
 
     def use_tensors(self, tensors: Mapping[str, Tensor], *, gradient_checkpointing: bool = False) -> None:
-        self.gradient_checkpointing = gradient_checkpointing
+        """Fills in with these from now on. Raises ValueError if they are not for what the schedule fills in."""
+        own = {} if self.original is None else self.original.tensors
+        if wrong := sorted(tensors.keys() ^ own.keys()):
+            raise ValueError(
+                f"tensors: {wrong[0]!r} is {'missing' if wrong[0] in own else 'not one of the schedule'}; give as many "
+                "as schedule.tensors has, by the same names."
+            )
+        self.given_tensors, self.gradient_checkpointing = tensors, gradient_checkpointing
         self.cache = Cache(self.rows, tensors)
 
     # A run
@@ -134,6 +150,11 @@ class Runtime(RoutedForwards):
             if self.schedule is not self.original:
                 self.follow(self.original)
         elif self.options.resample:
+            if self.given_tensors is not None:
+                raise ScheduleError(
+                    f"timesteps: this run visits {_brief(actual)}, and the tensors that use_tensors was given are for "
+                    f"{_brief(expected)}. Run the schedule's own timesteps, or apply it anew."
+                )
             warnings.warn(
                 f"timesteps: this run visits {len(actual)} ({_brief(actual)}), the schedule was made for "
                 f"{len(expected)} ({_brief(expected)}). It is resampled: each step does what the schedule does at the "
@@ -260,7 +281,9 @@ class Runtime(RoutedForwards):
         by_step = [given]
         for step in steps:
             values = by_step[step - first] if step == first else {}
-            self._load(values, self.plan.steps[step].load, step, call)
+            # The ControlNets' own forwards have loaded their residuals for the first step, and freed them.
+            loads = self.programs["unet"][step].load if step == first else self.plan.steps[step].load
+            self._load(values, loads, step, call)
             if step > first:
                 for name in self.plan.steps[step].run:
                     if name in graph.residuals:
@@ -272,7 +295,8 @@ class Runtime(RoutedForwards):
             name: stack_steps([values[name] for values in by_step], num_halves) for name in by_step[0] if name in read
         }
         timesteps = self.pipe.scheduler.timesteps[first : first + num_steps]
-        self._run(program, stack_call(call, timesteps, num_halves), stacked)
+        with nullcontext() if self.once is None else self.once.without_keeping():  # no step after them has their prompt
+            self._run(program, stack_call(call, timesteps, num_halves), stacked)
         results = {
             name: unstack_steps(stacked[name], 1 if name == graph.guidance else num_halves, num_steps)
             for name in program.results

@@ -48,16 +48,21 @@ class HGCSchedule:
         sites: per site, one character per step: `C` compute, or the code of the predictor that fills it in (`-` holds
             the last value; see `hgc_learn.predictors`). Sites not listed are always computed. Every row begins with
             `C`, so the first step computes everything that a later one may reuse.
-        timesteps: the scheduler's timestep of each model call, in the order of the run.
+        timesteps: the scheduler's timestep (0 to 1000 in most models) of each model call, in the order of the run; more
+            than steps where a sampler calls the models more than once a step.
         scheduler: class name of the diffusers scheduler.
         guidance_scale: the scale it was made for; 1 or less means without guidance (half the batch).
         height, width: of the image, in pixels.
         model: fingerprint of the UNet and the ControlNets it was made for.
         producer: who wrote it: `policy`, `version` and the policy's `settings`.
-        macs: measured cost of one image: `full` and `cached`, `full_attention` and `cached_attention` (attention
-            matmuls counted).
+        macs: multiply-accumulates of one image: `full` and `cached`, `full_attention` and `cached_attention`
+            (attention matmuls counted).
         fidelity: measured quality against the uncached pipeline, by name (`psnr_db`, `num_samples`, ...).
-        tensors: that predictors read, by `<site>/<parameter>`.
+        tensors: that predictors read, by `<site>/<parameter>`; dtypes and shapes are those of the predictors'
+            parameters (docs/schedule_format.md). `==` does not look at them.
+
+    Raises:
+        ScheduleError: a value that no schedule can have; the message begins with the name of the field.
     """
 
     sites: dict[str, str]
@@ -268,7 +273,11 @@ class HGCSchedule:
         return cls.load(path)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `hgc_schedule.json`, its tensors and, unless somebody else's README.md is there, a model card."""
+        """Writes `hgc_schedule.json`, its tensors and, unless somebody else's README.md is there, a model card.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
         folder = Path(folder)
         self.save(folder / FILE_NAME)
         card = folder / CARD_NAME
@@ -286,7 +295,20 @@ class HGCSchedule:
         commit_message: str = "Upload cache schedule",
     ) -> str:
         """Uploads the files and a model card as one commit, into a repository that is made if there is none. A
-        README.md of somebody else's that is there stays. Returns the commit's address."""
+        README.md of somebody else's that is there stays. Returns the commit's address.
+
+        Args:
+            repo_id: `owner/name`.
+            subfolder: of the repository, to upload to.
+            revision: branch to upload to, made if there is none; the main one if not given.
+            private: of a repository that is made.
+            token: instead of the one that `hf auth login` has stored.
+            commit_message: of the commit.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: the hub refuses it.
+            OSError: the hub cannot be reached.
+        """
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder, FILE_NAME))
             write_atomically(Path(folder, CARD_NAME), model_card(self, repo_id, subfolder).encode())

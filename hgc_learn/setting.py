@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -100,7 +100,10 @@ class Setting:
     def need_samples(self, policy: str) -> None:
         """Raises ValueError where there is no pipeline or nothing to measure on."""
         if self.pipe is None or not self.batches:
-            raise ValueError(f"{policy} measures on real trajectories: give it a pipeline and samples to run (--data).")
+            raise ValueError(
+                f"{policy} measures on real trajectories: give it a pipeline and samples to run (--data of `hgc_learn "
+                "schedule`)."
+            )
 
     def schedule(
         self,
@@ -118,6 +121,7 @@ class Setting:
         """
         if self.pipe is None:
             raise ValueError("A schedule carries the fingerprint of its models: a pipeline is needed.")
+        settings = {**settings, "sampling": asdict(self.sampling)}  # of which the file's own fields are not all
         producer = {"policy": policy, "version": __version__, "settings": settings}
         full = compile_plan(self.graph, {}, self.num_steps)
         plan = self.plan(draft)

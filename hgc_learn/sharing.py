@@ -70,14 +70,16 @@ def upload_folder(
     """Uploads a folder that holds a schedule as one commit, into a repository that is made if there is none; returns
     the commit's address. A card of somebody else's that is there stays."""
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     try:
         card = hf_hub_download(repo_id, CARD_NAME, subfolder=subfolder or None, revision=revision, token=token)
         ignored = [] if is_own_card(Path(card)) else [CARD_NAME]
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:  # and nothing else: a hub that cannot be reached may have one
         ignored = []
     commit = api.upload_folder(
         repo_id=repo_id,

@@ -91,7 +91,8 @@ def row(
     result |= _median("speedup", speedups) | _median("efficiency", speedups / macs_ratio)
     if setting["schedule"].startswith("all-compute"):
         result |= _median("overhead", 1 / speedups - 1)
-    result["peak_memory_ratio"] = round(cost.peak_bytes / of_plain.peak_bytes, 4)
+    known = of_plain.peak_bytes and cost.peak_bytes
+    result["peak_memory_ratio"] = round(cost.peak_bytes / of_plain.peak_bytes, 4) if known else None
     result["peak_memory_ratio_interval"] = None  # measured once, as MACs are
     result |= {"peak_bytes": cost.peak_bytes, "plain_peak_bytes": of_plain.peak_bytes}
     result |= {"cache_bytes": cost.cache_bytes, "predicted_cache_bytes": cost.predicted_cache_bytes}
@@ -136,10 +137,11 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         ]
         parts += ["|---|---|---|---|---|---|---|"]
         for row in group:
+            memory = "-" if row["peak_memory_ratio"] is None else f"{row['peak_memory_ratio']:.3f}x"
             cache = f"{row['predicted_cache_bytes'] / 1e6:.1f}, {row['cache_bytes'] / 1e6:.1f}"
             parts.append(
                 f"| `{row['schedule']}` | {len(row['pairs'])} | {row['macs_ratio']:.2f}x | {_shown(row, 'speedup')}x | "
-                f"{_shown(row, 'efficiency')} | {row['peak_memory_ratio']:.3f}x | {cache} |"
+                f"{_shown(row, 'efficiency')} | {memory} | {cache} |"
             )
         parts.append("")
     return "\n".join(parts).rstrip()
@@ -188,7 +190,7 @@ def watched_cache(handle: ScheduleHandle | None) -> Iterator[list[int]]:
 
 
 def _peak_memory(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes: of the allocator on CUDA; elsewhere what is resident of the whole process."""
+    """Bytes: of the allocator on CUDA; elsewhere what is resident of the whole process, 0 if that cannot be read."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()
@@ -196,7 +198,8 @@ def _peak_memory(run: Callable[[], object], device: torch.device) -> int:
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    except OSError:
+    except OSError:  # not Linux with glibc
+        run()
         return 0
     run()
     peak = next(line for line in _lines("/proc/self/status") if line.startswith("VmHWM"))

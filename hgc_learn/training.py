@@ -183,7 +183,9 @@ class RouterModule(L.LightningModule):
 
     def target(self, batch: dict[str, Any]) -> Tensor:
         """The outcome of the uncached pipeline; computed once per sample."""
-        return self._once(self.hparams["errors_of"], batch, lambda: self.outcome(self.teacher_latents(batch)))
+        return self._once(
+            f"errors of {self.hparams['errors_of']}", batch, lambda: self.outcome(self.teacher_latents(batch))
+        )
 
     @torch.no_grad()
     def _once(self, what: str, batch: dict[str, Any], make: Callable[[], Tensor]) -> Tensor:
@@ -265,9 +267,10 @@ class RouterModule(L.LightningModule):
     # Validation: what would be exported now
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        hard_errors = []
         for budget in self.hparams["budgets"]:
             hard = self.hard_schedule(budget)
-            hard_error = self.rollout_errors(batch, hard).mean()
+            hard_errors.append(hard_error := self.rollout_errors(batch, hard).mean())
             logs: dict[str, Any] = {"hard_loss": hard_error, "exported_macs": self.router.kept(hard.compute)}
             generator = torch.Generator(self.device).manual_seed(batch_idx)
             if (soft := self.objective.draw(self.router, budget, generator)) is not None:
@@ -275,7 +278,8 @@ class RouterModule(L.LightningModule):
                 logs |= {"soft_loss": soft_error, "soft_hard_gap_db": 10 * (soft_error / hard_error).log10()}
             logs = {f"val/{budget:g}/{name}": value for name, value in logs.items()}
             self.log_dict(logs, batch_size=len(batch["text"]), sync_dist=True)
-        self.log("val_loss", hard_error, prog_bar=True, logger=False, batch_size=len(batch["text"]), sync_dist=True)
+        loss = torch.stack(hard_errors).mean()
+        self.log("val_loss", loss, prog_bar=True, logger=False, batch_size=len(batch["text"]), sync_dist=True)
 
     @torch.no_grad()
     def rollout_errors(self, batch: dict[str, Any], schedule: HardSchedule | Draft) -> Tensor:

@@ -147,7 +147,7 @@ def schedules(pipe: Any, rng: random.Random | None = None) -> list[dict[str, str
     mixed = {site: "".join(rng.choice("-1m") if code == "-" else code for code in row) for site, row in mixed.items()}
     mixed["unet:guidance"] = "C" + "".join(rng.choice("CC-10") for _ in range(num_steps - 1))
     of_encoder = [s for s in sites if "up_blocks" not in s and s != "unet:eps"]
-    decoders = {site: "CC" + rng.choice("--1m") * (num_steps - 2) for site in of_encoder}
+    decoders = {site: "CC" + "".join(rng.choice("--1m") for _ in range(num_steps - 2)) for site in of_encoder}
     if rng.random() < 0.5:
         decoders["unet:guidance"] = "CC" + "C" * rng.randrange(2) + "-" * (num_steps - 2)
         decoders["unet:guidance"] = decoders["unet:guidance"][:num_steps]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from hgc_learn import speed
 from hgc_learn.__main__ import main
@@ -68,7 +69,8 @@ def test_compiled_rows_are_told_apart(tmp_path: Path) -> None:
         (["--policy", "nonsense"], "there is no policy 'nonsense'"),
         (["--policy", "deepcache:interval"], "--interval: expected one argument"),
         (["--policy", "deepcache:interval=often"], "--interval: 'often' is not a finite number"),
-        (["--policy", "deepcache:foo=1"], "unrecognized arguments: --foo=1"),
+        (["--policy", "deepcache:foo=1"], "unrecognized arguments: --foo 1"),
+        (["--policy", "faster_diffusion:keys=0,5,99"], "keys are 0, 5, 99; they begin with 0"),
         (["--device", "banana"], "invalid choice: 'banana'"),
         (["--rounds", "0"], "--rounds is 0"),
         (["--size", "50"], "must be a multiple of"),
@@ -86,6 +88,21 @@ def test_wrong_arguments_are_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_where_the_peak_of_memory_cannot_be_read_all_else_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(speed.ctypes, "CDLL", absent)
+    setting = dict.fromkeys(speed.SETTING, "") | {"guidance_scale": 7.5, "compiled": False, "schedule": "a"}
+    ran: list[bool] = []
+    peak = speed._peak_memory(lambda: ran.append(True), torch.device("cpu"))
+    assert ran
+    row = speed.row(setting, speed.RunCost(200, peak), speed.RunCost(100, peak, 0, 0), [(2.0, 1.0)])
+    assert row["macs_ratio"] == row["speedup"] == 2
+    assert row["peak_memory_ratio"] is None
+    assert "| 1.00 [1.00, 1.00] | - |" in speed.markdown([row])
 
 
 @pytest.mark.parametrize("content", ["broken", '[{"arch": "sd15"}]', "3"])

@@ -227,6 +227,17 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
     assert "invalid choice: 'nothing'" in refused(capsys, "nothing")
 
 
+@pytest.mark.parametrize("arguments", [["fit", "--config", "none.yaml"], ["fit", "--model.nothing=1"], ["fitt"]])
+def test_wrong_settings_of_a_training_are_told_in_a_few_lines(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """jsonargparse's usage has all settings in it."""
+    with pytest.raises(SystemExit) as end:
+        main(["train", *arguments])
+    assert end.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 3
+
+
 ROOT = Path(__file__).parents[1]
 # Runs what its first argument says with what `pip install .` does not install hidden, then looks for it.
 CORE_ONLY = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import NUM_STEPS, TinyPipeline, build_pipeline
@@ -49,6 +51,17 @@ def test_one_graph_per_pattern_and_the_same_latents() -> None:
     assert torch.equal(tiny(), eager)
     assert counter.frame_count == expected_graphs
     assert expected_graphs <= 2 * handle.stats()["num_patterns"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"mode": "reduce-overhead"}, {"mode": "max-autotune"}, {"options": {"triton.cudagraphs": True}}]
+)
+def test_options_that_record_cuda_graphs_are_refused(options: dict[str, Any]) -> None:
+    tiny = build_pipeline("small")
+    handle = apply_schedule(tiny.pipe, tiny.schedule(ROWS))
+    with pytest.raises(ValueError, match="records CUDA graphs"):
+        handle.compile(**options)
+    assert handle.runtime.compiled is None
 
 
 def test_more_patterns_than_torch_recompiles_one_function() -> None:

@@ -263,6 +263,19 @@ def test_validation_alone_needs_no_training_split(tmp_path: Path, streaming: boo
     assert len(data.val_data) == 2
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_training_alone_needs_no_validation_split(tmp_path: Path, streaming: bool) -> None:
+    """As `schedule --val_split` measures on samples of the training split."""
+    data = ready(write_folder(tmp_path), val_split="nothing", num_val=0, streaming=streaming)
+    assert (len(data.train_data), len(data.val_data)) == (4, 0)
+
+
+def test_sizes_are_those_that_are_asked_for(folder: Path) -> None:
+    """A VAE of two levels takes multiples of 2."""
+    batch = next(iter(ready(folder, height=18, width=30).train_dataloader()))
+    assert batch["conditioning_image"].shape == (2, 3, 18, 30)
+
+
 def test_one_column_for_picture_and_prompt_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="cannot be both the picture and the prompt"):
         ready(folder, text_column="conditioning_image")

@@ -15,7 +15,7 @@ from torch import Tensor
 from hgc_learn.cache import Cache
 from hgc_learn.graph import build_graph
 from hgc_learn.inference import HGCSchedule, ScheduleError, apply_schedule
-from hgc_learn.plan import compile_plan
+from hgc_learn.plan import Load, compile_plan
 from hgc_learn.predictors import BY_CODE, PREDICTORS
 from hgc_learn.predictors.per_channel import CHOICES
 from hgc_learn.schedule import tensor_path
@@ -148,6 +148,17 @@ def test_what_stands_still_is_forecast_to_stand_still(name: str, ages: list[int]
     assert sum(coefficients) == pytest.approx(1)
     if name in ("linear", "taylor2", "ab2") and len(ages) > 1:  # and what moves evenly, to go on so
         assert sum(c * -age for c, age in zip(coefficients, ages, strict=False)) == pytest.approx(0, abs=1e-6)
+
+
+def test_half_precision_is_rounded_once(own: TinyPipeline) -> None:
+    """Term by term, an extrapolation of values that are nearly the same would be of their rounding."""
+    cache, load = Cache({EPS: ROW}, {}), Load(EPS, PREDICTORS["taylor2"].code, (2, 1, 0), (2, 1, 0))
+    start = 3 + torch.rand(4, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = [(start + step / 16).to(torch.bfloat16) for step in range(3)]
+    for step, value in enumerate(values):
+        cache.keep(EPS, step, value)
+    expected = taylor2([value.double() for value in values[::-1]], 1, 1)
+    assert torch.equal(cache.load(load, 3), expected.to(torch.bfloat16))
 
 
 def schedule_with(tiny: TinyPipeline, name: str, site: str, code: str | None = None) -> HGCSchedule:

@@ -157,7 +157,10 @@ def test_pictures_of_samplers_with_more_calls_than_steps(scheduler: str, teacher
     """Heun and KDPM2 call the models twice per step, PNDM four times in the first ones; rows are per call."""
     options = ["--model", str(teacher), "--size", "64", "--steps", "4", "--scheduler", scheduler, "--interval", "2"]
     file = tmp_path / "hgc_schedule.json"
-    assert main(["schedule", "uniform", *options, "--output", str(file)]) == 0
+    of_training = ["--controlnet_conditioning_scale", "0.5", "--negative_prompt", "blurred"]
+    assert main(["schedule", "uniform", *options, *of_training, "--output", str(file)]) == 0
+    sampling = HGCSchedule.load(file).producer["settings"]["sampling"]
+    assert (sampling["controlnet_conditioning_scale"], sampling["negative_prompt"]) == (0.5, "blurred")
     assert HGCSchedule.load(file).num_inference_steps == (13 if scheduler.startswith("PNDM") else 7)
     write_folder(tmp_path / "data", 1)
     options = ["--model", str(teacher), "--data", str(tmp_path / "data"), "--num_pictures", "1"]
@@ -169,13 +172,17 @@ def test_pictures_of_samplers_with_more_calls_than_steps(scheduler: str, teacher
     ("options", "message"),
     [
         ([], "made for none of the models known here: name its folder with --model"),
-        (["--model", str(TEACHER)], "--model: the schedule was made for another model (architecture: controlnet is"),
+        (["--model", str(TEACHER)], "model: the schedule was made for another model (architecture: controlnet is"),
         (["--num_pictures", "2"], "--num_pictures needs a pipeline"),
         (["--num_pictures", "-1"], "--num_pictures is -1"),
         (["--num_pictures", "1", "--model", "a/b"], "give a folder of them with --data"),
         (["--data", "folder"], "--data is for pictures: say how many with --num_pictures"),
         (["--controlnet_model", "folder"], "the ControlNet of a pipeline that --model names; there is no --model"),
         (["--variant", "fp16"], "--variant is for pictures"),
+        (
+            ["--num_pictures", "1", "--model", "a/b", "--data", "c", "--streaming"],
+            "name the split to look at with --val_split",
+        ),
         (["--comparison", "none.json"], "none.json: cannot be read"),
         (["--comparison", str(EXAMPLE)], "no rows with figures"),
     ],

@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from markdown_it import MarkdownIt
 from test_schedule import SCHEDULE
 from tiny_models import build_pipeline
@@ -58,7 +58,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def hf_hub_download(repo_id: str, name: str, *, subfolder: str | None, revision: str | None, token: Any) -> str:
         path = repository(repo_id, revision) / (subfolder or "") / name
         if not path.is_file():
-            raise LocalEntryNotFoundError(name)
+            raise RemoteEntryNotFoundError(name, response=SimpleNamespace(headers={}, request=None))
         return str(path)
 
     class Api:
@@ -67,6 +67,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
         def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> None:
             repository(repo_id, None).mkdir(parents=True, exist_ok=exist_ok)
+
+        def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool) -> None:
+            repository(repo_id, branch).mkdir(parents=True, exist_ok=exist_ok)
 
         def upload_folder(self, *, repo_id: str, folder_path: str, path_in_repo: str | None, **options: Any) -> Any:
             target = repository(repo_id, options["revision"]) / (path_in_repo or "")
@@ -109,6 +112,21 @@ def test_a_hub_round_trip(place: dict[str, str], hub: Path) -> None:
     if place:
         with pytest.raises(ScheduleError, match=r"someone/schedule: this repository has no hgc_schedule.json"):
             HGCSchedule.from_pretrained("someone/schedule")
+
+
+def test_a_card_that_the_hub_does_not_give_is_not_replaced(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be there: a request that times out ends in LocalEntryNotFoundError."""
+    SCHEDULE.push_to_hub("someone/schedule")
+    card = hub / "someone/schedule/main/README.md"
+    card.write_text("somebody's own")
+
+    def unreachable(*args: Any, **kwargs: Any) -> str:
+        raise LocalEntryNotFoundError("the hub cannot be reached")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(LocalEntryNotFoundError):
+        SCHEDULE.push_to_hub("someone/schedule")
+    assert card.read_text() == "somebody's own"
 
 
 def test_a_repository_or_folder_is_applied_by_name(

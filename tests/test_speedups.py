@@ -184,6 +184,36 @@ def test_no_step_is_run_ahead_that_is_not_part_of_the_run() -> None:
     assert calls == [2, 2, 2]
 
 
+def test_batches_load_residuals_that_are_filled_in_each_in_its_own_way(own: TinyPipeline) -> None:
+    """What the ControlNet's forward has loaded for the last time is gone when the batch begins."""
+    own.pipe.to(torch.float64)
+    reused = "CC" + "-" * (NUM_STEPS - 2)
+    rows = {site: reused for site in own.sites() if not site.startswith(("unet.up_blocks", "unet:"))}
+    controls = [site for site in rows if site.endswith(":control")]
+    rows[controls[0]] = reused.replace("CC-", "CC1")
+    latents = {}
+    for num_steps in (1, 4):
+        with apply_schedule(own.pipe, own.schedule(rows), max_steps_at_once=num_steps) as handle:
+            assert bool(handle.runtime.batches) == (num_steps > 1)
+            latents[num_steps] = own()
+    assert (latents[4] - latents[1]).norm() < 1e-9 * latents[1].norm()
+
+
+def test_batches_leave_what_is_kept_of_the_prompt(own: TinyPipeline) -> None:
+    layer = own.pipe.unet.up_blocks[-1].attentions[0].transformer_blocks[0].attn2.to_k
+    seen = []
+    with apply_schedule(own.pipe, Decoders(own).schedule, max_steps_at_once=2) as handle:
+
+        def callback(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+            assert handle.runtime.once is not None
+            seen.append([len(prompt) for prompt, _, _ in handle.runtime.once.kept.get(layer, {}).values()])
+            return inputs
+
+        own(callback_on_step_end=callback)
+    assert seen[:-1] == [[2]] * (NUM_STEPS - 1)  # the prompt of one step, and none of the batches' own
+    assert seen[-1] == []  # the run has ended
+
+
 def test_masks_of_an_ip_adapter_are_those_of_one_step(own: TinyPipeline) -> None:
     """Given as attention arguments, and there may be one for each sample: these steps do not run as one batch."""
     decoders = Decoders(own, allow_other_weights=True)

@@ -35,6 +35,29 @@ def named_architecture(args: argparse.Namespace) -> Architecture:
     return build_architecture(args.arch) if args.arch else load_architecture(args.model, args.controlnet_model)
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds how a pipeline's weights are loaded: --controlnet_model, --variant and --dtype."""
+    # Not --controlnet: several policies have a knob of that name.
+    parser.add_argument(
+        "--controlnet_model", metavar="DIR", help="folder or hub id of a ControlNet, if the pipeline holds none"
+    )
+    parser.add_argument("--variant", metavar="NAME", help="of the files with the weights, such as fp16")
+    help_ = "of all models (default %(default)s)"
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help=help_)
+
+
+def load_weights(args: argparse.Namespace, sampling: SamplingConfig) -> Any:
+    """The pipeline that --model and `add_weights` name.
+
+    Raises:
+        ValueError: as of `load_pipeline`.
+    """
+    from hgc_learn.rollout import load_pipeline
+
+    how = {"controlnet": args.controlnet_model, "variant": args.variant, "dtype": args.dtype}
+    return load_pipeline(args.model, sampling, **how)
+
+
 def check_controlnet_model(args: argparse.Namespace) -> None:
     """Raises ValueError where --controlnet_model is given and --model is not."""
     if args.controlnet_model is not None and not args.model:
@@ -70,6 +93,11 @@ def samples(
     from hgc_learn.data import ControlDataModule
 
     is_training = split == "train"
+    if args.streaming and args.val_split is None and not is_training:
+        raise ValueError(
+            "--streaming reads the first rows of --train_split, which a training learns from; name the split to look "
+            "at with --val_split."
+        )
     module = ControlDataModule(
         args.data,
         height=sampling.height,

@@ -157,11 +157,16 @@ def _candidates(pipe: Any, setting: Setting, args: argparse.Namespace) -> dict[s
 
 
 def _knobs(policy: Policy, spec: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Of NAME:KNOB=VALUE,..., read as `hgc_learn schedule NAME --KNOB=VALUE ...` reads them."""
+    """Of NAME:KNOB=VALUE,..., read as `hgc_learn schedule NAME --KNOB=VALUE ...` reads them; a knob may have several
+    values, KNOB=VALUE,VALUE."""
     parser = type(args.parser)(prog=f"hgc_learn schedule {policy.name}", allow_abbrev=False)
     add_knobs(parser, policy)
-    parts = filter(None, spec.partition(":")[2].split(","))
-    return vars(parser.parse_args([f"--{part}" for part in parts]))
+    arguments: list[str] = []
+    for part in filter(None, spec.partition(":")[2].split(",")):
+        knob, has_value, value = part.partition("=")
+        is_one_more = not has_value and arguments  # value of the knob before
+        arguments += [f"--{knob}", value] if has_value else [part if is_one_more else f"--{part}"]
+    return vars(parser.parse_args(arguments))
 
 
 def _adapted(schedule: HGCSchedule, file: str, pipe: Any, setting: Setting) -> HGCSchedule:

@@ -10,10 +10,12 @@ for others name their folder. Of it only configs are read, unless pictures are a
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hgc_learn.commands import DEMO_TEACHER, add_data, check_controlnet_model, samples
+from hgc_learn.commands import DEMO_TEACHER, add_data, add_weights, check_controlnet_model, load_weights, samples
 
 if TYPE_CHECKING:
     from hgc_learn.architectures import Architecture
@@ -25,10 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN_OR_FILE", help="a schedule file, or a folder or hub id with one")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="page to write, .html")
     parser.add_argument("--model", metavar="DIR", help="folder of the pipeline; with --num_pictures a hub id, too")
-    parser.add_argument("--controlnet_model", metavar="DIR", help="of a ControlNet, if the pipeline holds none")
-    parser.add_argument(
-        "--variant", metavar="NAME", help="of the files with the weights, such as fp16, for the pictures"
-    )
+    add_weights(parser)
     parser.add_argument("--comparison", type=Path, metavar="JSON", help="of `hgc_learn compare`, for its Pareto curves")
     parser.add_argument("--num_pictures", type=int, default=0, help="full and cached, same seeds (default 0)")
     add_data(parser, "for the pictures (default: the demonstration's scenes)")
@@ -63,21 +62,16 @@ def run(args: argparse.Namespace) -> None:
 def _find_architecture(model: str | None, controlnet: str | None, schedule: HGCSchedule) -> Architecture:
     """Raises ValueError if it is not the one that the schedule was made for, or none is known."""
     from hgc_learn.architectures import ARCHITECTURES, build_architecture, load_architecture
-    from hgc_learn.fingerprint import ModelFingerprint
-
-    def difference(architecture: Architecture) -> tuple[str, str] | None:
-        return schedule.model.difference(ModelFingerprint.of(architecture.unet, architecture.controlnet))
 
     if model is not None:
         architecture = load_architecture(model, controlnet)
-        if (found := difference(architecture)) is not None:
-            raise ValueError(f"--model: the schedule was made for another model ({': '.join(found)}). Name that one.")
+        architecture.check(schedule)
         return architecture
-    # Its folder is part of the repository, and not of an installed package.
-    if DEMO_TEACHER.is_dir() and difference(teacher := load_architecture(DEMO_TEACHER)) is None:
-        return teacher
-    for name in ARCHITECTURES:
-        if difference(architecture := build_architecture(name)) is None:
+    # The demonstration's folder is part of the repository, and not of an installed package.
+    known = [partial(load_architecture, DEMO_TEACHER)] if DEMO_TEACHER.is_dir() else []
+    for make in [*known, *(partial(build_architecture, name) for name in ARCHITECTURES)]:
+        with suppress(ValueError):
+            (architecture := make()).check(schedule)
             return architecture
     raise ValueError("The schedule was made for none of the models known here: name its folder with --model.")
 
@@ -89,7 +83,7 @@ def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture
 
     from hgc_learn.architectures import Architecture
     from hgc_learn.evaluation import decode, picture_psnr
-    from hgc_learn.rollout import generate, load_pipeline, scheduled
+    from hgc_learn.rollout import generate, scheduled
 
     if args.model is None:
         raise ValueError("--num_pictures needs a pipeline to make them: give it with --model.")
@@ -97,7 +91,7 @@ def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture
     batches = samples(args, sampling, "validation", args.num_pictures, 1)  # pictures of real models need the memory
     if not batches:
         raise ValueError("--num_pictures needs control images and prompts: give a folder of them with --data.")
-    pipe = load_pipeline(args.model, sampling, controlnet=args.controlnet_model, variant=args.variant)
+    pipe = load_weights(args, sampling)
     pictures: dict[str, Any] = {"text": [], "control": [], "full": [], "cached": [], "psnr_db": []}
     for batch in track(batches, description="making pictures"):
         with scheduled(pipe, sampling, schedule) as sampling:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hgc_learn.commands import add_data, samples
+from hgc_learn.commands import add_data, add_weights, load_weights, samples
 from hgc_learn.commands.macs import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, finite, image_size
 
 if TYPE_CHECKING:
@@ -52,9 +52,7 @@ def policy_parser(policy: Policy, kind: type[argparse.ArgumentParser], prog: str
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="folder or hub id of a diffusers pipeline")
     add("--output", type=Path, required=True, metavar="FILE", help="schedule file to write")
-    # Not --controlnet: several policies have a knob of that name.
-    add("--controlnet_model", metavar="DIR", help="folder or hub id of a ControlNet, if the pipeline holds none")
-    add("--variant", metavar="NAME", help="of the files with the weights, such as fp16 (default: those without a name)")
+    add_weights(parser)
     add("--scheduler", metavar="NAME", help="class of a diffusers scheduler (default: the pipeline's)")
     add("--steps", type=int, default=DEFAULT_STEPS, help=f"denoising steps (default {DEFAULT_STEPS})")
     add(
@@ -64,6 +62,7 @@ def policy_parser(policy: Policy, kind: type[argparse.ArgumentParser], prog: str
         help=f"1 or less: without guidance (default {DEFAULT_GUIDANCE_SCALE})",
     )
     add("--size", type=image_size, help="image size in pixels, N or HEIGHTxWIDTH (default: the model's)")
+    add("--controlnet_conditioning_scale", type=finite, default=1.0, help="weight of the ControlNet (default 1)")
     add("--negative_prompt", default="", metavar="TEXT", help="for policies that measure (default: none)")
     add_data(
         parser,
@@ -90,7 +89,7 @@ def add_knobs(parser: argparse.ArgumentParser, policy: Policy) -> None:
 def write(policy: Policy, args: argparse.Namespace) -> None:
     """Loads the pipeline, lets the policy write, saves the file and prints what is left of the MACs."""
     from hgc_learn.architectures import Architecture
-    from hgc_learn.rollout import SamplingConfig, load_pipeline
+    from hgc_learn.rollout import SamplingConfig
     from hgc_learn.schedule import check_output
     from hgc_learn.setting import Setting
 
@@ -102,9 +101,10 @@ def write(policy: Policy, args: argparse.Namespace) -> None:
         num_inference_steps=args.steps,
         guidance_scale=args.guidance_scale,
         negative_prompt=args.negative_prompt,
+        controlnet_conditioning_scale=args.controlnet_conditioning_scale,
         scheduler=args.scheduler,
     )
-    pipe = load_pipeline(args.model, sampling, controlnet=args.controlnet_model, variant=args.variant)
+    pipe = load_weights(args, sampling)
     height, width = args.size or Architecture.of(pipe).default_size
     sampling = replace(sampling, height=height, width=width)
     setting = Setting.of_pipeline(pipe, sampling, samples(args, sampling, "train", args.num_samples, args.batch_size))

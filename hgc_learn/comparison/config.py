@@ -145,9 +145,12 @@ class CompareConfig:
         if unknown:
             raise ValueError(f"policies: {unknown[0]!r} is not one of {', '.join(sorted(POLICIES))}.")
         for name, knobs in self.fixed.items():
-            wrong = sorted(set(knobs) - set(POLICIES[name].knobs)) if name in POLICIES else [name]
-            if wrong:
-                raise ValueError(f"fixed: {wrong[0]!r} is not a policy or none of the knobs of {name}.")
+            if name not in POLICIES:
+                raise ValueError(f"fixed: {name!r} is not one of {', '.join(sorted(POLICIES))}.")
+            try:
+                POLICIES[name].check(knobs)
+            except ValueError as error:
+                raise ValueError(f"fixed: {error}") from None
         for name, sampler in self.samplers.items():
             if not name or Path(name).name != name:
                 raise ValueError(f"samplers: {name!r} names a folder; use letters, digits and dashes.")

@@ -23,7 +23,7 @@ from hgc_learn.figures import picture_grid, save_figure
 from hgc_learn.files import save_json
 from hgc_learn.inference import HGCSchedule
 from hgc_learn.learning import ALL, Learning
-from hgc_learn.rollout import SamplingConfig, load_pipeline
+from hgc_learn.rollout import SamplingConfig, default_device
 
 EVALUATION_BATCH_SIZE = 16
 
@@ -56,7 +56,8 @@ def run_demo(
 
     console.rule(f"3. full against cached on {num_scenes} held-out scenes")
     model = cli.model.hparams
-    summary, pictures = judge(path, model["model"], SamplingConfig(**model["sampling"]), num_scenes)
+    pipe = cli.model.pipe.to(default_device())
+    summary, pictures = judge(path, pipe, SamplingConfig(**model["sampling"]), num_scenes)
     grid = picture_grid(
         {
             "control": pictures["control"],
@@ -74,12 +75,12 @@ def run_demo(
     return summary
 
 
-def judge(path: Path, model: str, sampling: SamplingConfig, num_scenes: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def judge(path: Path, pipe: Any, sampling: SamplingConfig, num_scenes: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compares a schedule with the uncached teacher on held-out scenes; figures and pictures."""
     schedule = HGCSchedule.load(path)
     loader = DataLoader(SceneDataset("test", num_scenes), EVALUATION_BATCH_SIZE)
     figures, pictures = evaluate_schedule(
-        load_pipeline(model, sampling),
+        pipe,
         sampling,
         schedule,
         track(loader, description="generating"),

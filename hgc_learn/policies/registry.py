@@ -46,12 +46,8 @@ class Policy:
         for values in itertools.product(*grid.values()):
             yield dict(zip(grid, values, strict=True))
 
-    def schedule(self, setting: Setting, **knobs: Any) -> HGCSchedule:
-        """The schedule that the policy writes with these knobs (the others at their defaults).
-
-        Raises:
-            ValueError: a knob that it does not have or that is out of range, or samples that it needs are missing.
-        """
+    def check(self, knobs: Mapping[str, Any]) -> None:
+        """Raises ValueError for a knob that it does not have, or a value that is none of a knob's choices."""
         unknown = sorted(set(knobs) - set(self.knobs))
         if unknown:
             raise ValueError(f"{self.name} has no knob {unknown[0]!r}; it has {', '.join(self.knobs) or 'none'}.")
@@ -60,6 +56,14 @@ class Policy:
             choices = typing.get_args(hints[name]) if typing.get_origin(hints[name]) is typing.Literal else (value,)
             if value not in choices:
                 raise ValueError(f"{self.name}: {name} is {value!r}; it is one of {', '.join(map(str, choices))}.")
+
+    def schedule(self, setting: Setting, **knobs: Any) -> HGCSchedule:
+        """The schedule that the policy writes with these knobs (the others at their defaults).
+
+        Raises:
+            ValueError: as of `check`; a knob that is out of range, or samples that it needs are missing.
+        """
+        self.check(knobs)
         return self.file(setting, self.write(setting, **knobs), knobs)
 
     def file(self, setting: Setting, draft: Draft, knobs: Mapping[str, Any]) -> HGCSchedule:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
     [
         *("budgets=[1.5]", "policies=[magic]", "grid.budget=0.9", "samplers.DDIM-50.num_test=1"),
         *("tuning.max_candidates=0", "tuning.num_screening_scenes=0", "tuning.num_scenes=1"),
+        *("fixed={deepcache: {spacing: quadratc}}", "fixed={deepcache: {space: 1}}", "fixed={magic: {}}"),
     ],
 )
 def test_wrong_settings_are_named(key: str) -> None:
