@@ -179,6 +179,7 @@ def test_pictures_of_samplers_with_more_calls_than_steps(scheduler: str, teacher
         (["--data", "folder"], "--data is for pictures: say how many with --num_pictures"),
         (["--controlnet_model", "folder"], "the ControlNet of a pipeline that --model names; there is no --model"),
         (["--variant", "fp16"], "--variant is for pictures"),
+        (["--dtype", "bfloat16"], "--dtype is for pictures"),
         (
             ["--num_pictures", "1", "--model", "a/b", "--data", "c", "--streaming"],
             "name the split to look at with --val_split",

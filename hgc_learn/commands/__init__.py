@@ -42,8 +42,8 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
         "--controlnet_model", metavar="DIR", help="folder or hub id of a ControlNet, if the pipeline holds none"
     )
     parser.add_argument("--variant", metavar="NAME", help="of the files with the weights, such as fp16")
-    help_ = "of all models (default %(default)s)"
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help=help_)
+    dtypes = ["float32", "float16", "bfloat16"]
+    parser.add_argument("--dtype", choices=dtypes, help="of all models (default float32)")
 
 
 def load_weights(args: argparse.Namespace, sampling: SamplingConfig) -> Any:
@@ -54,8 +54,8 @@ def load_weights(args: argparse.Namespace, sampling: SamplingConfig) -> Any:
     """
     from hgc_learn.rollout import load_pipeline
 
-    how = {"controlnet": args.controlnet_model, "variant": args.variant, "dtype": args.dtype}
-    return load_pipeline(args.model, sampling, **how)
+    dtype = args.dtype or "float32"
+    return load_pipeline(args.model, sampling, controlnet=args.controlnet_model, variant=args.variant, dtype=dtype)
 
 
 def check_controlnet_model(args: argparse.Namespace) -> None:

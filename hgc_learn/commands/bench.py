@@ -164,8 +164,10 @@ def _knobs(policy: Policy, spec: str, args: argparse.Namespace) -> dict[str, Any
     arguments: list[str] = []
     for part in filter(None, spec.partition(":")[2].split(",")):
         knob, has_value, value = part.partition("=")
-        is_one_more = not has_value and arguments  # value of the knob before
-        arguments += [f"--{knob}", value] if has_value else [part if is_one_more else f"--{part}"]
+        if has_value:
+            arguments += [f"--{knob}", value]
+        else:
+            arguments.append(part if arguments else f"--{part}")  # one more value of the knob before
     return vars(parser.parse_args(arguments))
 
 

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     comparison = read_comparison(args.comparison) if args.comparison else ()
     if args.num_pictures < 0:
         raise ValueError(f"--num_pictures is {args.num_pictures}; it must be 0 (none) or more.")
-    for name in ("data", "variant"):
+    for name in ("data", "variant", "dtype"):
         if getattr(args, name) is not None and not args.num_pictures:
             raise ValueError(f"--{name} is for pictures: say how many with --num_pictures.")
     check_controlnet_model(args)
