@@ -47,7 +47,7 @@ class Training:
 
 
 def holding() -> AbstractContextManager[Any]:
-    return patch.object(Effects, "of_weights", lambda self: torch.zeros(self.weights.shape[-3:], dtype=torch.float64))
+    return patch.object(Effects, "of_reach", lambda self: torch.zeros_like(self.reach[0, 0]))
 
 
 def no_refreshes() -> AbstractContextManager[Any]:
@@ -88,7 +88,7 @@ TRAININGS = {
     "no warm start": Training(("--model.objective.num_warm_start_batches=0",)),
     "first-order effects only": Training(("--model.objective.num_directions=0",)),
     "effects not of sites behind a gate": Training(change=no_refreshes),
-    "held values, no weights": Training(change=holding),
+    "held values, no reaches": Training(change=holding),
     "gates drawn independently": Training(change=independent),
     "every gate moves by itself": Training(change=one_by_one),
     "errors of latents": Training(("--model.errors_of=latents",)),

@@ -67,6 +67,11 @@ class AtomicCheckpoints(TorchCheckpointIO):
 class RouterCLI(LightningCLI):
     """Adds the checkpoint and the monitor that every training wants, and keeps sizes in one place."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Those that a router has a step for."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ScheduleMonitor, "monitor")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
@@ -100,7 +105,7 @@ class RouterCLI(LightningCLI):
 
 
 def train(args: Sequence[str] | None = None) -> RouterCLI:
-    """Runs `fit`, `validate`, ... with the given arguments, or those of the command line.
+    """Runs `fit` or `validate` with the given arguments, or those of the command line.
 
     Raises:
         ValueError: a setting that the machine or the training does not allow.

@@ -1,4 +1,4 @@
-"""What other choices would do to the outcome, pictures or final latents: of all gates and weights at once, from a few
+"""What other choices would do to the outcome, pictures or final latents: of all gates and reaches at once, from a few
 backward passes.
 
 What a site gives at step l is linear in the values that it has freshly: sum_j A[l, j] * fresh_j, where A[l, l] = 1 if
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from hgc_learn.distributed import own_noise
 from hgc_learn.plan import COMPUTE, Flips
-from hgc_learn.predictors.fitted import FITTED
-from hgc_learn.probe import NUM_WATCHED, ProbedForwards, fitted_coefficients, latest
+from hgc_learn.predictors.fitted import line
+from hgc_learn.probe import NUM_WATCHED, ProbedForwards, latest
 
 LEAST = 0.1
 """A sample's squared error is never expected to fall to less than this share: directions are too few to tell."""
@@ -43,13 +43,12 @@ class Effects:
         errors: mean squared error of the outcome [batch].
         flips: of every gate choosing the other way, float64 [directions, batch, steps, sites]; 0 where the site is not
             live. The first direction is the error's.
-        weights: of adding 1 to a weight, float64 [directions, batch, 2, steps, sites]; 0 where the site is not filled
-            in.
+        reach: of adding 1 to a reach, float64 [directions, batch, steps, sites]; 0 where the site is not filled in.
     """
 
     errors: Tensor
     flips: Tensor
-    weights: Tensor
+    reach: Tensor
 
     def of_each_flip(self) -> Tensor:
         """What each gate alone, if it chose the other way, would add to the mean log error, to second order, [steps,
@@ -57,9 +56,9 @@ class Effects:
         relative = 1 + 2 * self.flips[0] + self.flips[1:].square().sum(0)
         return relative.clamp_min(LEAST).log().mean(0)
 
-    def of_weights(self) -> Tensor:
-        """The mean log error's derivatives by the weights, [2, steps, sites]."""
-        return 2 * self.weights[0].mean(0)
+    def of_reach(self) -> Tensor:
+        """The mean log error's derivatives by the reaches, [steps, sites]."""
+        return 2 * self.reach[0].mean(0)
 
 
 def measure_effects(
@@ -96,12 +95,12 @@ def measure_effects(
             seen.append(forwards.backward((direction * outcome).sum(), keep=index < num_directions))
     finally:
         forwards.uninstall()
-    flips, weights = Choices(forwards).by_choice(seen, len(error))
+    by_choice = Choices(forwards).by_choice(seen, len(error))
     forwards.forget()
-    shape = len(directions), len(error)
-    flips = flips.transpose(2, 0, 1).reshape(*shape, *flips.shape[:2])
-    weights = weights.transpose(3, 0, 1, 2).reshape(*shape, *weights.shape[:3])
-    return Effects(squared / error[0].numel(), torch.from_numpy(flips), torch.from_numpy(weights))
+    flips, reach = (
+        torch.from_numpy(values).permute(2, 0, 1).unflatten(0, (len(directions), len(error))) for values in by_choice
+    )
+    return Effects(squared / error[0].numel(), flips, reach)
 
 
 class Choices:
@@ -113,18 +112,18 @@ class Choices:
     def by_choice(
         self, seen: Sequence[dict[str, Tensor]], batch_size: int
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """First-order changes, from the products of several backward passes, by every flip [steps, sites, columns] and
-        weight [2, steps, sites, columns]; columns are directions * batch."""
+        """First-order changes, from the products of several backward passes, by every flip and by every reach, both
+        [steps, sites, columns]; columns are directions * batch."""
         flips = np.zeros((self.ran.num_steps, len(self.ran.sites), len(seen) * batch_size))
         refreshes = np.zeros((2, *flips.shape))
-        weights = np.zeros((len(FITTED.parameters), *flips.shape))
+        reach = np.zeros_like(flips)
         for column, site in enumerate(self.ran.sites):
             if site in seen[0]:
                 products = self._by_half(torch.stack([products[site] for products in seen], dim=2), batch_size)
                 flips[:, column], refreshes[:, :, column] = self._flips(site, products)
-                weights[:, :, column] = self._by_weight(site, products)
+                reach[:, column] = self._by_reach(site, products)
         self._add_refreshes(flips, refreshes)
-        return flips, weights
+        return flips, reach
 
     def _by_half(self, products: Tensor, batch_size: int) -> Products:
         """From [l, j, directions, halves * batch] to `Products` with the columns directions * batch."""
@@ -170,18 +169,16 @@ class Choices:
                     if behind:
                         flips[step, column] += refreshes[0, step, behind].sum(0)
 
-    def _by_weight(self, site: str, products: Products) -> NDArray[np.float64]:
-        """Derivatives by the weights, [2, steps, columns]: what is filled in is linear in them too."""
-        units = torch.eye(len(FITTED.parameters))
-        total = np.zeros((len(units), self.ran.num_steps, products.shape[-1]))
+    def _by_reach(self, site: str, products: Products) -> NDArray[np.float64]:
+        """Derivatives by the reaches, [steps, columns]: what is filled in is linear in them too."""
+        total = np.zeros((self.ran.num_steps, products.shape[-1]))
         for half, computed, used in self._halves(site, products):
             for step in used:
                 if step in self.ran.computed[site]:
                     continue
                 sources = latest(computed, step)
-                for index, unit in enumerate(units):
-                    terms = zip(fitted_coefficients(unit, step, sources), sources, strict=True)
-                    total[index, step] += sum(c * products[step, j, half] for c, j in terms)
+                slope = line([step - j for j in sources], scale=0.0, reach=1.0).coefficients
+                total[step] += sum(c * products[step, j, half] for c, j in zip(slope, sources, strict=True))
         return total
 
     def _halves(self, site: str, products: Products) -> Iterator[tuple[int, list[int], list[int]]]:

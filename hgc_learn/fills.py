@@ -84,13 +84,12 @@ def learn_fills(
 
 def per_channel(module: RouterModule, schedule: HardSchedule) -> Draft:
     """The same fill-ins, by `fitted_per_channel`."""
-    sites, tensors = {}, {}
+    sites: dict[str, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for column, site in enumerate(module.router.sites):
         is_filled = ~schedule.compute[:, column]
         if is_filled.any():
             sites[site] = "".join(FITTED_PER_CHANNEL.code if filled else COMPUTE for filled in is_filled.tolist())
-            for parameter, values in zip(
-                FITTED_PER_CHANNEL.parameters, schedule.weights[:, is_filled, column], strict=True
-            ):
-                tensors[f"{site}/{parameter.name}"] = values[:, None].repeat(1, module.costs[site].channels)
+            reach = schedule.reach[is_filled, column, None].repeat(1, module.costs[site].channels)
+            tensors |= {f"{site}/scale": torch.ones_like(reach), f"{site}/reach": reach}
     return Draft(sites, tensors)

@@ -17,7 +17,7 @@ from hgc_learn.sites import enclosing_block
 
 
 class GroupedAdam(torch.optim.Adam):
-    """Adam on a router's logits, weights, and the moves of its groups.
+    """Adam on a router's logits, reaches, and the moves of its groups.
 
     A logit is its own part plus those of its groups, which all learn alike; after every update the router has the sum,
     so that nobody else has to know of groups.
@@ -32,7 +32,7 @@ class GroupedAdam(torch.optim.Adam):
         rows = [[1.0] * len(blocks), *([float(b == block) for b in blocks] for block in dict.fromkeys(blocks))]
         self.members = torch.tensor(rows, device=router.logits.device)  # [groups, sites]
         self.moves = router.logits.new_zeros(router.num_steps, len(rows)).requires_grad_()
-        super().__init__([router.logits, router.weights, self.moves], lr=learning_rate, betas=(0.9, 0.95))
+        super().__init__([router.logits, router.reach, self.moves], lr=learning_rate, betas=(0.9, 0.95))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""A hard schedule as tensors: which gates compute, and with which weights the others are filled in."""
+"""A hard schedule as tensors: which gates compute, and how far the others are extrapolated."""
 
 from __future__ import annotations
 
@@ -21,41 +21,32 @@ class HardSchedule:
 
     Attributes:
         compute: bool [steps, sites]; True at the first step.
-        weights: scale and reach of the fitted predictor, float32 [2, steps, sites]; matter where nothing is computed.
+        reach: of the fitted predictor, with scale 1, float32 [steps, sites]; matters where nothing is computed. 0 is
+            `hold`, 1 `linear`.
     """
 
     compute: Tensor
-    weights: Tensor
+    reach: Tensor
 
     @classmethod
     def full(cls, num_steps: int, num_sites: int) -> HardSchedule:
         """Computes everything."""
-        return cls(torch.ones(num_steps, num_sites, dtype=torch.bool), hold_weights(num_steps, num_sites))
+        return cls(torch.ones(num_steps, num_sites, dtype=torch.bool), torch.zeros(num_steps, num_sites))
 
     def draft(self, sites: Sequence[str]) -> Draft:
-        """As policies write it. Sites that are always computed are left out; where the weights are those of `hold` or
+        """As policies write it. Sites that are always computed are left out; where a reach is that of `hold` or
         `linear`, its code stands."""
         rows: dict[str, str] = {}
         tensors: dict[str, Tensor] = {}
         for column, site in enumerate(sites):
-            weights = self.weights[:, :, column]
-            row = "".join(map(_code, self.compute[:, column].tolist(), *weights.tolist()))
+            reach = self.reach[:, column].clone()
+            row = "".join(map(_code, self.compute[:, column].tolist(), reach.tolist()))
             if set(row) != {COMPUTE}:
                 rows[site] = row
             if FITTED.code in row:
-                for parameter, values in zip(FITTED.parameters, weights, strict=True):
-                    tensors[f"{site}/{parameter.name}"] = values.clone()
+                tensors |= {f"{site}/scale": torch.ones_like(reach), f"{site}/reach": reach}
         return Draft(rows, tensors)
 
 
-def hold_weights(num_steps: int, num_sites: int) -> Tensor:
-    """Weights with which the last value is held."""
-    weights = torch.zeros(2, num_steps, num_sites)
-    weights[0] = 1.0
-    return weights
-
-
-def _code(computes: bool, scale: float, reach: float) -> str:
-    if computes:
-        return COMPUTE
-    return {(1.0, 0.0): HOLD.code, (1.0, 1.0): LINEAR.code}.get((scale, reach), FITTED.code)
+def _code(computes: bool, reach: float) -> str:
+    return COMPUTE if computes else {0.0: HOLD.code, 1.0: LINEAR.code}.get(reach, FITTED.code)

@@ -18,7 +18,7 @@ from hgc_learn.forwards import RoutedForwards
 from hgc_learn.graph import Graph, Node
 from hgc_learn.hard import HardSchedule
 from hgc_learn.plan import COMPUTE, Load, compile_plan
-from hgc_learn.predictors.fitted import FITTED
+from hgc_learn.predictors.fitted import FITTED, line
 
 NUM_WATCHED = FITTED.num_values + 1
 """How many computed values back from a step another choice may make a difference: one more than the predictor looks
@@ -48,7 +48,7 @@ class ProbedForwards(RoutedForwards):
 
     def set_schedule(self, schedule: HardSchedule) -> None:
         """Sets what the next run does."""
-        self.weights = dict(zip(self.sites, schedule.weights.unbind(2), strict=True))
+        self.reach = dict(zip(self.sites, schedule.reach.t().tolist(), strict=True))
         self.rows = {
             site: "".join(COMPUTE if computes else FITTED.code for computes in column)
             for site, column in zip(self.sites, schedule.compute.t().tolist(), strict=True)
@@ -59,7 +59,7 @@ class ProbedForwards(RoutedForwards):
         self.is_half = [step.is_half for step in self.plan.steps]
         self.probe = [self._probe(i) for i in range(self.num_steps)]
         self.computed = {site: [i for i in range(self.num_steps) if self._computes(site, i)] for site in self.sites}
-        self.coefficients: dict[tuple[str, int, tuple[int, ...]], tuple[float, ...]] = {}
+        self.coefficients: dict[tuple[str, int, tuple[int, ...]], tuple[Any, ...]] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -183,11 +183,12 @@ class ProbedForwards(RoutedForwards):
             if first <= j <= step:
                 self.products[site][step, j] = (gradient * fresh.flatten(1).float()).sum(1)
 
-    def coefficients_of(self, site: str, step: int, sources: tuple[int, ...]) -> tuple[float, ...]:
+    def coefficients_of(self, site: str, step: int, sources: tuple[int, ...]) -> tuple[Any, ...]:
         """Of the values computed at the steps `sources`, the latest first."""
         key = site, step, sources
         if key not in self.coefficients:
-            self.coefficients[key] = fitted_coefficients(self.weights[site][:, step], step, sources)
+            ages = [step - j for j in sources]
+            self.coefficients[key] = line(ages, scale=1.0, reach=self.reach[site][step]).coefficients
         return self.coefficients[key]
 
     def backward(self, value: Tensor, keep: bool = False) -> dict[str, Tensor]:
@@ -199,15 +200,6 @@ class ProbedForwards(RoutedForwards):
         self.products = {}
         torch.autograd.grad(value, self.leaf, retain_graph=keep, allow_unused=True)
         return self.products
-
-
-def fitted_coefficients(weights: Tensor, step: int, sources: Sequence[int]) -> tuple[float, ...]:
-    """Of the values computed at the steps `sources`, the latest first, where `step` is filled in with `weights` [2]."""
-    parameters = {
-        parameter.name: weight.double().expand(step + 1)
-        for parameter, weight in zip(FITTED.parameters, weights, strict=True)
-    }
-    return tuple(float(c) for c in FITTED.fill([step - j for j in sources], step, parameters).coefficients)
 
 
 def latest(computed: Sequence[int], step: int) -> tuple[int, ...]:

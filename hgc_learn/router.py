@@ -2,7 +2,7 @@
 
 A gate computes with probability sigmoid((logit - price) / temperature). The price is not learned and not set by
 hand: for every budget it is solved for, so that the MACs by liveness meet the budget. One set of logits therefore
-holds a whole family of schedules. A gate that does not compute is filled in by the fitted predictor, with weights of
+holds a whole family of schedules. A gate that does not compute is filled in by the fitted predictor, with a reach of
 its own.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hgc_learn.graph import Graph
-from hgc_learn.hard import HardSchedule, hold_weights
+from hgc_learn.hard import HardSchedule
 from hgc_learn.macs import BudgetError, NodeCost
 from hgc_learn.plan import ExpectedMacs, Liveness, live_step
 
@@ -27,14 +27,14 @@ class Router(nn.Module):
 
     Attributes:
         logits: [steps, sites]. The first row has no effect: the first step computes everything.
-        weights: scale and reach of the fitted predictor, [2, steps, sites]; they begin with those of `hold`.
+        reach: of the fitted predictor, with scale 1, [steps, sites]; begins with 0, that of `hold`.
     """
 
     def __init__(self, graph: Graph, costs: Mapping[str, NodeCost], sites: Sequence[str], num_steps: int):
         super().__init__()
         self.sites = list(sites)
         self.logits = nn.Parameter(torch.zeros(num_steps, len(self.sites)))
-        self.weights = nn.Parameter(hold_weights(num_steps, len(self.sites)))
+        self.reach = nn.Parameter(torch.zeros(num_steps, len(self.sites)))
         self.temperature = 1.0
         self._expected = ExpectedMacs(graph, costs, self.sites)
         self._graph = graph
@@ -68,7 +68,7 @@ class Router(nn.Module):
     def hard(self, compute: Tensor) -> HardSchedule:
         """Computes where `compute` [steps, sites] says so, and at the first step."""
         compute = torch.cat([torch.ones_like(compute[:1]), compute[1:]])
-        return HardSchedule(compute.cpu(), self.weights.detach().cpu().clone())
+        return HardSchedule(compute.cpu(), self.reach.detach().cpu().clone())
 
     def expected_macs(self, p_compute: Tensor) -> Tensor:
         """Expected fraction of the full run's MACs, differentiable; `p_compute` [steps, sites]."""

@@ -37,7 +37,7 @@ def specialise(
     report: Report = lambda _: None,
 ) -> HardSchedule:
     """The hard schedule of the router at a budget, after more updates for it, or rounded as it is, if samples that were
-    not learned from like that better. The router's own logits and weights are moved.
+    not learned from like that better. The router's own logits and reaches are moved.
 
     Args:
         budget: fraction of the full MACs to keep.

@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, settings
 from tiny_models import SHAPES, TinyPipeline, build_pipeline, shared_pipeline
 from training_fixtures import BUDGET, SAMPLING, save_tiny_teacher
 
-from hgc_learn.hard import hold_weights
 from hgc_learn.inference import remove_schedule
 
 if TYPE_CHECKING:
@@ -56,21 +55,43 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_module(teacher: Path) -> RouterModule:
+    return build_module(teacher)
+
+
+@pytest.fixture
+def module(shared_module: RouterModule) -> RouterModule:
+    """A router over the tiny pipeline, the same before every test."""
+    return as_new(shared_module)
+
+
+@pytest.fixture(scope="session")
+def shared_deep_module(tmp_path_factory: pytest.TempPathFactory) -> RouterModule:
+    folder = tmp_path_factory.mktemp("deep_teacher")
+    save_tiny_teacher(folder, "sd15")
+    return build_module(folder)
+
+
+@pytest.fixture
+def deep_module(shared_deep_module: RouterModule) -> RouterModule:
+    """One with as many sites as SD1.5 has."""
+    return as_new(shared_deep_module)
+
+
+def build_module(teacher: Path) -> RouterModule:
     from hgc_learn.objectives import DEFAULT_SITES
     from hgc_learn.training import RouterModule
 
     return RouterModule(str(teacher), SAMPLING, budgets=[BUDGET], sites=[*DEFAULT_SITES, "unet:guidance"])
 
 
-@pytest.fixture
-def module(shared_module: RouterModule) -> RouterModule:
-    """A router over the tiny pipeline, the same before every test."""
-    router = shared_module.router
+def as_new(module: RouterModule) -> RouterModule:
+    """With logits that are the same each time."""
+    router = module.router
     with torch.no_grad():
         router.logits.copy_(torch.randn(router.logits.shape, generator=torch.Generator().manual_seed(0)))
-        router.weights.copy_(hold_weights(*router.logits.shape))
+        router.reach.zero_()
     router.temperature = 1.0
-    return shared_module
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ def moved(module: RouterModule, gradient: torch.Tensor) -> torch.Tensor:
     """By how much the first update moves every logit: Adam's is the learning rate, whatever the gradient's size."""
     router = module.router
     before = router.logits.detach().clone()
-    router.logits.grad, router.weights.grad = gradient, torch.zeros_like(router.weights)
+    router.logits.grad, router.reach.grad = gradient, torch.zeros_like(router.reach)
     GroupedAdam(router, RATE).step()
     return router.logits.detach() - before
 
@@ -60,7 +60,7 @@ def test_an_optimizer_from_its_state_goes_on_as_if_it_had_never_stopped(module: 
                 state = optimizer.state_dict()
                 optimizer = GroupedAdam(router, RATE)
                 optimizer.load_state_dict(state)
-            router.logits.grad, router.weights.grad = gradient.clone(), torch.zeros_like(router.weights)
+            router.logits.grad, router.reach.grad = gradient.clone(), torch.zeros_like(router.reach)
             optimizer.step()
         results.append(router.logits.detach().clone())
     torch.testing.assert_close(*results, rtol=0, atol=0)

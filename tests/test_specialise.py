@@ -30,8 +30,8 @@ def test_draws_keep_to_the_budget_and_spend_it(module: RouterModule) -> None:
     assert shares == sorted(shares)
 
 
-def test_gates_are_drawn_with_their_probabilities(module: RouterModule) -> None:
-    router = module.router
+def test_gates_are_drawn_with_their_probabilities(deep_module: RouterModule) -> None:
+    router = deep_module.router
     router.logits.data.copy_(torch.randn(router.logits.shape, generator=torch.Generator().manual_seed(1)))
     router.temperature = 0.5
     generator = torch.Generator().manual_seed(2)
@@ -72,7 +72,7 @@ def test_deciding_again_finds_the_same_and_leaves_the_router(module: RouterModul
     learning = Learning(learning_samples=2, specialise_updates=2, fill_updates=1)
     (first, draft), (second, _) = (decide(module, data, BUDGET, learning) for _ in range(2))
     assert torch.equal(first.compute, second.compute)
-    assert torch.equal(first.weights, second.weights)
+    assert torch.equal(first.reach, second.reach)
     assert draft.sites
     for name, value in module.router.state_dict().items():
         assert torch.equal(value, before[name])
@@ -135,8 +135,8 @@ def test_numbers_out_of_range_are_refused(shared_module: RouterModule) -> None:
     assert [len(batch["text"]) for batch in training_batches(shared_module, data, 3, 2)] == [2, 1]
 
 
-def test_what_is_left_is_spent(module: RouterModule) -> None:
-    router = module.router
+def test_what_is_left_is_spent(deep_module: RouterModule) -> None:
+    router = deep_module.router
     for budget in (0.33, 0.5, 0.71):
         start = router.threshold(budget)
         spent = router.spend(start, budget)

@@ -55,9 +55,9 @@ def test_dead_gates_make_no_difference(module: RouterModule) -> None:
     schedule = random_schedule(module, 0.7, seed=4)
     dead = module.router.dead(schedule.compute)
     assert 0.02 < dead.float().mean() < 0.9
-    other = HardSchedule(schedule.compute ^ dead, schedule.weights)
+    other = HardSchedule(schedule.compute ^ dead, schedule.reach)
     assert module.setting.plan(module.draft(other)) == module.setting.plan(module.draft(schedule))
-    alive = changed(schedule, *(int(i) for i in (~dead[1:]).nonzero()[-1] + torch.tensor([1, 0])), None)
+    alive = changed(schedule, *(int(i) for i in (~dead[1:]).nonzero()[-1] + torch.tensor([1, 0])))
     assert module.setting.plan(module.draft(alive)) != module.setting.plan(module.draft(schedule))
 
 
@@ -71,10 +71,10 @@ def test_gradient_does_not_move_the_expected_macs(module: RouterModule, batch: d
     module.generator = torch.Generator().manual_seed(0)
     assert isinstance(module.objective, Rollout)
     logs = module.objective.gradients(module, batch, BUDGET)
-    gradient, weight_gradient = module.router.logits.grad, module.router.weights.grad
+    gradient, reach_gradient = module.router.logits.grad, module.router.reach.grad
     assert gradient is not None
-    assert weight_gradient is not None
-    for values in (gradient, weight_gradient):
+    assert reach_gradient is not None
+    for values in (gradient, reach_gradient):
         assert values.isfinite().all()
         assert values.abs().sum() > 0
     assert abs(float(gradient.sum())) < 1e-3 * float(gradient.abs().sum())
@@ -116,7 +116,7 @@ def test_interrupted_training_resumes_to_the_same_router(
 ) -> None:
     more = [f"--model.objective={objective[0]}", *objective[1:]]
     whole = torch.load(fit(teacher, tmp_path / "whole", 4, *more), weights_only=True)
-    names = {"router.logits", "router.weights", *(f"objective.{name}" for name in buffers)}
+    names = {"router.logits", "router.reach", *(f"objective.{name}" for name in buffers)}
     assert set(whole["state_dict"]) == names  # no frozen model
     assert list((tmp_path / "whole").rglob("events.out.tfevents*"))
 

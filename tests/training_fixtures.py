@@ -50,9 +50,9 @@ def build_tiny_vae() -> AutoencoderKL:
     )
 
 
-def save_tiny_teacher(folder: Path) -> None:
-    """Saves an SD1.5-shaped pipeline for 64x64 pictures with random weights."""
-    unet, _ = build_models(UNET_CONFIGS["sd15"] | {"cross_attention_dim": HIDDEN_SIZE, "sample_size": 8})
+def save_tiny_teacher(folder: Path, shape: str = "small") -> None:
+    """Saves a pipeline for 64x64 pictures with random weights. `shape` is `small` or `sd15`, which has more sites."""
+    unet, _ = build_models(UNET_CONFIGS[shape] | {"cross_attention_dim": HIDDEN_SIZE, "sample_size": 8})
     controlnet = build_tiny_controlnet(unet)
     vae = build_tiny_vae()
     tokenizer = build_tokenizer()
@@ -97,27 +97,26 @@ def save_tiny_models(folder: Path, shape: str) -> None:
 
 
 def random_schedule(module: RouterModule, share: float, seed: int) -> HardSchedule:
-    """Computes a share of the gates and fills in the rest with any weights, those of `hold` and `linear` among them."""
+    """Computes a share of the gates and fills in the rest with any reach, those of `hold` and `linear` among them."""
     generator = torch.Generator().manual_seed(seed)
     shape = module.router.logits.shape
     compute = torch.rand(shape, generator=generator) < share
     if share < 1:
         compute[2, module.router.sites.index("unet:guidance")] = False  # a step of half a batch among the full ones
     compute[0] = True
-    scale = 1 + 0.1 * torch.randn(shape, generator=generator)
     reach = torch.rand(shape, generator=generator)
     plain = torch.rand(shape, generator=generator) < 0.5
-    return HardSchedule(compute, torch.stack([scale.masked_fill(plain, 1), torch.where(plain, reach.round(), reach)]))
+    return HardSchedule(compute, torch.where(plain, reach.round(), reach))
 
 
-def changed(schedule: HardSchedule, step: int, column: int, weight: int | None) -> HardSchedule:
-    """One gate flipped, or 1 added to one of its weights."""
-    compute, weights = schedule.compute.clone(), schedule.weights.clone()
-    if weight is None:
+def changed(schedule: HardSchedule, step: int, column: int, *, is_flip: bool = True) -> HardSchedule:
+    """One gate flipped, or 1 added to its reach."""
+    compute, reach = schedule.compute.clone(), schedule.reach.clone()
+    if is_flip:
         compute[step, column] ^= True
     else:
-        weights[weight, step, column] += 1
-    return HardSchedule(compute, weights)
+        reach[step, column] += 1
+    return HardSchedule(compute, reach)
 
 
 def fit_arguments(teacher: Path, folder: Path, max_steps: int, *more: str) -> list[str]:

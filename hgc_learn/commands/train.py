@@ -14,7 +14,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} SUBCOMMAND [arguments]"
-    parser.add_argument("subcommand", metavar="SUBCOMMAND", help="fit, validate, ...")
+    parser.add_argument("subcommand", metavar="SUBCOMMAND", help="fit or validate")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
 

@@ -20,21 +20,17 @@ from hgc_learn.distributed import mean_over_processes
 from hgc_learn.grouped import GroupedAdam
 from hgc_learn.hard import HardSchedule
 from hgc_learn.objectives.base import Objective
-from hgc_learn.predictors.fitted import FITTED
 from hgc_learn.router import Router
 
 if TYPE_CHECKING:
     from hgc_learn.training import RouterModule
 
 
-SCALE = [parameter.name for parameter in FITTED.parameters].index("scale")
-
-
 class Rollout(Objective):
     """Lowers the error of the outcome at the budgets, by the second-order effect of every gate.
 
     Args:
-        learning_rate: of Adam on logits and weights, at the start; it falls to 0 linearly.
+        learning_rate: of Adam on logits and reaches, at the start; it falls to 0 linearly.
         final_temperature: of the gates' sampling at the end of training; it falls from 1 geometrically.
         num_warm_start_batches: batches that measure each gate's effect on the uncached trajectory, to start from; 0 to
             start with equal gates.
@@ -92,7 +88,7 @@ class Rollout(Objective):
 
     def gradients(self, module: RouterModule, batch: dict[str, Any], budget: float) -> dict[str, Any]:
         """Gives the router's parameters the gradients of the expected log error at a budget: the logits one along which
-        the expected MACs stay put, the weights those of the reaches. Returns what to log."""
+        the expected MACs stay put. Returns what to log."""
         router = module.router
         schedule, price = router.sample(budget, module.generator)
         p_compute = router.probabilities(price)
@@ -105,9 +101,7 @@ class Rollout(Objective):
         # The multiplier at which moving all logits together gains nothing: the price of compute at this budget.
         multiplier = -loss_gradient.sum() / macs_gradient.sum()
         router.logits.grad = loss_gradient + multiplier * macs_gradient
-        router.weights.grad = effects.of_weights().to(p_compute)
-        # Adam steps as far for noise as for slopes, and a scale that is 5 % off ruins a trajectory.
-        router.weights.grad[SCALE] = 0
+        router.reach.grad = effects.of_reach().to(p_compute)
         return {
             "loss": effects.errors.mean(),
             "expected_macs": expected.detach(),
