@@ -65,15 +65,21 @@ def module(shared_module: RouterModule) -> RouterModule:
 
 
 @pytest.fixture(scope="session")
-def shared_deep_module(tmp_path_factory: pytest.TempPathFactory) -> RouterModule:
+def deep_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with the sites of SD1.5."""
     folder = tmp_path_factory.mktemp("deep_teacher")
     save_tiny_teacher(folder, "sd15")
-    return build_module(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_deep_module(deep_teacher: Path) -> RouterModule:
+    return build_module(deep_teacher)
 
 
 @pytest.fixture
 def deep_module(shared_deep_module: RouterModule) -> RouterModule:
-    """One with as many sites as SD1.5 has."""
+    """One over the sites of SD1.5."""
     return as_new(shared_deep_module)
 
 

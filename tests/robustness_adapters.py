@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor
 from diffusers.models.embeddings import ImageProjection
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from robustness_pipelines import build
+from torch import Tensor
 
 
 def lora(model: Any, *targets: str, seed: int = 0) -> None:
@@ -19,14 +21,19 @@ def lora(model: Any, *targets: str, seed: int = 0) -> None:
     inject_adapter_in_model(config, model, adapter_name="default")
 
 
-def load_lora(pipe: Any) -> None:
-    """As users do it, from a file's tensors."""
+@cache
+def lora_file() -> dict[str, Tensor]:
+    """What is in one."""
     donor = build().unet
     torch.manual_seed(5)
     targets = ["to_q", "to_k", "to_v", "conv1", "proj_in", "conv_shortcut"]
     donor.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
-    tensors = {f"unet.{name}": tensor for name, tensor in get_peft_model_state_dict(donor).items()}
-    pipe.load_lora_weights(tensors, adapter_name="style")
+    return {f"unet.{name}": tensor for name, tensor in get_peft_model_state_dict(donor).items()}
+
+
+def load_lora(pipe: Any) -> None:
+    """As users do it, from a file's tensors."""
+    pipe.load_lora_weights(dict(lora_file()), adapter_name="style")
 
 
 def with_lora() -> Any:

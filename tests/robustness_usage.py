@@ -323,7 +323,9 @@ def around() -> list[Row]:
             change=act.one_controlnet_twice,
             refused="controlnet.nets.1 is .*the same object.*deepcopy|controlnet.nets.1 is not the one",
         ),
-        neutral("torch.compile of several ControlNets", partial(build, **TWO), change=act.compile_controlnets),
+        neutral(
+            "torch.compile of several ControlNets", partial(build, **TWO), change=act.compile_controlnets, is_slow=True
+        ),
         row("a ControlNet that is left of a pipeline with a schedule", check=check.controlnet_left),
         row("float32 after bfloat16", check=check.float32_after_bfloat16),
         row(

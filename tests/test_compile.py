@@ -89,23 +89,23 @@ def test_regional_compilation_is_one_graph_per_kind_of_block() -> None:
 
 @pytest.mark.parametrize("max_patterns", [2, 3, 4])
 @pytest.mark.parametrize("seed", range(3))
-def test_patterns_are_capped_within_the_budget(module: RouterModule, max_patterns: int, seed: int) -> None:
-    router = module.router
+def test_patterns_are_capped_within_the_budget(deep_module: RouterModule, max_patterns: int, seed: int) -> None:
+    router = deep_module.router
     generator = torch.Generator().manual_seed(seed)
     router.logits.data.copy_(torch.randn(router.logits.shape, generator=generator))
     assert patterns.count(router, router.threshold(BUDGET)) > 3
     schedule = patterns.cap(router, router.threshold(BUDGET), BUDGET, max_patterns)
     assert patterns.count(router, schedule) <= max_patterns
     assert BUDGET - 0.17 < router.kept(schedule.compute) <= BUDGET
-    setting: Setting = module.setting
-    rows = {site: row for site, row in module.draft(schedule).sites.items() if set(row) != {"C"}}
+    setting: Setting = deep_module.setting
+    rows = {site: row for site, row in deep_module.draft(schedule).sites.items() if set(row) != {"C"}}
     assert compile_plan(setting.graph, rows, setting.num_steps).num_patterns() <= max_patterns
 
 
 @pytest.mark.parametrize("max_patterns", [3, 4])
-def test_what_a_cap_leaves_of_the_budget_is_spent(module: RouterModule, max_patterns: int) -> None:
+def test_what_a_cap_leaves_of_the_budget_is_spent(deep_module: RouterModule, max_patterns: int) -> None:
     """The highest logits alone keep 0.41: the next gate of a group costs more than is left, later ones do not."""
-    router = module.router
+    router = deep_module.router
     router.logits.data.copy_(torch.randn(router.logits.shape, generator=torch.Generator().manual_seed(1)))
     schedule = patterns.cap(router, router.threshold(BUDGET), BUDGET, max_patterns)
     assert BUDGET - 0.03 < router.kept(schedule.compute) <= BUDGET

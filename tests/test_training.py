@@ -132,7 +132,7 @@ def test_interrupted_training_resumes_to_the_same_router(
 
 def test_a_resumed_run_goes_on_where_epochs_end_early(teacher: Path, tmp_path: Path) -> None:
     """Four batches, of which an epoch takes three: after the fourth step one of the second epoch is done."""
-    more = ["--data.batch_size=1", "--trainer.limit_train_batches=3"]
+    more = ["--model.objective.num_warm_start_batches=0", "--data.batch_size=1", "--trainer.limit_train_batches=3"]
     whole = torch.load(fit(teacher, tmp_path / "whole", 6, *more), weights_only=True)
     with interrupted_at(4):
         fit(teacher, tmp_path / "parts", 6, *more)
@@ -270,9 +270,10 @@ def test_what_is_asked_for_holds_on_resuming(teacher: Path, tmp_path: Path) -> N
 
 
 def test_a_new_run_keeps_the_checkpoint_that_was_there(teacher: Path, tmp_path: Path) -> None:
-    ckpt_path = fit(teacher, tmp_path, 3)
+    cold = "--model.objective.num_warm_start_batches=0"
+    ckpt_path = fit(teacher, tmp_path, 3, cold)
     for num_steps in (2, 1):
-        assert fit(teacher, tmp_path, num_steps) == ckpt_path
+        assert fit(teacher, tmp_path, num_steps, cold) == ckpt_path
     names = "last.ckpt", "previous-1.ckpt", "previous.ckpt"
     steps = [torch.load(ckpt_path.with_name(name), weights_only=True)["global_step"] for name in names]
     assert steps == [1, 2, 3]
@@ -280,7 +281,7 @@ def test_a_new_run_keeps_the_checkpoint_that_was_there(teacher: Path, tmp_path: 
 
 def test_a_router_stays_with_its_models(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = shutil.copytree(teacher, tmp_path / "model", ignore=shutil.ignore_patterns("trained"))
-    ckpt_path = fit(model, tmp_path / "run", 1)
+    ckpt_path = fit(model, tmp_path / "run", 1, "--model.objective.num_warm_start_batches=0")
     unet = UNet2DConditionModel.from_pretrained(model / "unet")
     unet.conv_out.weight.data *= 2
     unet.save_pretrained(model / "unet")

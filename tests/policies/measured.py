@@ -19,7 +19,7 @@ from hgc_learn.setting import Setting
 def tiny_teacher() -> tuple[Any, list[dict[str, Any]]]:
     """The pipeline and a batch each of two scenes and of one."""
     with tempfile.TemporaryDirectory() as folder:
-        save_tiny_teacher(Path(folder))
+        save_tiny_teacher(Path(folder), "sd15")
         pipe = load_pipeline(folder, SAMPLING)
     return pipe, list(DataLoader(SceneDataset("train", 3), batch_size=2))
 

@@ -15,8 +15,8 @@ from hgc_learn.policies import POLICIES
 
 
 @pytest.fixture(scope="module")
-def teacher(teacher: Path) -> str:
-    return str(teacher)
+def teacher(deep_teacher: Path) -> str:
+    return str(deep_teacher)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
