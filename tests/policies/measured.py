@@ -16,23 +16,23 @@ from hgc_learn.setting import Setting
 
 
 @cache
-def tiny_teacher() -> tuple[Any, list[dict[str, Any]]]:
+def tiny_teacher(shape: str) -> tuple[Any, list[dict[str, Any]]]:
     """The pipeline and a batch each of two scenes and of one."""
     with tempfile.TemporaryDirectory() as folder:
-        save_tiny_teacher(Path(folder), "sd15")
+        save_tiny_teacher(Path(folder), shape)
         pipe = load_pipeline(folder, SAMPLING)
     return pipe, list(DataLoader(SceneDataset("train", 3), batch_size=2))
 
 
 def measured_setting() -> Setting:
     """With nothing measured yet."""
-    pipe, batches = tiny_teacher()
+    pipe, batches = tiny_teacher("sd15")
     return Setting.of_pipeline(pipe, SAMPLING, batches)
 
 
 def single_sample_setting() -> Setting:
-    """For tests with many rollouts; nothing is measured yet."""
-    pipe, batches = tiny_teacher()
+    """For tests with many rollouts: of a smaller pipeline; nothing is measured yet."""
+    pipe, batches = tiny_teacher("small")
     return Setting.of_pipeline(pipe, SAMPLING, batches[-1:])
 
 
