@@ -281,11 +281,12 @@ def test_a_new_run_keeps_the_checkpoint_that_was_there(teacher: Path, tmp_path: 
 
 def test_a_router_stays_with_its_models(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = shutil.copytree(teacher, tmp_path / "model", ignore=shutil.ignore_patterns("trained"))
-    ckpt_path = fit(model, tmp_path / "run", 1, "--model.objective.num_warm_start_batches=0")
+    cold = "--model.objective.num_warm_start_batches=0"
+    ckpt_path = fit(model, tmp_path / "run", 1, cold)
     unet = UNet2DConditionModel.from_pretrained(model / "unet")
     unet.conv_out.weight.data *= 2
     unet.save_pretrained(model / "unet")
-    assert guarded(lambda: fit(model, tmp_path / "run", 2, f"--ckpt_path={ckpt_path}")) == 2
+    assert guarded(lambda: fit(model, tmp_path / "run", 2, cold, f"--ckpt_path={ckpt_path}")) == 2
     assert "ckpt_path: the router was trained for another model" in capsys.readouterr().err
     assert main(["export", "--ckpt_path", str(ckpt_path), "--output", str(tmp_path / "out")]) == 2
     assert "last.ckpt: the router was trained for another model" in capsys.readouterr().err
