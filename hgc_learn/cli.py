@@ -92,16 +92,24 @@ class RouterCLI(LightningCLI):
         `RouterModule.on_load_checkpoint` says which must not differ."""
 
     def before_fit(self) -> None:
-        ckpt_path = self.config["fit"]["ckpt_path"]
-        # Not one of Lightning's words, such as `last`, and on a disk.
-        if ckpt_path is not None and Path(ckpt_path).suffix and "://" not in ckpt_path:
-            read_checkpoint(Path(ckpt_path))
+        ckpt_path = self._checked_ckpt_path()
         for callback in self.trainer.checkpoint_callbacks:
             folder = getattr(callback, "dirpath", None)
             if folder is not None and "://" not in str(folder):
                 check_writable(Path(folder, "last.ckpt"))
         is_new_run = ckpt_path is None
         self.trainer.strategy.checkpoint_io = AtomicCheckpoints(is_new_run)
+
+    def before_validate(self) -> None:
+        self._checked_ckpt_path()
+
+    def _checked_ckpt_path(self) -> str | None:
+        """Raises ValueError or OSError if it is no checkpoint of a training."""
+        ckpt_path: str | None = self.config[self.subcommand]["ckpt_path"]
+        # Not one of Lightning's words, such as `last`, and on a disk.
+        if ckpt_path is not None and Path(ckpt_path).suffix and "://" not in ckpt_path:
+            read_checkpoint(Path(ckpt_path))
+        return ckpt_path
 
 
 def train(args: Sequence[str] | None = None) -> RouterCLI:

@@ -170,15 +170,24 @@ def _load(name: str, split: str, streaming: bool) -> Any:
         return datasets.load_dataset(name, split=split, streaming=streaming)
     if any(folder.glob("metadata.*")):
         # Of one split, also where names of pictures have a `test` in them, which `datasets` makes splits of.
-        files = {"train": "**"}
-        return datasets.load_dataset("imagefolder", data_dir=name, data_files=files, split=split, streaming=streaming)
+        return _load_pictures(name, split, streaming, data_files={"train": "**"})
     if any(folder.rglob("metadata.*")):
-        kind = "imagefolder"
-    elif any(folder.rglob("*.parquet")):
-        kind = "parquet"
-    else:
-        raise ValueError("there is neither a metadata.jsonl nor a parquet file in this folder")
-    return datasets.load_dataset(kind, data_dir=name, split=split, streaming=streaming)
+        return _load_pictures(name, split, streaming)
+    if any(folder.rglob("*.parquet")):
+        return datasets.load_dataset("parquet", data_dir=name, split=split, streaming=streaming)
+    raise ValueError("there is neither a metadata.jsonl nor a parquet file in this folder")
+
+
+def _load_pictures(name: str, split: str, streaming: bool, **options: Any) -> Any:
+    options |= {"data_dir": name, "split": split, "streaming": streaming}
+    rows = datasets.load_dataset("imagefolder", **options)
+    features = rows.features or {}
+    pictures = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    if "image" in pictures[1:]:
+        # `datasets` (5.2) gives the picture under `file_name` to the first of these columns, whichever that is.
+        first = datasets.Features({"image": features["image"], **features})
+        rows = datasets.load_dataset("imagefolder", features=first, **options)
+    return rows
 
 
 class _Samples(Dataset[dict[str, Any]]):

@@ -119,7 +119,13 @@ def load_pipeline(
         if "clip_sample" in inspect.signature(scheduler.__init__).parameters:
             # On by default, for pixels in [-1, 1]; it ruins latents. Most models' configs say so, not all.
             config.setdefault("clip_sample", False)
-        pipe.scheduler = scheduler.from_config(config)
+        try:
+            pipe.scheduler = scheduler.from_config(config)
+        except (ImportError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"scheduler: {sampling.scheduler} cannot take the place of the pipeline's "
+                f"{type(pipe.scheduler).__name__} ({' '.join(str(error).split())})."
+            ) from None
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)

@@ -97,7 +97,7 @@ class RouterModule(L.LightningModule):
             )
         self.router = Router(self.graph, self.costs, names, self.num_steps)
         self.use_pipeline(pipe)
-        self.targets: dict[tuple[str, str, int], Tensor] = {}
+        self.targets: dict[tuple[str, str, int, int], Tensor] = {}
         self.generator = torch.Generator()
         self.config: str | None = None  # of the run, as YAML; goes into the checkpoint
         objective.prepare(self)
@@ -189,7 +189,9 @@ class RouterModule(L.LightningModule):
 
     @torch.no_grad()
     def _once(self, what: str, batch: dict[str, Any], make: Callable[[], Tensor]) -> Tensor:
-        keys = [(what, text, int(seed)) for text, seed in zip(batch["text"], batch["seed"], strict=True)]
+        images = [hash(image.tobytes()) for image in batch["conditioning_image"].float().cpu().numpy()]
+        samples = zip(batch["text"], batch["seed"], images, strict=True)
+        keys = [(what, text, int(seed), image) for text, seed, image in samples]
         if not all(key in self.targets for key in keys):
             self.targets.update(zip(keys, make().cpu(), strict=True))
         return torch.stack([self.targets[key] for key in keys]).to(self.device)

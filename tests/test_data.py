@@ -279,3 +279,16 @@ def test_sizes_are_those_that_are_asked_for(folder: Path) -> None:
 def test_one_column_for_picture_and_prompt_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="cannot be both the picture and the prompt"):
         ready(folder, text_column="conditioning_image")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_order_of_the_keys_makes_no_difference(tmp_path: Path, streaming: bool) -> None:
+    """Sorted, that of the control image comes before `file_name`."""
+    folder = write_folder(tmp_path, 3)
+    rows = [dict(sorted(json.loads(line).items())) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert [*rows[0]] == ["conditioning_image_file_name", "file_name", "text"]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ready(folder, num_train=3, num_val=0, streaming=streaming)
+    for sample in data.train_data:
+        brightness = 40 * int(sample["text"][-1]) / 255
+        assert float(sample["conditioning_image"][0].mean()) == pytest.approx(brightness, abs=1e-3)

@@ -15,9 +15,10 @@ from diffusers import UNet2DConditionModel
 from lightning.pytorch import LightningDataModule
 from safetensors.torch import save
 from test_data import write_folder
-from training_fixtures import BUDGET, SAMPLING, changed, fit, random_schedule
+from training_fixtures import BUDGET, SAMPLING, changed, fit, fit_arguments, random_schedule
 
 from hgc_learn.__main__ import guarded, main
+from hgc_learn.cli import train
 from hgc_learn.evaluation import decode
 from hgc_learn.export import export, load_run, measure_fidelity
 from hgc_learn.hard import HardSchedule
@@ -59,6 +60,15 @@ def test_dead_gates_make_no_difference(module: RouterModule) -> None:
     assert module.setting.plan(module.draft(other)) == module.setting.plan(module.draft(schedule))
     alive = changed(schedule, *(int(i) for i in (~dead[1:]).nonzero()[-1] + torch.tensor([1, 0])))
     assert module.setting.plan(module.draft(alive)) != module.setting.plan(module.draft(schedule))
+
+
+def test_samples_that_differ_in_their_control_image_alone_have_targets_of_their_own(
+    module: RouterModule, batch: dict[str, Any]
+) -> None:
+    other = batch | {"conditioning_image": 1 - batch["conditioning_image"]}
+    first = module.teacher_latents(batch)
+    assert torch.equal(module.teacher_latents(batch), first)
+    assert not torch.equal(module.teacher_latents(other), first)
 
 
 @pytest.mark.parametrize("budget", [0.0, 0.1, 1.5])
@@ -301,9 +311,11 @@ def test_files_that_are_no_checkpoint_are_refused_by_name(
     contents = {"text": b"no checkpoint", "half": whole.getvalue()[: len(whole.getvalue()) // 2]}
     path.write_bytes(contents.get(content) or save({"a": torch.zeros(3)}))
     assert main(["export", "--ckpt_path", str(path), "--output", str(tmp_path / "out")]) == 2
-    assert guarded(lambda: fit(teacher, tmp_path, 1, f"--ckpt_path={path}")) == 2
+    arguments = [*fit_arguments(teacher, tmp_path, 1), f"--ckpt_path={path}"]
+    for subcommand in ("fit", "validate"):
+        assert guarded(lambda subcommand=subcommand: train([subcommand, *arguments[1:]])) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert sum("some.ckpt: not a checkpoint written by" in line for line in lines) == 2
+    assert sum("some.ckpt: not a checkpoint written by" in line for line in lines) == 3
 
 
 def test_checkpoint_of_another_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,6 +333,10 @@ def test_checkpoint_of_another_version_is_refused(tmp_path: Path, capsys: pytest
     [
         ("--model.model=nowhere", "model: 'nowhere' is neither a folder here nor a hub id"),
         ("--model.sampling.scheduler=Nonesuch", "no scheduler named 'Nonesuch'"),
+        (
+            "--model.sampling.scheduler=EDMEulerScheduler",
+            "scheduler: EDMEulerScheduler cannot take the place of the pipeline's UniPCMultistepScheduler",
+        ),
         ("--model.budgets=[0.01]", "A budget of 0.01 cannot be met"),
         ("--model.sites=[nothing]", "No site matches 'nothing'"),
         ("--trainer.precision=bf16-mixed", "trainer.precision is bf16-mixed; the router learns in 32-true"),
