@@ -42,6 +42,10 @@ class CompiledPrograms:
         for program, is_half in programs:
             self.results.setdefault(self._key(program, is_half), set()).update(program.results)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the models has to compile its own: functions are not copied, and hold the original's layers."""
+        return self.__dict__ | {"compiled": {}}
+
     def run(self, program: Program, call: ops.Call, values: dict[str, Tensor]) -> None:
         """Adds to `values` what the nodes give that is read afterwards."""
         key = self._key(program, call.is_half)

@@ -69,9 +69,12 @@ class RoutedForwards:
 
     # Replacing the forwards
 
-    def install(self) -> None:
+    def check_models(self, before: RoutedForwards | None = None) -> None:
+        """Raises ValueError where others stand in the place of a forward, but `before`."""
         for model, module in self.models.items():
-            if RoutedForwards.installed_on(module) is not None:
+            if (there := RoutedForwards.installed_on(module)) is not None:
+                if there is before:
+                    continue
                 raise ValueError(
                     f"The {model} is shared with a pipeline that has a schedule: remove_schedule(pipe) of either first."
                 )
@@ -80,6 +83,10 @@ class RoutedForwards:
                     f"The forward of the {model} has been replaced or wrapped, and would not be called. Undo that "
                     "first (accelerate: unwrap_model(..., keep_fp32_wrapper=False)); to compile, use handle.compile()."
                 )
+
+    def install(self) -> None:
+        """Raises ValueError where others stand in the place of a forward."""
+        self.check_models()
         for model, module in self.models.items():
             forward = self.unet_forward if model == "unet" else partial(self.controlnet_forward, model)
             self.replaced[model] = take_over(module, forward)

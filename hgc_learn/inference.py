@@ -101,7 +101,7 @@ def remove_schedule(pipe: Any) -> None:
         ValueError: others have wrapped the forwards since, and must be undone first.
     """
     for model in routed_models(pipe).values() if hasattr(pipe, "unet") else ():
-        runtime = RoutedForwards.installed_on(model)
+        runtime = None if model is None else RoutedForwards.installed_on(model)  # a UNet may be gone, for memory
         if runtime is not None:
             runtime.uninstall()
 
@@ -109,6 +109,7 @@ def remove_schedule(pipe: Any) -> None:
 def _replace(runtime: Runtime) -> None:
     """Puts it in the place of one that has the UNet; raises ValueError where others have a ControlNet of it."""
     before = RoutedForwards.installed_on(runtime.models["unet"])
+    runtime.check_models(before)
     if before is not None:
         before.uninstall()
     runtime.install()

@@ -112,8 +112,9 @@ def load_pipeline(
             "pipeline with one. (`apply_schedule` runs schedules with several.)"
         )
     if sampling.scheduler is not None:
-        scheduler = getattr(diffusers, sampling.scheduler, None)
-        if scheduler is None or not hasattr(scheduler, "from_config"):
+        scheduler: Any = getattr(diffusers, sampling.scheduler, None)
+        is_scheduler = isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)
+        if not is_scheduler:
             raise ValueError(f"diffusers has no scheduler named {sampling.scheduler!r}.")
         config = dict(pipe.scheduler.config)
         if "clip_sample" in inspect.signature(scheduler.__init__).parameters:

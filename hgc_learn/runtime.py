@@ -121,6 +121,15 @@ class Runtime(RoutedForwards):
         self.end_run()
 
     def end_run(self) -> None:
+        num_steps = self.last_step - self.first_step + 1
+        num_changed = len(self.refreshed - {self.first_step})
+        if self.original is not None and num_changed > max(2, num_steps / 2):
+            warnings.warn(
+                f"{num_changed} of this run's {num_steps} steps were computed in full, because what the models were "
+                "called with had changed (prompt embeddings, control images, scales, ...): the schedule saved little. "
+                "A callback or a hook that copies tensors at every step does that, too.",
+                stacklevel=2,
+            )
         self.ahead: dict[int, dict[str, Tensor]] = {}  # by step: what has been computed before its turn
         self.cache.clear()
         if self.once is not None:
@@ -287,7 +296,8 @@ class Runtime(RoutedForwards):
             if step > first:
                 for name in self.plan.steps[step].run:
                     if name in graph.residuals:
-                        values[name] = ops.add_all(call, *[values[control] for control in graph.nodes[name].inputs])
+                        residual = ops.add_all(call, *[values[control] for control in graph.nodes[name].inputs])
+                        values[name] = residual.to(given[name])  # hooks may move or cast what the UNet is given
                 by_step.append(values)
             self._free(self.programs["unet"][step])
         read = {name for op in program.ops for name in op.inputs}

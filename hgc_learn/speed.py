@@ -86,14 +86,13 @@ def row(
     speedups = plain_seconds / seconds
     macs_ratio = of_plain.macs / cost.macs
     result = dict(setting)
-    result |= {"macs_ratio": round(macs_ratio, 4), "macs_ratio_interval": None, "macs": cost.macs}
+    result |= {"macs_ratio": round(macs_ratio, 4), "macs": cost.macs}
     result |= {"plain_macs": of_plain.macs}
     result |= _median("speedup", speedups) | _median("efficiency", speedups / macs_ratio)
     if setting["schedule"].startswith("all-compute"):
         result |= _median("overhead", 1 / speedups - 1)
     known = of_plain.peak_bytes and cost.peak_bytes
     result["peak_memory_ratio"] = round(cost.peak_bytes / of_plain.peak_bytes, 4) if known else None
-    result["peak_memory_ratio_interval"] = None  # measured once, as MACs are
     result |= {"peak_bytes": cost.peak_bytes, "plain_peak_bytes": of_plain.peak_bytes}
     result |= {"cache_bytes": cost.cache_bytes, "predicted_cache_bytes": cost.predicted_cache_bytes}
     result["pairs"] = [[round(x, 4) for x in pair] for pair in pairs]

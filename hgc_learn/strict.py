@@ -56,9 +56,9 @@ def number(value: Any, name: str) -> float:
 
 
 def check_finite(value: Any, name: str, depth: int = 0) -> None:
-    """JSON reads 1e999 as infinity, which it cannot write."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ScheduleError(f"{name}: {value} is not a finite number.")
+    """JSON reads 1e999 as infinity, which it cannot write, and integers of any length, which no arithmetic takes."""
+    if isinstance(value, int | float) and not abs(value) < 1e300:
+        raise ScheduleError(f"{name}: {str(value)[:40]} is not a finite number.")
     if depth > MAX_DEPTH:
         raise ScheduleError(f"{name}: nested deeper than {MAX_DEPTH} levels.")
     for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

@@ -30,7 +30,8 @@ class Settings:
             processors,
             [tuple(scale) if isinstance(scale, list) else scale for scale in scales],
             [
-                (dict(m.scaling), tuple(m.active_adapters), tuple(m.merged_adapters), m.disable_adapters)
+                # Not every kind of adapter has a scale.
+                (dict(getattr(m, "scaling", {})), (*m.active_adapters,), (*m.merged_adapters,), m.disable_adapters)
                 for m in self.adapted
             ],
             [getattr(m, name, None) for m in self.blocks for name in _FREEU],

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import IPAdapterAttnProcessor
 from diffusers.models.embeddings import ImageProjection
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import IA3Config, LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from robustness_pipelines import build
 from torch import Tensor
 
@@ -34,6 +34,12 @@ def lora_file() -> dict[str, Tensor]:
 def load_lora(pipe: Any) -> None:
     """As users do it, from a file's tensors."""
     pipe.load_lora_weights(dict(lora_file()), adapter_name="style")
+
+
+def add_ia3(pipe: Any) -> None:
+    torch.manual_seed(7)
+    pipe.unet.add_adapter(IA3Config(target_modules=["to_k", "to_v"], feedforward_modules=[], init_ia3_weights=False))
+    pipe.unet.double()
 
 
 def with_lora() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -90,6 +91,18 @@ def deepcopied(num_controlnets: int) -> None:
     assert torch.equal(run(twin), expected)
     remove_schedule(twin)
     assert torch.equal(run(twin), plain)
+
+
+def deepcopied_after_compile() -> None:
+    """The copy compiles its own models: those of the original are not called."""
+    pipe = build()
+    apply_schedule(pipe, schedule_for(pipe, schedules(pipe)[0])).compile(backend="eager")
+    expected = run(pipe)
+    twin = copy.deepcopy(pipe)
+    for parameter in [*pipe.unet.parameters(), *pipe.controlnet.parameters()]:
+        parameter.data.zero_()
+    assert_close(run(twin), expected)
+    assert pickle.loads(pickle.dumps(twin)).unet is not twin.unet
 
 
 def applied_twice() -> None:

@@ -191,6 +191,7 @@ def around() -> list[Row]:
             adapters.with_lora_and_text_encoder,
             {"cross_attention_kwargs": {"scale": 0.3}},
         ),
+        row("an adapter that has no scale (IA3)", change=adapters.add_ia3),
         row("LoRA fused", adapters.with_lora, change=adapters.fuse_lora),
         row("LoRA unfused", adapters.fused, change=lambda pipe: pipe.unfuse_lora(components=["unet"])),
         row("LoRA disabled", adapters.with_lora, change=lambda pipe: pipe.disable_lora()),
@@ -271,6 +272,7 @@ def around() -> list[Row]:
         row("save_pretrained after a run", check=check.saved_after_a_run),
         row("deepcopy", check=partial(check.deepcopied, 1)),
         row("deepcopy, several ControlNets", check=partial(check.deepcopied, 2)),
+        row("deepcopy after handle.compile()", check=check.deepcopied_after_compile),
         row("schedule applied twice", check=check.applied_twice),
         row("schedule removed twice", check=check.removed_twice),
         row(

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import GUIDANCE_SCALE, IMAGE_SIZE, NUM_STEPS, build_pipeline
 
 from hgc_learn import speed
 from hgc_learn.__main__ import main
+from hgc_learn.commands.bench import _adapted
+from hgc_learn.inference import apply_schedule
+from hgc_learn.rollout import SamplingConfig
+from hgc_learn.setting import Setting
 
 ROOT = Path(__file__).parent.parent
 TEACHER = ROOT / "hgc_learn/demo/teacher"
@@ -51,6 +56,17 @@ def test_rows_of_policies_files_and_peers(tmp_path: Path) -> None:
     assert f"| `{rule}` | 2 |" in (tmp_path / "speed.md").read_text()
 
 
+def test_choices_per_channel_are_repeated_for_another_width() -> None:
+    tiny, site = build_pipeline("small"), "unet.mid_block.resnets.0:out"
+    tensors = {f"{site}/predictor": torch.tensor([0, 1, 0, 1], dtype=torch.uint8)}
+    schedule = tiny.schedule({site: "C" + "p" * (NUM_STEPS - 1)}, tensors=tensors)
+    setting = Setting.of_pipeline(tiny.pipe, SamplingConfig(NUM_STEPS, GUIDANCE_SCALE, IMAGE_SIZE, IMAGE_SIZE))
+    adapted = _adapted(schedule, "file", tiny.pipe, setting)
+    assert adapted.tensors[f"{site}/predictor"].tolist() == 4 * [0, 1, 0, 1]
+    apply_schedule(tiny.pipe, adapted)
+    assert tiny().isfinite().all()
+
+
 @pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_rows_are_told_apart(tmp_path: Path) -> None:
@@ -73,6 +89,7 @@ def test_compiled_rows_are_told_apart(tmp_path: Path) -> None:
         (["--policy", "faster_diffusion:keys=0,5,99"], "keys are 0, 5, 99; they begin with 0"),
         (["--device", "banana"], "invalid choice: 'banana'"),
         (["--rounds", "0"], "--rounds is 0"),
+        (["--output", "speed.md"], "--output is speed.md; it must end in .json"),
         (["--size", "50"], "must be a multiple of"),
         (["--schedule", str(ROOT / "examples/demo_schedule.json"), "--steps", "3"], "--steps accordingly"),
     ],

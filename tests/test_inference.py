@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import Any
 
 import pytest
 import torch
-from tiny_models import GUIDANCE_SCALE, NUM_STEPS, TinyPipeline, random_rows
+from tiny_models import GUIDANCE_SCALE, NUM_STEPS, TinyPipeline, build_pipeline, random_rows
 
 from hgc_learn.inference import apply_schedule, remove_schedule
 
@@ -83,6 +84,37 @@ def test_deepcopy_of_a_scheduled_pipeline(own: TinyPipeline) -> None:
     assert torch.equal(twin(), expected)
     remove_schedule(twin.pipe)
     assert forwards_of(twin) == [False, False]
+
+
+def test_what_was_applied_stays_where_another_is_refused(own: TinyPipeline) -> None:
+    handle = apply_schedule(own.pipe, own.schedule(some_rows(own)))
+    expected = own()
+    other = build_pipeline("sd15")
+    apply_schedule(other.pipe, other.schedule())
+    controlnet, own.pipe.controlnet = own.pipe.controlnet, other.pipe.controlnet
+    with pytest.raises(ValueError, match="controlnet is shared with a pipeline that has a schedule"):
+        apply_schedule(own.pipe, own.schedule())
+    own.pipe.controlnet = controlnet
+    assert torch.equal(own(), expected)
+    assert handle.stats()["steps_run"] == NUM_STEPS
+
+
+def test_a_schedule_is_removed_where_the_unet_is_gone(own: TinyPipeline) -> None:
+    apply_schedule(own.pipe, own.schedule())
+    own.pipe.unet = None
+    remove_schedule(own.pipe)
+    assert forwards_of(build_pipeline("sd15")) == [False, False]
+    assert "forward" not in own.pipe.controlnet.__dict__
+
+
+def test_a_run_that_changes_at_every_step_is_told(own: TinyPipeline) -> None:
+    def copies(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_embeds": tensors["prompt_embeds"].clone()}
+
+    handle = apply_schedule(own.pipe, own.schedule({"unet:eps": "C" + "-" * (NUM_STEPS - 1)}))
+    with pytest.warns(UserWarning, match="5 of this run's 6 steps were computed in full, because what the models"):
+        own(callback_on_step_end=copies, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert handle.stats()["steps_refreshed"] == NUM_STEPS - 1
 
 
 def test_accelerate_offload_hooks_before_and_after(own: TinyPipeline) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,12 @@ def test_pictures_of_samplers_with_more_calls_than_steps(scheduler: str, teacher
     options = ["--model", str(teacher), "--data", str(tmp_path / "data"), "--num_pictures", "1"]
     assert main(["report", str(file), "--output", str(tmp_path / "report.html"), *options]) == 0
     assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 4
+
+
+def test_a_file_that_says_half_of_what_it_saves_has_no_point() -> None:
+    row = {"policy": "a", "sampler": f"UniPC-{SCHEDULE.num_inference_steps}", "psnr_db": 20.0, "kept_macs": 0.5}
+    for macs in ({"full": 10}, {"cached": 5}):
+        assert panels([row], replace(SCHEDULE, macs=macs))
 
 
 @pytest.mark.parametrize(

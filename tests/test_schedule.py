@@ -112,6 +112,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "fractional macs": (changed(macs={"full": 1.5}), "macs: 'full' must be"),
     "huge macs": (changed(macs={"full": 10**30}), "macs: 'full' must be"),
     "nested fidelity": (changed(fidelity={"psnr_db": [1]}), "fidelity: 'psnr_db' must be a single value"),
+    "endless fidelity": (json.dumps(changed()).replace("31.5", "1" + 400 * "0"), "fidelity: 'psnr_db'"),
     "infinite fidelity": (json.dumps(changed()).replace("31.5", "1e999"), "fidelity: 'psnr_db'"),
     "infinite setting": (json.dumps(changed()).replace("0.5", "1e999"), "producer: .*finite"),
     "no unet": (changed(model={}), "model: 'unet' is missing"),

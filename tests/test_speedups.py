@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from robustness_adapters import ip_image, load_ip_adapter
 from robustness_pipelines import SDXL, build, run, schedule_for
 from tiny_models import NUM_STEPS, TinyPipeline, build_pipeline
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from hgc_learn.graph import build_graph
 from hgc_learn.inference import apply_exact_savings, apply_schedule, remove_schedule
@@ -197,6 +199,40 @@ def test_batches_load_residuals_that_are_filled_in_each_in_its_own_way(own: Tiny
             assert bool(handle.runtime.batches) == (num_steps > 1)
             latents[num_steps] = own()
     assert (latents[4] - latents[1]).norm() < 1e-9 * latents[1].norm()
+
+
+def test_batches_give_the_unet_residuals_as_its_hooks_do(own: TinyPipeline) -> None:
+    """A ControlNet of another precision, whose residuals a hook casts."""
+    own.pipe.controlnet.double()
+
+    def cast(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        names = "down_block_additional_residuals", "mid_block_additional_residual"
+        return args, kwargs | {name: tree_map(lambda tensor: tensor.float(), kwargs[name]) for name in names}
+
+    known: dict[int, tuple[Any, Any]] = {}  # what stays the same in a run is the same for the ControlNet
+
+    def wide(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        return known.setdefault(id(value), (value, value.double()))[1]
+
+    def widen(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return tree_map(wide, (args, kwargs))
+
+    own.pipe.unet.register_forward_pre_hook(cast, with_kwargs=True)
+    own.pipe.controlnet.register_forward_pre_hook(widen, with_kwargs=True)
+    reused = "CC" + "-" * (NUM_STEPS - 2)
+    rows = {site: reused for site in own.sites() if not site.startswith(("unet.up_blocks", "unet:"))}
+    latents = {}
+    for num_steps in (1, 4):
+        with (
+            apply_schedule(own.pipe, own.schedule(rows), max_steps_at_once=num_steps) as handle,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            latents[num_steps] = own()
+            assert bool(handle.runtime.batches) == (num_steps > 1)
+    assert (latents[4] - latents[1]).norm() < 1e-5 * latents[1].norm()
 
 
 def test_batches_leave_what_is_kept_of_the_prompt(own: TinyPipeline) -> None:

@@ -333,6 +333,7 @@ def test_checkpoint_of_another_version_is_refused(tmp_path: Path, capsys: pytest
     [
         ("--model.model=nowhere", "model: 'nowhere' is neither a folder here nor a hub id"),
         ("--model.sampling.scheduler=Nonesuch", "no scheduler named 'Nonesuch'"),
+        ("--model.sampling.scheduler=UNet2DModel", "no scheduler named 'UNet2DModel'"),
         (
             "--model.sampling.scheduler=EDMEulerScheduler",
             "scheduler: EDMEulerScheduler cannot take the place of the pipeline's UniPCMultistepScheduler",

@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
     from rich.progress import track
 
     from hgc_learn import speed
+    from hgc_learn.files import check_writable
     from hgc_learn.random_pipeline import random_arguments, random_pipeline
     from hgc_learn.rollout import SamplingConfig
     from hgc_learn.setting import Setting
@@ -75,6 +76,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--rounds is {args.rounds} and --steps {args.steps}; at least 1 and 2 are needed.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, and this machine or this build of torch has none.")
+    if args.output.suffix != ".json":
+        raise ValueError(f"--output is {args.output}; it must end in .json (beside it comes a table, ending in .md).")
+    check_writable(args.output)
     rows = speed.read_rows(args.output)
     device = torch.device(args.device)
     architecture = named_architecture(args)
@@ -176,6 +180,8 @@ def _adapted(schedule: HGCSchedule, file: str, pipe: Any, setting: Setting) -> H
     gives is not looked at here."""
     import torch
 
+    from hgc_learn.predictors import BY_CODE
+
     if schedule.num_inference_steps != setting.num_steps:
         raise ValueError(
             f"{file} has {schedule.num_inference_steps} steps (model calls), this setting {setting.num_steps}; say "
@@ -184,11 +190,18 @@ def _adapted(schedule: HGCSchedule, file: str, pipe: Any, setting: Setting) -> H
     for site in schedule.sites:
         if site not in setting.graph.nodes:
             raise ValueError(f"{file}: this architecture has no site {site!r}.")
+    per_channel = {
+        f"{site}/{parameter.name}"
+        for site, row in schedule.sites.items()
+        for code in {*row} & BY_CODE.keys()
+        for parameter in BY_CODE[code].parameters
+        if parameter.axes[-1] == "channels"
+    }
     tensors = {}
     for name, tensor in schedule.tensors.items():
         channels = setting.costs[name.rpartition("/")[0]].channels
-        if tensor.ndim == 2 and tensor.shape[1] != channels:
-            tensor = tensor[:, torch.arange(channels) % tensor.shape[1]].contiguous()
+        if name in per_channel and tensor.shape[-1] != channels:
+            tensor = tensor[..., torch.arange(channels) % tensor.shape[-1]].contiguous()
         tensors[name] = tensor
     return replace(
         schedule,

@@ -48,7 +48,8 @@ def is_finite(value: Any) -> bool:
 def panels(rows: Sequence[Row], schedule: HGCSchedule) -> list[dict[str, Any]]:
     """What the template draws, a panel per sampler; `chosen` is the schedule where it was made for that sampler, which
     its name says (`UniPC-20`)."""
-    kept = schedule.macs["cached"] / schedule.macs["full"] if schedule.macs.get("full") else None
+    full, cached = (schedule.macs.get(name) for name in ("full", "cached"))
+    kept = cached / full if full and cached is not None else None
     psnr = schedule.fidelity.get("psnr_db")
     result = []
     for sampler in dict.fromkeys(row["sampler"] for row in rows):
