@@ -42,12 +42,12 @@ class AtomicCheckpoints(TorchCheckpointIO):
     a process that is killed leaves half a file under the checkpoint's name.
 
     Args:
-        is_new_run: what an earlier run has left under the first one's name becomes `previous.ckpt`, or
-            `previous-1.ckpt`, ... where that is taken.
+        resumed_from: the checkpoint that this run goes on from. What another run has left under the first one's name
+            becomes `previous.ckpt`, or `previous-1.ckpt`, ... where that is taken.
     """
 
-    def __init__(self, is_new_run: bool):
-        self.is_new_run = is_new_run
+    def __init__(self, resumed_from: Path | None):
+        self.resumed_from, self.has_saved = resumed_from, False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if "://" in str(path):  # not on a disk
@@ -56,12 +56,15 @@ class AtomicCheckpoints(TorchCheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         target = Path(path)
-        if self.is_new_run and target.is_file():
+        if not self.has_saved and target.is_file() and not self._is_resumed_from(target):
             names = itertools.chain(["previous.ckpt"], (f"previous-{i}.ckpt" for i in itertools.count(1)))
             free = next(path for path in map(target.with_name, names) if not path.exists())
             write_atomically(free, target.read_bytes())
         write_atomically(target, buffer.getbuffer())
-        self.is_new_run = False
+        self.has_saved = True
+
+    def _is_resumed_from(self, target: Path) -> bool:
+        return self.resumed_from is not None and self.resumed_from.is_file() and target.samefile(self.resumed_from)
 
 
 class RouterCLI(LightningCLI):
@@ -97,8 +100,7 @@ class RouterCLI(LightningCLI):
             folder = getattr(callback, "dirpath", None)
             if folder is not None and "://" not in str(folder):
                 check_writable(Path(folder, "last.ckpt"))
-        is_new_run = ckpt_path is None
-        self.trainer.strategy.checkpoint_io = AtomicCheckpoints(is_new_run)
+        self.trainer.strategy.checkpoint_io = AtomicCheckpoints(None if ckpt_path is None else Path(ckpt_path))
 
     def before_validate(self) -> None:
         self._checked_ckpt_path()

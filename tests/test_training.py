@@ -287,6 +287,21 @@ def test_a_new_run_keeps_the_checkpoint_that_was_there(teacher: Path, tmp_path: 
     names = "last.ckpt", "previous-1.ckpt", "previous.ckpt"
     steps = [torch.load(ckpt_path.with_name(name), weights_only=True)["global_step"] for name in names]
     assert steps == [1, 2, 3]
+    kept = ckpt_path.with_name("previous.ckpt")  # going on from another run than that of the folder
+    fit(teacher, tmp_path, 4, cold, f"--ckpt_path={kept}")
+    assert [path.name for path in sorted(ckpt_path.parent.iterdir())] == [
+        names[0],
+        names[1],
+        "previous-2.ckpt",
+        names[2],
+    ]
+    steps = [
+        torch.load(ckpt_path.with_name(name), weights_only=True)["global_step"]
+        for name in ("last.ckpt", "previous-2.ckpt")
+    ]
+    assert steps == [4, 1]
+    fit(teacher, tmp_path, 5, cold, f"--ckpt_path={ckpt_path}")
+    assert len([*ckpt_path.parent.iterdir()]) == 4
 
 
 def test_a_router_stays_with_its_models(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
