@@ -140,8 +140,10 @@ class RouterModule(L.LightningModule):
         self.check_model(checkpoint, "ckpt_path")
 
     def check_model(self, checkpoint: dict[str, Any], name: str) -> None:
-        """Raises ValueError where the router was trained for other models than these; earlier checkpoints do not
-        say which."""
+        """Raises ValueError where the router is of an earlier version, or was trained for other models than these;
+        earlier checkpoints do not say which."""
+        if "router.reach" not in checkpoint["state_dict"]:
+            raise ValueError(f"{name}: its router is one of an earlier version of hgc_learn. Use that, or train anew.")
         if (trained := checkpoint.get("fingerprint")) is None:
             return
         if difference := ModelFingerprint.from_dict(trained).difference(self.setting.fingerprint):

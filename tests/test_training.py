@@ -304,6 +304,21 @@ def test_a_new_run_keeps_the_checkpoint_that_was_there(teacher: Path, tmp_path: 
     assert len([*ckpt_path.parent.iterdir()]) == 4
 
 
+def test_a_router_of_an_earlier_version_is_refused(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It held two weights of every gate."""
+    cold = "--model.objective.num_warm_start_batches=0"
+    ckpt_path = fit(teacher, tmp_path, 1, cold)
+    checkpoint = torch.load(ckpt_path, weights_only=True)
+    reach = checkpoint["state_dict"].pop("router.reach")
+    checkpoint["state_dict"]["router.weights"] = torch.stack([torch.ones_like(reach), reach])
+    torch.save(checkpoint, ckpt_path)
+    assert guarded(lambda: fit(teacher, tmp_path, 2, cold, f"--ckpt_path={ckpt_path}")) == 2
+    assert main(["export", "--ckpt_path", str(ckpt_path), "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("its router is one of an earlier version of hgc_learn") == 2
+
+
 def test_a_router_stays_with_its_models(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = shutil.copytree(teacher, tmp_path / "model", ignore=shutil.ignore_patterns("trained"))
     cold = "--model.objective.num_warm_start_batches=0"
