@@ -21,6 +21,7 @@ from torch import Tensor
 from hgc_learn.graph import Graph
 from hgc_learn.macs import NodeCost
 from hgc_learn.predictors import BY_CODE
+from hgc_learn.sites import enclosing_module, is_inside
 
 COMPUTE = "C"
 
@@ -184,7 +185,7 @@ def compile_plan(graph: Graph, rows: Mapping[str, str], num_steps: int) -> Plan:
     """
     for site, row in rows.items():
         if site not in graph.nodes:
-            raise ValueError(f"Site {site!r} does not exist in this model.")
+            raise ValueError(f"Site {site!r} does not exist in this model.{_why_absent(graph, site)}")
         if len(row) != num_steps:
             raise ValueError(f"Site {site!r} has {len(row)} steps, the schedule {num_steps}.")
         check_codes(site, row)
@@ -201,6 +202,17 @@ def compile_plan(graph: Graph, rows: Mapping[str, str], num_steps: int) -> Plan:
                 history[name].insert(0, (i, live.is_half))
         steps.append(StepPlan(run, load, is_half=live.is_half))
     return Plan(tuple(_with_lifetimes(steps, graph.guidance)))
+
+
+def _why_absent(graph: Graph, site: str) -> str:
+    """Known where it would be inside a module whose inside is not laid open."""
+    path = enclosing_module(site)
+    if not is_inside(site) or path not in graph.modules or path in graph.opened:
+        return ""
+    return (
+        f" It would be inside {path}, which is not made of diffusers' plain layers: undo what has patched them (tomesd "
+        "and the like) first."
+    )
 
 
 def check_codes(site: str, row: str) -> None:

@@ -127,6 +127,7 @@ class RouterModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
         checkpoint["fingerprint"] = self.setting.fingerprint.to_dict()
+        checkpoint["temperature"] = self.router.temperature
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError where the router was trained for something else than it would be trained on for."""
@@ -138,6 +139,7 @@ class RouterModule(L.LightningModule):
                     f"{self.hparams[name]}. Give the same, or train anew without ckpt_path."
                 )
         self.check_model(checkpoint, "ckpt_path")
+        self.router.temperature = checkpoint.get("temperature", self.router.temperature)  # that draws had
 
     def check_model(self, checkpoint: dict[str, Any], name: str) -> None:
         """Raises ValueError where the router is of an earlier version, or was trained for other models than these;

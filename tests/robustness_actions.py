@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import cpu_offload
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from robustness_pipelines import arguments, build, run
 from tiny_models import GUIDANCE_SCALE, NUM_STEPS
@@ -303,6 +304,12 @@ def subclass_of(path: str) -> Callable[[Any], None]:
         module.__class__ = type("Patched", (type(module),), {})
 
     return change
+
+
+def subclass_of_transformer_blocks(pipe: Any) -> None:
+    for path, module in pipe.unet.named_modules():
+        if isinstance(module, BasicTransformerBlock):
+            subclass_of(f"unet.{path}")(pipe)
 
 
 def freeu(pipe: Any, tensors: Any = None) -> None:

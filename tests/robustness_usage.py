@@ -297,6 +297,11 @@ def around() -> list[Row]:
             refused="unet.up_blocks.0 (is a Patched, whose dataflow is not known|has hooks or a forward of its own)",
         ),
         row(
+            "transformer blocks made ones of a subclass (tomesd)",
+            change=act.subclass_of_transformer_blocks,
+            refused="undo what has patched them|has hooks or a forward of its own",
+        ),
+        row(
             "a forward of the UNet's own",
             act.with_own_forward("unet"),
             refused="forward of the unet has been replaced or wrapped.*Undo that first",

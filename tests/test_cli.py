@@ -265,58 +265,50 @@ def run_with_the_core(program: str, *argv: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["inspect", "hgc_schedule.json"],
-        ["macs", "--arch", "sd15-controlnet", "--size", "64"],
-        ["policies"],
-        ["report", "examples/demo_schedule.json", "--output", "report.html"],
-    ],
-)
-def test_the_core_install_is_enough_for_commands(tmp_path: Path, argv: list[str]) -> None:
+def test_the_core_install_is_enough_for_commands(tmp_path: Path) -> None:
     """Without lightning, datasets, torchmetrics and the like, and without loading transformers."""
     SCHEDULE.save(tmp_path / "hgc_schedule.json")
-    argv = [str(tmp_path / a) if a in ("hgc_schedule.json", "report.html") else a for a in argv]
+    commands = [
+        ["inspect", str(tmp_path / "hgc_schedule.json")],
+        ["macs", "--arch", "sd15-controlnet", "--size", "64"],
+        ["policies"],
+        ["report", "examples/demo_schedule.json", "--output", str(tmp_path / "report.html")],
+    ]
     program = """if True:
+        import json
         ABSENT.add("transformers")
         import hgc_learn.inference
         from hgc_learn.__main__ import main
-        assert main(sys.argv[1:]) == 0
+        for command in json.loads(sys.argv[1]):
+            assert main(command) == 0, command
     """
-    assert run_with_the_core(program, *argv)
+    assert run_with_the_core(program, json.dumps(commands))
 
 
-@pytest.mark.parametrize(
-    ("package", "command"),
-    [
-        ("jsonargparse", "export --ckpt_path last.ckpt --output x"),
-        ("torchmetrics", "compare --config configs/compare/demo.yaml"),
-        ("rich", "report examples/demo_schedule.json --output x --model hgc_learn/demo/teacher --num_pictures 1"),
-    ],
-)
-def test_a_package_that_is_not_installed_is_named(package: str, command: str) -> None:
+def test_the_core_install_is_enough_to_run_a_schedule_and_to_name_what_else_is_needed() -> None:
+    needed = {
+        "jsonargparse": "export --ckpt_path last.ckpt --output x",
+        "torchmetrics": "compare --config configs/compare/demo.yaml",
+        "rich": "report examples/demo_schedule.json --output x --model hgc_learn/demo/teacher --num_pictures 1",
+    }
     program = """if True:
         import contextlib
-        from hgc_learn.__main__ import main
-        with contextlib.redirect_stderr(sys.stdout):
-            assert main(sys.argv[1:]) == 2
-    """
-    (line,) = run_with_the_core(program, *command.split()).splitlines()
-    assert line.startswith(f"hgc_learn: this needs {package}, which is not installed: pip install '.[train,")
-
-
-def test_the_core_install_is_enough_to_run_a_schedule() -> None:
-    program = """if True:
         sys.path.insert(0, "tests")
         from tiny_models import build_pipeline
+        from hgc_learn.__main__ import main
         from hgc_learn.inference import apply_schedule
         tiny = build_pipeline("small")
         with apply_schedule(tiny.pipe, tiny.schedule({"unet:eps": "C-CCC-"})) as handle:
             tiny()
             print(handle.stats()["macs_reduction"])
+        with contextlib.redirect_stderr(sys.stdout):
+            for command in sys.argv[1:]:
+                assert main(command.split()) == 2, command
     """
-    assert float(run_with_the_core(program)) == pytest.approx(1 / 3)
+    reduction, *lines = run_with_the_core(program, *needed.values()).splitlines()
+    assert float(reduction) == pytest.approx(1 / 3)
+    for package, line in zip(needed, lines, strict=True):
+        assert line.startswith(f"hgc_learn: this needs {package}, which is not installed: pip install '.[train,")
 
 
 def test_the_module_runs_and_its_errors_have_no_traceback(tmp_path: Path) -> None:

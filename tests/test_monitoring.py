@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_fixtures import fit, save_tiny_teacher
+from training_fixtures import fit, fit_arguments, save_tiny_teacher
 
+from hgc_learn.cli import train
 from hgc_learn.figures import gate_heatmap
 
 
@@ -17,10 +18,10 @@ from hgc_learn.figures import gate_heatmap
     "ignore:The 'val_dataloader' does not have many workers",
     "ignore:You are trying to `self.log",
 )
-def test_curves_heatmaps_and_pictures_are_there(tmp_path: Path) -> None:
+def test_curves_heatmaps_and_pictures_are_there_and_a_checkpoint_is_judged_alike(tmp_path: Path) -> None:
     save_tiny_teacher(tmp_path / "teacher")
     more = ("--trainer.limit_val_batches=1", "--model.budgets=[0.5]", "--model.objective.num_warm_start_batches=1")
-    fit(tmp_path / "teacher", tmp_path / "run", 2, *more)
+    ckpt_path = fit(tmp_path / "teacher", tmp_path / "run", 2, *more)
     (events,) = (tmp_path / "run").rglob("events.out.tfevents*")
     board = EventAccumulator(str(events)).Reload()
     tags = board.Tags()
@@ -29,6 +30,12 @@ def test_curves_heatmaps_and_pictures_are_there(tmp_path: Path) -> None:
     assert [event.step for event in board.Scalars("train/loss")] == [0, 1]
     (macs,) = board.Scalars("val/0.5/exported_macs")
     assert 0.4 < macs.value <= 0.5
+
+    _, *arguments = fit_arguments(tmp_path / "teacher", tmp_path / "run", 2, *more, f"--ckpt_path={ckpt_path}")
+    cli = train(["validate", *arguments])
+    for name in ("hard_loss", "soft_loss"):
+        (seen,) = board.Scalars(f"val/0.5/{name}")
+        assert float(cli.trainer.callback_metrics[f"val/0.5/{name}"]) == pytest.approx(seen.value, rel=1e-4)
 
 
 def test_gates_that_nothing_reads_are_left_out_of_the_heatmap() -> None:
