@@ -44,16 +44,21 @@ def train(config: Path, folder: Path) -> float:
 
 
 def judge(
-    config: CompareConfig, sampler: str, others: dict[float, dict[str, Any]], ckpt_path: Path
+    config: CompareConfig,
+    sampler: str,
+    others: dict[float, dict[str, Any]],
+    ckpt_path: Path,
+    learning: Learning = ROUNDING,
 ) -> Iterator[dict[str, Any]]:
-    """A row per budget; `others` are the cells to compare with."""
+    """A row per budget of what the router is exported as, on the comparison's test scenes; `others` are the cells to
+    compare with."""
     module, data = load_run(ckpt_path)
     scenes = draw_batches("test", config.samplers[sampler].num_test, config.batch_size, config.test_offset)
     full = render(module.pipe, module.sampling, scenes).pictures
     full_obedience = Obedience.of(full, scenes)
     for budget, other in others.items():
         start = time.monotonic()
-        hard, draft = decide(module, data, budget, ROUNDING)
+        hard, draft = decide(module, data, budget, learning)
         seconds = time.monotonic() - start
         schedule = module.setting.schedule(draft, policy="learned", settings={})
         pictures = render(module.pipe, module.sampling, scenes, schedule).pictures
@@ -68,7 +73,7 @@ def judge(
             "psnr_db": round(sum(psnr) / len(psnr), 3),
             "psnr_ci": [round(bound, 3) for bound in mean_interval(psnr)],
             **{name: round(value, 5) for name, value in obedience.items() if name.endswith("_loss")},
-            "best_other": other["policy"],
+            "other": other["policy"],
             "difference_db": round(difference, 3),
             "difference_ci": [round(bound, 3) for bound in interval],
         }
