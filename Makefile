@@ -33,9 +33,10 @@ docs: $(INSTALLED)
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# torch first and by its exact version: a CPU build of it is taken where pip finds one.
+# torch first and by its exact version: a CPU build of it is taken where pip finds one. Nothing is compiled before it is
+# imported: most of it never is.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt -e ".[train,canny,metrics,policies,dev]"
+	$(BIN)/python -m pip install --no-compile -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[train,canny,metrics,policies,dev]"
 	touch $@
