@@ -2,8 +2,8 @@
 
 The student's own trajectory from noise, with its own cache: at every step its layers are blends of their fresh and
 their kept value, and a layer's value is kept anew only where beta > threshold. The router learns to predict what the
-full models predict from the same latents: weight[step] * |full - blended|^2 + penalty * sum(beta). A step's weight is
-the error of the final latents that caching at that step alone causes.
+full models predict from the same latents, guided: weight[step] * |full - blended|^2 + penalty * sum(beta). A step's
+weight is the error of the final latents that caching at that step alone causes.
 
 What is a reconstruction here: weights have mean 1; they are measured on a few samples, for each step alone, at the
 router's present schedule, and with everything cached at steps where that computes all (the authors' code measures soft
@@ -100,7 +100,7 @@ class HarmoniCa(Objective):
             with torch.enable_grad():
                 betas = torch.sigmoid(logits[step])
                 blended = self.forwards.blend(betas, compute=hard[step])
-                error = (blended - prediction).square().mean()
+                error = (module.guide(blended) - module.guide(prediction)).square().mean()
                 (self.weights[step] * error + self.penalty * betas.sum()).backward()
             errors.append(error.detach())
             return blended.detach()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -10,30 +12,40 @@ from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
 
 PAPER = "Cache Me if You Can, Wimbauer et al., CVPR 2024, arXiv 2312.03209"
-BLOCKS = ("*.resnets.*:branch", "*.attentions.*:branch")
+BLOCKS = {"transformers": ("*.attentions.*:branch",), "all": ("*.resnets.*:branch", "*.attentions.*:branch")}
 DELTA = 0.5
-GRID = {"delta": sorted({DELTA, *geometric(0.02, 10.0, 82)}), "controlnet": ("computed", "layers", "residuals")}
+GRID = {
+    "delta": sorted({DELTA, *geometric(0.02, 10.0, 82)}),
+    "controlnet": ("computed", "layers", "residuals"),
+    "blocks": tuple(BLOCKS),
+}
 
 
 @register("block_caching", paper=PAPER, grid=GRID)
 def block_caching(
-    setting: Setting, *, delta: float = DELTA, controlnet: str = "layers", scale_shift: bool = False
+    setting: Setting,
+    *,
+    delta: float = DELTA,
+    controlnet: str = "layers",
+    blocks: Literal["transformers", "all"] = "all",
+    scale_shift: bool = False,
 ) -> Draft:
     """Recomputes a block when its relative L1 changes since the last time have added up to more than delta.
 
-    Blocks are the residual branches of resnets and transformers; their changes from step to step are measured on
-    uncached trajectories.
+    Blocks are the residual branches of transformers, as in the paper's Fig. 4, or of resnets, too, whose MACs are most
+    of a small UNet's; their changes from step to step are measured on uncached trajectories.
 
     Args:
         delta: threshold of the accumulated change.
         controlnet: `computed`, `layers` (like the UNet's) or `residuals` (its outputs are the blocks).
+        blocks: `transformers`, or `all`, resnets among them.
         scale_shift: scale and shift a reused tensor per step and channel. The paper trains both by distillation;
             here they are the least-squares fit of the true value to the reused one on uncached trajectories.
     """
     setting.need_samples("block_caching")
     if delta < 0:
         raise ValueError(f"delta is {delta}; it must be at least 0.")
-    sites = layer_sites(setting.graph, BLOCKS, controlnet)
+    sites = layer_sites(setting.graph, BLOCKS[blocks], controlnet)
     statistics = site_statistics(setting, sites)
     code = "s" if scale_shift else "-"
     draft = Draft({site: accumulation_row(statistics[site].change(), delta, code) for site in sites})
@@ -41,14 +53,21 @@ def block_caching(
 
 
 @register("block_caching_scale_shift", paper=f"{PAPER} (reconstruction)", grid=GRID)
-def block_caching_scale_shift(setting: Setting, *, delta: float = DELTA, controlnet: str = "layers") -> Draft:
+def block_caching_scale_shift(
+    setting: Setting,
+    *,
+    delta: float = DELTA,
+    controlnet: str = "layers",
+    blocks: Literal["transformers", "all"] = "all",
+) -> Draft:
     """Block Caching that scales and shifts reused tensors per step and channel, fitted in closed form.
 
     Args:
         delta: threshold of the accumulated change.
         controlnet: `computed`, `layers` (like the UNet's) or `residuals` (its outputs are the blocks).
+        blocks: `transformers`, or `all`, resnets among them.
     """
-    return block_caching(setting, delta=delta, controlnet=controlnet, scale_shift=True)
+    return block_caching(setting, delta=delta, controlnet=controlnet, blocks=blocks, scale_shift=True)
 
 
 def accumulation_row(change: Tensor, delta: float, code: str) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.setting import Draft, Setting
 
+Grid = Mapping[str, Sequence[Any]]
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -22,13 +24,14 @@ class Policy:
         write: `write(setting, **knobs)`; knobs are its keyword arguments, all with a default. One named `budget` is
             the fraction of the full MACs to keep.
         paper: where it comes from.
-        grid: values of its knobs that tuning tries; may depend on the setting.
+        grid: values of its knobs that tuning tries, every combination of them; or several such grids, of which all are
+            tried. May depend on the setting.
     """
 
     name: str
     write: Callable[..., Draft]
     paper: str
-    grid: Callable[[Setting], Mapping[str, Sequence[Any]]]
+    grid: Callable[[Setting], Grid | Sequence[Grid]]
 
     @property
     def summary(self) -> str:
@@ -42,9 +45,10 @@ class Policy:
 
     def candidates(self, setting: Setting) -> Iterator[dict[str, Any]]:
         """Every combination of the grid's values."""
-        grid = self.grid(setting)
-        for values in itertools.product(*grid.values()):
-            yield dict(zip(grid, values, strict=True))
+        grids = self.grid(setting)
+        for grid in [grids] if isinstance(grids, Mapping) else grids:
+            for values in itertools.product(*grid.values()):
+                yield dict(zip(grid, values, strict=True))
 
     def check(self, knobs: Mapping[str, Any]) -> None:
         """Raises ValueError for a knob that it does not have, or a value that is none of a knob's choices."""
@@ -75,7 +79,7 @@ POLICIES: dict[str, Policy] = {}
 
 
 def register(
-    name: str, *, paper: str, grid: Mapping[str, Sequence[Any]] | Callable[[Setting], Mapping[str, Sequence[Any]]]
+    name: str, *, paper: str, grid: Grid | Callable[[Setting], Grid | Sequence[Grid]]
 ) -> Callable[[Callable[..., Draft]], Callable[..., Draft]]:
     """Registers the function below it as a policy. Its docstring's first line is what the list of policies shows."""
 

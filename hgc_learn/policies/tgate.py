@@ -28,7 +28,8 @@ def attention_sites(graph: Graph, part: str, *, controlnet: bool) -> list[str]:
 def _grid(setting: Setting) -> Mapping[str, Sequence[Any]]:
     return {
         "gate": range(1, setting.num_steps),
-        "self_attention_interval": (1, 2, 5),
+        "warm_up": (0, 2),
+        "self_attention_interval": (1, 2, 3, 5),
         "late_self_attention_interval": (1, 2, 5, setting.num_steps),
     }
 

@@ -97,6 +97,12 @@ def test_thresholds_span_everything_from_all_to_almost_nothing() -> None:
     assert setting.kept(residuals) < 0.5 * setting.kept(block_caching(setting, delta=1e9, controlnet="computed"))
 
 
+def test_transformers_may_be_all_that_is_reused() -> None:
+    draft = block_caching(shared_setting(), delta=1e9, controlnet="computed", blocks="transformers")
+    assert draft.sites
+    assert all(".attentions." in site for site in draft.sites)
+
+
 def test_a_negative_threshold_is_refused() -> None:
     with pytest.raises(ValueError, match="delta is -1"):
         block_caching(shared_setting(), delta=-1)

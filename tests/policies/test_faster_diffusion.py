@@ -47,6 +47,14 @@ def test_every_number_of_keys_gives_that_many() -> None:
                 assert steps[-1] < num_steps
 
 
+def test_the_authors_keys_are_tried(sd15: Setting) -> None:
+    """20 steps: `register_faster_forward` has these keys for any number of steps; `mod` is every how many is one."""
+    tried = [knobs.get("keys") for knobs in FASTER_DIFFUSION.candidates(sd15)]
+    assert (0, 1, 2, 3, 5, 10, 15) in tried
+    for mod in (2, 3, 4, 5, 10):
+        assert tuple(range(0, 20, mod)) in tried
+
+
 @pytest.fixture(scope="module")
 def sd15() -> Setting:
     return unmeasured_setting("sd15-controlnet")
