@@ -23,7 +23,6 @@ from hgc_learn.evaluation import picture_psnr
 from hgc_learn.export import decide, load_run
 from hgc_learn.files import save_json
 from hgc_learn.hard import HardSchedule
-from hgc_learn.objectives import Rollout
 from hgc_learn.training import RouterModule
 
 
@@ -38,10 +37,7 @@ def soft_and_hard(module: RouterModule, budget: float, num_scenes: int = 16, num
         error /= target.square().flatten(1).mean(1)
         return float(-10 * error.log10().mean())
 
-    objective, router = module.objective, module.router
-    assert isinstance(objective, Rollout)
-    router.temperature = objective.final_temperature
-    generator = torch.Generator().manual_seed(0)
+    router, generator = module.router, torch.Generator().manual_seed(0)
     soft = [level(router.sample(budget, generator)[0]) for _ in range(num_draws)]
     return {
         "soft_latent_db": round(sum(soft) / num_draws, 2),

@@ -121,7 +121,7 @@ def measure(folder: Path, args: argparse.Namespace, num_steps: int) -> dict[str,
     batch = {"text": ["a red circle"], "seed": [0], "conditioning_image": torch.rand(1, 3, args.size, args.size)}
     with torch.no_grad():
         module.router.logits[1:].copy_(torch.randn(module.router.logits[1:].shape))
-    budget = max(args.budget, 1.001 * module.router.least_budget)
+    budget = max(args.budget, module.router.least_budget)
     module.seed(0)
     if not args.only_count:
         module.teacher_latents(batch)  # chooses kernels
@@ -129,7 +129,7 @@ def measure(folder: Path, args: argparse.Namespace, num_steps: int) -> dict[str,
     start = time.monotonic()
     if args.only_count:
         latents = torch.zeros(4, args.size // 8, args.size // 8, dtype=module.pipe.unet.dtype)
-        module.targets["latents", "a red circle", 0] = latents
+        module.teacher_latents = lambda batch: latents[None]  # type: ignore[method-assign]
     else:
         module.teacher_latents(batch)
     teacher_seconds = time.monotonic() - start

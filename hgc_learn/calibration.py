@@ -94,10 +94,12 @@ def site_statistics(setting: Setting, sites: Sequence[str]) -> dict[str, SiteSta
     known: dict[str, SiteStatistics] = setting.memo.setdefault("site_statistics", {})
     missing = [site for site in sites if site not in known]
     for group in _groups_that_fit(setting, missing):
+        measured: dict[str, SiteStatistics] = {}  # known when all samples have been seen
         for batch in progress(setting.batches, f"calibrating {len(group)} sites"):
             for site, history in _histories(setting, group, batch).items():
                 statistics = SiteStatistics.of(history)
-                known[site] = known[site] + statistics if site in known else statistics
+                measured[site] = measured[site] + statistics if site in measured else statistics
+        known.update(measured)
     return {site: known[site] for site in sites}
 
 

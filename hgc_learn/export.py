@@ -187,6 +187,7 @@ def load_run(ckpt_path: Path) -> tuple[RouterModule, Any]:
         cli.model.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
         raise ValueError(f"{ckpt_path}: its router is not one of its own configuration ({error}).") from None
+    cli.model.router.temperature = checkpoint.get("temperature", cli.model.router.temperature)
     cli.datamodule.setup("fit")
     cli.model.to(device := default_device())
     cli.model.pipe.to(device)

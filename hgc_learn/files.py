@@ -53,7 +53,16 @@ def to_json(value: Any) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text())
+    """The object that a JSON file holds.
+
+    Raises:
+        ValueError: it is not JSON; the message names the file.
+        OSError: it cannot be read.
+    """
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}).") from None
     return value
 
 

@@ -25,7 +25,7 @@ def cap(router: Router, schedule: HardSchedule, budget: float, max_patterns: int
     if count(router, schedule) <= max_patterns:
         return schedule
     logits = router.logits.detach()
-    wanted = torch.sigmoid((logits[1:] - router.price(budget)) / router.temperature)
+    wanted = torch.sigmoid(logits[1:] - router.price(budget))
     tree = linkage(wanted.cpu().double().numpy(), method="ward")
     for num_groups in range(max_patterns - 1, 0, -1):
         groups = torch.from_numpy(fcluster(tree, num_groups, criterion="maxclust"))

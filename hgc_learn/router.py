@@ -106,7 +106,7 @@ class Router(nn.Module):
 
     def check_budget(self, budget: float) -> None:
         """Raises BudgetError if it cannot be met."""
-        if not self.least_budget < budget <= 1:
+        if not self.least_budget <= budget <= 1:
             raise BudgetError(
                 f"A budget of {budget} cannot be met: it is the fraction of full MACs kept, at most 1, and the sites "
                 f"that are routed leave at least {self.least_budget:.3f} (the first step computes everything)."
@@ -147,12 +147,8 @@ class Router(nn.Module):
 
     def savings(self) -> Tensor:
         """Per site [sites], the share of a full step's MACs that reusing it alone saves."""
-        alone = []
-        for s in range(len(self.sites)):
-            compute = torch.ones_like(self.logits, dtype=torch.bool)
-            compute[1, s] = False
-            alone.append((1 - self.kept(compute)) * self.num_steps)
-        return torch.tensor(alone)
+        others = (~torch.eye(len(self.sites), dtype=torch.bool)).tolist()
+        return torch.tensor([1 - self._kept_by(row) for row in others])
 
     def threshold(self, budget: float) -> HardSchedule:
         """The hard schedule that computes as many of the highest logits as the budget allows.

@@ -21,6 +21,7 @@ from training_fixtures import SAMPLING, fit
 from hgc_learn.__main__ import guarded
 from hgc_learn.data import ControlDataModule
 from hgc_learn.export import export
+from hgc_learn.files import read_json
 from hgc_learn.inference import apply_schedule
 from hgc_learn.learning import Learning
 from hgc_learn.rollout import generate, load_pipeline
@@ -56,6 +57,13 @@ def test_what_cannot_be_written_leaves_the_file_that_was_there(tmp_path: Path) -
     with pytest.raises(ValueError, match="not JSON compliant"):
         replace(WITH_TENSORS, tensors=tensors, producer={"note": float("nan")}).save(path)
     assert HGCSchedule.load(path).to_dict() == WITH_TENSORS.to_dict()
+
+
+def test_a_file_that_is_not_json_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "trained.json"
+    path.write_text('{"minutes": ')
+    with pytest.raises(ValueError, match=r"trained\.json: not valid JSON"):
+        read_json(path)
 
 
 SAVE_FOR_EVER = """

@@ -9,6 +9,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from browser import CHROMIUM, Browser
@@ -167,6 +168,22 @@ def test_pictures_of_samplers_with_more_calls_than_steps(scheduler: str, teacher
     options = ["--model", str(teacher), "--data", str(tmp_path / "data"), "--num_pictures", "1"]
     assert main(["report", str(file), "--output", str(tmp_path / "report.html"), *options]) == 0
     assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 4
+
+
+@pytest.mark.parametrize("is_said", [True, False])
+def test_fewer_steps_are_compared_with_all_of_them(is_said: bool, teacher: Path, tmp_path: Path) -> None:
+    """Where the file does not say how many the full run has, it is its own number."""
+    file = tmp_path / "hgc_schedule.json"
+    options = ["--model", str(teacher), "--size", "64", "--steps", "4", "--num_steps", "2", "--output", str(file)]
+    assert main(["schedule", "fewer_steps", *options]) == 0
+    if not is_said:
+        replace(HGCSchedule.load(file), producer={}).save(file)
+    write_folder(tmp_path / "data", 1)
+    options = ["--model", str(teacher), "--data", str(tmp_path / "data"), "--num_pictures", "1"]
+    with patch("hgc_learn.report.write_page") as write_page:
+        assert main(["report", str(file), "--output", str(tmp_path / "report.html"), *options]) == 0
+    (psnr,) = write_page.call_args.kwargs["pictures"]["psnr_db"]
+    assert (psnr < 60) == is_said
 
 
 def test_a_file_that_says_half_of_what_it_saves_has_no_point() -> None:

@@ -77,6 +77,11 @@ def test_impossible_budget_is_refused(module: RouterModule, budget: float) -> No
         module.router.price(budget)
 
 
+def test_the_least_budget_can_be_met(module: RouterModule) -> None:
+    least = module.router.least_budget
+    assert module.router.kept(module.hard_schedule(least).compute) == least
+
+
 def test_gradient_does_not_move_the_expected_macs(module: RouterModule, batch: dict[str, Any]) -> None:
     module.generator = torch.Generator().manual_seed(0)
     assert isinstance(module.objective, Rollout)

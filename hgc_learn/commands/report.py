@@ -77,13 +77,17 @@ def _find_architecture(model: str | None, controlnet: str | None, schedule: HGCS
 
 
 def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture, dict[str, Any]]:
-    """The pipeline's architecture, and pictures with and without the schedule."""
+    """The pipeline's architecture, and pictures with and without the schedule: those without take all steps of the
+    setting that it was made for, which may be more than its own (`fewer_steps`)."""
+    from dataclasses import replace
+
     import torch
     from rich.progress import track
 
     from hgc_learn.architectures import Architecture
     from hgc_learn.evaluation import decode, picture_psnr
     from hgc_learn.rollout import generate, scheduled
+    from hgc_learn.timesteps import steps_for_calls
 
     if args.model is None:
         raise ValueError("--num_pictures needs a pipeline to make them: give it with --model.")
@@ -92,10 +96,13 @@ def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture
     if not batches:
         raise ValueError("--num_pictures needs control images and prompts: give a folder of them with --data.")
     pipe = load_weights(args, sampling)
+    if "num_inference_steps" not in _own_sampling(schedule):
+        steps = steps_for_calls(pipe.scheduler, schedule.num_inference_steps)
+        sampling = replace(sampling, num_inference_steps=steps or schedule.num_inference_steps)
     pictures: dict[str, Any] = {"text": [], "control": [], "full": [], "cached": [], "psnr_db": []}
     for batch in track(batches, description="making pictures"):
-        with scheduled(pipe, sampling, schedule) as sampling:
-            cached = generate(pipe, sampling, batch)
+        with scheduled(pipe, sampling, schedule) as own_sampling:
+            cached = generate(pipe, own_sampling, batch)
         latents = generate(pipe, sampling, batch), cached
         with torch.no_grad():
             full, cached = (decode(pipe, each).cpu() for each in latents)
@@ -108,20 +115,22 @@ def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture
 
 
 def _sampling(schedule: HGCSchedule) -> SamplingConfig:
-    """That of the schedule, its steps counted in model calls; what its fields do not say, from the settings of who
-    wrote it."""
+    """That of the uncached pipeline that the schedule was made for."""
     from hgc_learn.rollout import SamplingConfig
 
-    settings = schedule.producer.get("settings")
-    own = settings.get("sampling") if isinstance(settings, dict) else None
-    own = own if isinstance(own, dict) else {}
-    prompt, scale = own.get("negative_prompt"), own.get("controlnet_conditioning_scale")
     return SamplingConfig(
-        num_inference_steps=schedule.num_inference_steps,
         guidance_scale=schedule.guidance_scale,
         height=schedule.height,
         width=schedule.width,
-        negative_prompt=prompt if isinstance(prompt, str) else "",
-        controlnet_conditioning_scale=scale if isinstance(scale, float) else 1.0,
         scheduler=schedule.scheduler,
+        **_own_sampling(schedule),
     )
+
+
+def _own_sampling(schedule: HGCSchedule) -> dict[str, Any]:
+    """What a schedule's fields do not say, from the settings of who wrote it, a stranger maybe."""
+    settings = schedule.producer.get("settings")
+    own = settings.get("sampling") if isinstance(settings, dict) else None
+    own = own if isinstance(own, dict) else {}
+    types = {"num_inference_steps": int, "negative_prompt": str, "controlnet_conditioning_scale": float}
+    return {name: own[name] for name, kind in types.items() if type(own.get(name)) is kind}

@@ -161,7 +161,8 @@ def _tuning_costs(config: CompareConfig, rankings: Sequence[Ranking]) -> list[st
         "## What tuning cost",
         "",
         "Summed over the cells of a policy. Rollouts are pictures made, cached or not, what a policy measures or",
-        "searches itself included; training runs are told apart. Measurements that cells share count once.",
+        "searches itself included; training runs are told apart, with ≥ where one was interrupted: of it the last part",
+        "counts. Measurements that cells share count once.",
         "",
         "| policy | candidates | tried | rollouts | minutes | training, minutes |",
         "|---|---|---|---|---|---|",
@@ -169,12 +170,14 @@ def _tuning_costs(config: CompareConfig, rankings: Sequence[Ranking]) -> list[st
     for policy in config.policy_names:
         costs = [cell["tuning"] for ranking in rankings for cell in ranking.cells if cell["policy"] == policy]
         done = [Path(config.output) / "trained" / sampler / policy / "trained.json" for sampler in config.samplers]
-        training = [read_json(path)["minutes"] for path in done if path.is_file()]
+        trained = [read_json(path) for path in done if path.is_file()]
         if costs:
             totals = {name: sum(cost[name] for cost in costs) for name in costs[0]}
             entries = [f"`{policy}`", f"{totals['num_candidates']}", f"{totals['num_tried']}"]
             entries += [f"{totals['sample_rollouts']:.0f}", f"{totals['seconds'] / 60:.1f}"]
-            lines.append(_line([*entries, f"{sum(training):.1f}" if training else ""]))
+            at_least = "≥ " if any(training["resumed"] for training in trained) else ""
+            minutes = sum(training["minutes"] for training in trained)
+            lines.append(_line([*entries, f"{at_least}{minutes:.1f}" if trained else ""]))
     return [*lines, ""]
 
 

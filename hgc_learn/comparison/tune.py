@@ -119,7 +119,8 @@ def best(
     while len(left) > 1:
         num_scenes = min(tuning.num_scenes, max(tuning.num_screening_scenes, pictures // len(left)))
         for candidate, psnr in zip(left, seen, strict=True):
-            psnr.extend(judge(candidate, range(len(psnr), num_scenes)))
+            if len(psnr) < num_scenes:
+                psnr.extend(judge(candidate, range(len(psnr), num_scenes)))
         scores = [_mean(psnr) for psnr in seen]
         num_left = 1 if num_scenes == tuning.num_scenes else math.ceil(len(left) / 2)
         order = sorted(range(len(left)), key=lambda i: -scores[i])[:num_left]

@@ -151,6 +151,7 @@ DEFAULT = TuningConfig(max_candidates=96, num_screening_scenes=2, num_scenes=32)
         (DEFAULT, 1, []),
         (TuningConfig(4, 1, 3), 4, [(4, range(1)), (2, range(1, 2))]),  # one is left before it has seen all
         (TuningConfig(3, 2, 2), 3, [(3, range(2))]),
+        (TuningConfig(5, 1, 4), 5, [(5, range(1)), (2, range(1, 2))]),  # 5 pictures are no more for 3 than for 5
     ],
 )
 def test_rounds_share_the_same_number_of_pictures(

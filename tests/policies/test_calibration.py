@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,6 +84,23 @@ def test_what_is_known_is_not_measured_again() -> None:
         assert rollouts.num_samples == pytest.approx(num_samples)
         site_statistics(setting, ["unet:eps", "unet.mid_block.resnets.0:out"])
     assert rollouts.num_samples == pytest.approx(2 * num_samples)
+
+
+def test_what_was_measured_on_some_samples_only_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting, site = replace(measured_setting(), batches=[*shared_setting().batches] * 2), "unet:eps"
+    histories, calls = calibration._histories, iter(range(2))
+
+    def fail_at_the_second(*args: Any) -> Any:
+        if next(calls) == 1:
+            raise MemoryError
+        return histories(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "_histories", fail_at_the_second)
+        with pytest.raises(MemoryError):
+            site_statistics(setting, [site])
+    whole, half = (site_statistics(each, [site])[site].count for each in (setting, shared_setting()))
+    assert whole == 2 * half
 
 
 def test_sites_that_do_not_fit_into_memory_together_take_more_runs(monkeypatch: pytest.MonkeyPatch) -> None:
