@@ -74,10 +74,9 @@ class Plan:
     def macs_per_step(
         self, costs: Mapping[str, NodeCost], *, batch_size: int = 2, attention: bool = False
     ) -> list[int]:
-        return [
-            (1 if step.is_half else batch_size) * sum(costs[n].total(attention) for n in step.run)
-            for step in self.steps
-        ]
+        runs = {step.run for step in self.steps}  # few of them differ in most schedules
+        macs = {run: sum(costs[name].total(attention) for name in run) for run in runs}
+        return [(1 if step.is_half else batch_size) * macs[step.run] for step in self.steps]
 
     def ages(self) -> dict[str, list[int]]:
         """Per site that is ever loaded: how many steps old its latest value is where it is loaded, 0 elsewhere."""
@@ -190,9 +189,12 @@ def compile_plan(graph: Graph, rows: Mapping[str, str], num_steps: int) -> Plan:
             raise ValueError(f"Site {site!r} has {len(row)} steps, the schedule {num_steps}.")
         check_codes(site, row)
     history: dict[str, list[tuple[int, bool]]] = {site: [] for site in rows}  # (step, half only), the latest first
-    steps = []
+    steps, lives = [], {}
     for i in range(num_steps):
-        live = live_step(graph, {site for site, row in rows.items() if row[i] != COMPUTE})
+        reused = frozenset(site for site, row in rows.items() if row[i] != COMPUTE)
+        if reused not in lives:
+            lives[reused] = live_step(graph, reused)
+        live = lives[reused]
         load = tuple(_load(site, rows[site][i], history[site], i, live.is_half) for site in live.load)
         run = live.run
         if graph.guidance in rows and graph.output in run and not live.is_half:

@@ -22,21 +22,21 @@ FRESH_DEEPCACHE, PACKAGE = "deepcache:interval=3,branch=0,control=fresh", "DeepC
 FIGURES = sorted((ROOT / "benchmarks/speed").glob("*.json"))
 
 
-def bench(output: Path, *arguments: str) -> dict[str, dict]:
-    assert main(["bench", "--model", str(TEACHER), "--size", "64", "--output", str(output), *arguments]) == 0
+def bench(model: Path, output: Path, *arguments: str) -> dict[str, dict]:
+    assert main(["bench", "--model", str(model), "--size", "64", "--output", str(output), *arguments]) == 0
     return {row["schedule"]: row for row in json.loads(output.read_text())}
 
 
-def test_rows_of_policies_files_and_peers(tmp_path: Path) -> None:
+def test_rows_of_policies_files_and_peers(teacher: Path, tmp_path: Path) -> None:
     pytest.importorskip("DeepCache")
     rule, file = "deepcache:interval=2,control=fresh", tmp_path / "uniform.json"
-    assert main(["schedule", "uniform", "--model", str(TEACHER), "--steps", "4", "--output", str(file)]) == 0
+    options = ["--model", str(teacher), "--size", "64", "--steps", "4"]
+    assert main(["schedule", "uniform", *options, "--output", str(file)]) == 0
     more = ["--steps", "4", "--policy", "all-compute", "--policy", rule, "--schedule", str(file), "--peers"]
     other = tmp_path / "other" / file.name  # of the same name, with another schedule
-    other_options = ["--model", str(TEACHER), "--steps", "4", "--interval", "4", "--output", str(other)]
-    assert main(["schedule", "uniform", *other_options]) == 0
+    assert main(["schedule", "uniform", *options, "--interval", "4", "--output", str(other)]) == 0
     more += ["--rounds", "1", "--schedule", str(other)]
-    rows = bench(tmp_path / "speed.json", *more)
+    rows = bench(teacher, tmp_path / "speed.json", *more)
     names = [name.rpartition(" ")[0] for name in rows]
     assert names[2:4] == [str(file), str(other)]
     assert [*rows][:2] == ["all-compute", rule]
@@ -50,7 +50,7 @@ def test_rows_of_policies_files_and_peers(tmp_path: Path) -> None:
     assert cached["efficiency"] == pytest.approx(cached["speedup"] / cached["macs_ratio"], abs=1e-3)
     assert cached["predicted_cache_bytes"] == cached["cache_bytes"] > 0
     assert len(cached["pairs"]) == 1
-    again = bench(tmp_path / "speed.json", *more)
+    again = bench(teacher, tmp_path / "speed.json", *more)
     assert len(again[rule]["pairs"]) == 2
     assert again[rule]["pairs"][0] == cached["pairs"][0]
     assert f"| `{rule}` | 2 |" in (tmp_path / "speed.md").read_text()
@@ -71,8 +71,8 @@ def test_choices_per_channel_are_repeated_for_another_width() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_rows_are_told_apart(tmp_path: Path) -> None:
     more = ["--steps", "2", "--rounds", "1", "--policy", "all-compute"]
-    bench(tmp_path / "speed.json", *more)
-    bench(tmp_path / "speed.json", *more, "--compile")
+    bench(TEACHER, tmp_path / "speed.json", *more)
+    bench(TEACHER, tmp_path / "speed.json", *more, "--compile")
     plain, compiled = json.loads((tmp_path / "speed.json").read_text())
     assert (plain["compiled"], compiled["compiled"]) == (False, True)
     assert plain["macs"] == compiled["macs"] > 0

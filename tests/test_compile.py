@@ -18,7 +18,7 @@ from hgc_learn.setting import Setting
 from hgc_learn.specialise import specialise
 from hgc_learn.training import RouterModule
 
-ROWS = {"unet:guidance": "CC----", "unet.up_blocks.1.attentions.0:out": "C-C-C-"}
+ROWS = {"unet:guidance": "CCC---", "unet.up_blocks.1.attentions.0:out": "C-C-C-"}
 
 
 def num_graphs(tiny: TinyPipeline, rows: dict[str, str]) -> int:

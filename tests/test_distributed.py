@@ -3,72 +3,68 @@ schedule for each half."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from processes import start
 from training_fixtures import fit
 
 from hgc_learn import distributed
 from hgc_learn.objectives import Rollout
 from hgc_learn.training import RouterModule
 
-TESTS = Path(__file__).parent
 NUM_STEPS = 2
 
-# Two updates; if so asked, with an interruption between them, as Ctrl-C makes one, and a resumption.
-PROGRAM = """
-import sys
-from pathlib import Path
-import torch
-from test_distributed import NUM_STEPS
-from training_fixtures import fit
-from hgc_learn.training import RouterModule
 
-torch.set_num_threads(1)
-teacher, folder, is_interrupted, *more = sys.argv[1:]
-more += ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=1"]
-training_step = RouterModule.training_step
+def fit_and_resume(teacher: Path, folder: Path, more: list[str], is_interrupted: bool) -> None:
+    """Two updates; if so asked, with an interruption between them, as Ctrl-C makes one, and a resumption."""
+    training_step = RouterModule.training_step
 
-def interrupted(self, batch, batch_idx):
-    if self.global_step == 1:
-        raise KeyboardInterrupt
-    training_step(self, batch, batch_idx)
+    def interrupted(self: RouterModule, batch: dict[str, Any], batch_idx: int) -> None:
+        if self.global_step == 1:
+            raise KeyboardInterrupt
+        training_step(self, batch, batch_idx)
 
-if is_interrupted == "True":
-    RouterModule.training_step = interrupted
-    try:
-        fit(Path(teacher), Path(folder), NUM_STEPS, *more)
-    except (KeyboardInterrupt, SystemExit):
-        pass
-    RouterModule.training_step = training_step
-    ckpt_path = Path(folder, "checkpoints", "last.ckpt")
-    assert torch.load(ckpt_path, weights_only=True)["global_step"] == 1
-    more.append(f"--ckpt_path={ckpt_path}")
-fit(Path(teacher), Path(folder), NUM_STEPS, *more)
-"""
+    if is_interrupted:
+        with (
+            patch.object(RouterModule, "training_step", interrupted),
+            suppress(KeyboardInterrupt, SystemExit),
+        ):
+            fit(teacher, folder, NUM_STEPS, *more)
+        ckpt_path = folder / "checkpoints/last.ckpt"
+        assert torch.load(ckpt_path, weights_only=True)["global_step"] == 1
+        more = [*more, f"--ckpt_path={ckpt_path}"]
+    fit(teacher, folder, NUM_STEPS, *more)
 
 
 def fit_on_two(teacher: Path, folder: Path, *more: str, is_interrupted: bool) -> Path:
-    """Trains as `torchrun` starts it, on two processes; returns the last checkpoint."""
+    """Trains in two processes that find in their environment what `torchrun` puts there; returns the last
+    checkpoint."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    of_both = {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    of_both |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    arguments = [*more, "--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=1"]
     folder.mkdir()
-    program = folder / "program.py"
-    program.write_text(PROGRAM)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*launcher, str(program), str(teacher), str(folder), str(is_interrupted), *more],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = [folder / f"printed-{rank}" for rank in range(2)]
+    processes = [
+        start(
+            fit_and_resume,
+            *(teacher, folder, arguments, is_interrupted),
+            output=printed[rank],
+            environment=of_both | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.join(600)
+    assert [process.exitcode for process in processes] == [0, 0], [path.read_text()[-3000:] for path in printed]
     return folder / "checkpoints/last.ckpt"
 
 

@@ -3,11 +3,9 @@ had happened."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -16,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_python, start
 from training_fixtures import fit, fit_arguments
 
-ROOT = Path(__file__).parent.parent
 # One update per epoch, and a checkpoint after each.
 MORE = ["--model.objective.num_warm_start_batches=0", "--data.num_train=2", "--trainer.max_epochs=100"]
 
@@ -26,26 +24,20 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The 'train_dataloader' does not have many workers", "ignore:You are trying to `self.log"
 )
 
-KILLS_ITSELF = """
-import os, runpy, signal, sys
-event, number, *sys.argv = sys.argv[1:]
-left = int(number)
-def hook(name, args):
-    global left
-    if name == event and "checkpoints" in str(args[0]):
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(hook)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-"""Runs a program until Python is about to do something with a file of the checkpoints for the n-th time."""
 
+def train_until(event: str, number: int, arguments: Sequence[str]) -> None:
+    """Ends it when Python is about to do something with a file of the checkpoints for the n-th time."""
+    left = number
 
-def start(program: Sequence[str], arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *program, str(ROOT / "train.py"), *arguments]
-    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def hook(name: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if name == event and "checkpoints" in str(arguments[0]):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    run_python(["train.py", *arguments])
 
 
 def resume_from(ckpt_path: Path) -> list[str]:
@@ -72,19 +64,23 @@ def test_killed_while_a_checkpoint_is_written(teacher: Path, tmp_path: Path) -> 
     ckpt_path = tmp_path / "parts" / "checkpoints" / "last.ckpt"
     for event, number, saved in (("os.rename", 2, 1), ("tempfile.mkstemp", 2, 2)):
         arguments = fit_arguments(teacher, tmp_path / "parts", 4, *MORE, *resume_from(ckpt_path))
-        assert start(["-c", KILLS_ITSELF, event, str(number)], arguments).wait() == -signal.SIGKILL
+        process = start(train_until, event, number, arguments)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert load(ckpt_path)["global_step"] == saved
     assert_same_router(load(fit(teacher, tmp_path / "parts", 4, *MORE, *resume_from(ckpt_path))), whole)
 
 
 def test_a_training_that_is_asked_to_end_says_that_it_has_not_ended_by_itself(teacher: Path, tmp_path: Path) -> None:
     ckpt_path = tmp_path / "checkpoints" / "last.ckpt"
-    process = start([], fit_arguments(teacher, tmp_path, 10_000, *MORE, "--trainer.max_epochs=10000"))
+    arguments = fit_arguments(teacher, tmp_path, 10_000, *MORE, "--trainer.max_epochs=10000")
+    process = start(run_python, ["train.py", *arguments])
     while not ckpt_path.exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.1)
     process.terminate()
-    assert process.wait() == 128 + signal.SIGTERM
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
     assert 0 < load(ckpt_path)["global_step"] < 10_000
 
 
@@ -95,14 +91,15 @@ def test_killed_at_random_moments(teacher: Path, tmp_path: Path, capsys: pytest.
     ckpt_path = tmp_path / "parts" / "checkpoints" / "last.ckpt"
     while not steps or steps[-1] < num_steps:
         before = ckpt_path.read_bytes() if ckpt_path.exists() else b""
-        process = start([], fit_arguments(teacher, tmp_path / "parts", num_steps, *MORE, *resume_from(ckpt_path)))
-        while process.poll() is None and (not ckpt_path.exists() or ckpt_path.read_bytes() == before):
+        arguments = fit_arguments(teacher, tmp_path / "parts", num_steps, *MORE, *resume_from(ckpt_path))
+        process = start(run_python, ["train.py", *arguments])
+        while process.is_alive() and (not ckpt_path.exists() or ckpt_path.read_bytes() == before):
             time.sleep(0.01)
         seen = load(ckpt_path)["global_step"]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(rng.uniform(0, 2) if num_kills < 12 else None)
+        process.join(rng.uniform(0, 2) if num_kills < 12 else None)
         process.kill()
-        num_kills += process.wait() == -signal.SIGKILL
+        process.join()
+        num_kills += process.exitcode == -signal.SIGKILL
         steps.append(load(ckpt_path)["global_step"])
         assert steps[-1] >= seen
     assert_same_router(load(ckpt_path), load(fit(teacher, tmp_path / "whole", num_steps, *MORE)))

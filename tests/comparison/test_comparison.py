@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from processes import run_python, start
 from small_comparison import SAMPLER, rows, write
 
 from hgc_learn.__main__ import main
@@ -111,15 +108,13 @@ def test_a_comparison_on_ones_own_pictures(settings: dict[str, Any], tmp_path: P
 def test_a_killed_comparison_goes_on_where_it_was(settings: dict[str, Any], tmp_path: Path) -> None:
     settings["budgets"] = [0.8, 0.6, 0.4]
     path = write(settings, tmp_path)
-    command = [sys.executable, "-m", "hgc_learn", "compare", "--config", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(run_python, ["-m", "hgc_learn", "compare", "--config", str(path)])
     first = tmp_path / "run" / "cells" / SAMPLER / "uniform" / "0.8.json"
     deadline = time.monotonic() + 300
-    while not first.is_file() and time.monotonic() < deadline and process.poll() is None:
+    while not first.is_file() and time.monotonic() < deadline and process.is_alive():
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert first.is_file()
     config = read_config(path)
     cells = list(Selection.of(config).cells())
@@ -235,11 +230,12 @@ def test_two_processes_share_the_cells_and_find_the_same(settings: dict[str, Any
     alone = settings | {"output": str(tmp_path / "alone"), "report": str(tmp_path / "alone_report")}
     assert main(["compare", "--config", str(write(alone, tmp_path))]) == 0
     path = write(settings, tmp_path)
-    command = [sys.executable, "-m", "hgc_learn", "compare", "--config", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    command, printed = ["-m", "hgc_learn", "compare", "--config", str(path)], [tmp_path / "first", tmp_path / "second"]
+    processes = [start(run_python, command, output=output) for output in printed]
+    for process in processes:
+        process.join()
+    outputs = [output.read_text() for output in printed]
+    assert [process.exitcode for process in processes] == [0, 0]
     assert main(["compare", "--config", str(path)]) == 0  # who ended first reported what was there
     found, expected = rows(settings), rows(alone)
     assert found.keys() == expected.keys()

@@ -20,9 +20,9 @@ from hgc_learn.setting import Setting
 NUM_STEPS = 12
 
 
-def build(*, controlnet: bool) -> TinyPipeline:
+def build(*, controlnet: bool, shape: str = "small") -> TinyPipeline:
     """With random weights attention and control hardly move the latents; here every step that reuses them shows."""
-    tiny = build_pipeline("sd15", scheduler=DDIMScheduler(steps_offset=1, clip_sample=False))
+    tiny = build_pipeline(shape, scheduler=DDIMScheduler(steps_offset=1, clip_sample=False))
     for model in (tiny.pipe.unet, tiny.pipe.controlnet):
         for module in model.modules():
             if isinstance(module, Attention):

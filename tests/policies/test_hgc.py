@@ -100,7 +100,7 @@ def hook_models(
 def test_latents_equal_hooked_modules(
     interval: int, encoder: bool, fresh_decoder_blocks: int, cross_interval: int, gate: int
 ) -> None:
-    tiny = build(controlnet=True)
+    tiny = build(controlnet=True, shape="sd15")
     full = run(tiny)
     knobs = {
         "interval": interval,
@@ -116,7 +116,7 @@ def test_latents_equal_hooked_modules(
 
 
 def test_without_guidance_nothing_is_averaged_or_dropped() -> None:
-    tiny = build(controlnet=True)
+    tiny = build(controlnet=True, shape="sd15")
     setting = Setting.of_pipeline(tiny.pipe, SamplingConfig(NUM_STEPS, 1.0, IMAGE_SIZE, IMAGE_SIZE))
     draft = POLICIES["hgc"].write(setting, gate=3)
     assert setting.graph.guidance not in draft.sites
@@ -142,7 +142,7 @@ def test_default_costs_what_the_paper_says() -> None:
 
 
 def test_the_file_says_that_it_is_a_reconstruction() -> None:
-    tiny = build(controlnet=True)
+    tiny = build(controlnet=True, shape="sd15")
     policy = POLICIES["hgc"]
     schedule = policy.schedule(Setting.of_pipeline(tiny.pipe, unmeasured_setting("sd15-controlnet").sampling))
     assert "reconstruction" in schedule.producer["paper"]

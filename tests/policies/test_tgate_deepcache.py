@@ -51,7 +51,7 @@ POLICY = POLICIES["tgate_deepcache"]
 def test_latents_equal_the_authors_package(
     gate: int, warm_up: int, intervals: tuple[int, int], interval: int, branch: int
 ) -> None:
-    tiny = build(controlnet=False)
+    tiny = build(controlnet=False, shape="small" if branch < 2 else "sd15")
     full = run(tiny)
     early, late = intervals
     knobs = {"gate": gate, "warm_up": warm_up, "interval": interval, "branch": branch}
@@ -74,7 +74,7 @@ def test_latents_with_a_controlnet(
     gate: int, intervals: tuple[int, int], branch: int, control: str, controlnet: bool
 ) -> None:
     """The packages have no ControlNet pipeline: their rules on the models of a loop written out."""
-    tiny = build(controlnet=True)
+    tiny = build(controlnet=True, shape="small" if branch < 2 else "sd15")
     early, late = intervals
     knobs = {"gate": gate, "self_attention_interval": early, "late_self_attention_interval": late, "branch": branch}
     ours = run_policy(tiny, "tgate_deepcache", {**knobs, "control": control, "controlnet": controlnet})
