@@ -23,9 +23,9 @@ import torch
 from seeds import Recipe
 from torch import Tensor
 
-from hgc_learn.comparison.samples import draw_batches, render
+from hgc_learn.comparison.samples import draw_batches
 from hgc_learn.effects import Choices, Effects
-from hgc_learn.evaluation import picture_psnr
+from hgc_learn.evaluation import picture_psnr, render
 from hgc_learn.export import decide, load_run
 from hgc_learn.files import save_json
 from hgc_learn.hard import HardSchedule

@@ -22,9 +22,9 @@ import torch
 from hgc_learn.comparison.config import CompareConfig, read_config
 from hgc_learn.comparison.metrics import Obedience
 from hgc_learn.comparison.ranking import collect
-from hgc_learn.comparison.samples import draw_batches, render
+from hgc_learn.comparison.samples import draw_batches
 from hgc_learn.comparison.statistics import mean_interval, paired_difference
-from hgc_learn.evaluation import picture_psnr
+from hgc_learn.evaluation import picture_psnr, render
 from hgc_learn.export import decide, load_run
 from hgc_learn.files import save_json
 from hgc_learn.learning import Learning

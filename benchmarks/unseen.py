@@ -19,9 +19,9 @@ from rich.progress import track
 from hgc_learn.comparison.cells import cell_files
 from hgc_learn.comparison.config import CompareConfig, read_config
 from hgc_learn.comparison.ranking import Ranking, collect
-from hgc_learn.comparison.samples import draw_batches, render
+from hgc_learn.comparison.samples import draw_batches
 from hgc_learn.comparison.statistics import mean_interval, paired_difference
-from hgc_learn.evaluation import picture_psnr
+from hgc_learn.evaluation import picture_psnr, render
 from hgc_learn.files import save_json
 from hgc_learn.rollout import load_pipeline
 from hgc_learn.schedule import HGCSchedule

@@ -1,21 +1,19 @@
-"""Measures a schedule against the uncached pipeline: the same prompts, controls and seeds, side by side."""
+"""What a pipeline makes with a schedule and without, of the same prompts, controls and seeds, and how close it is."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from hgc_learn.inference import HGCSchedule
 from hgc_learn.rollout import SamplingConfig, generate, scheduled
-
-UpdateMetric = Callable[[Metric, Tensor, dict[str, Any]], None]
 
 
 def picture_psnr(pictures: Tensor, references: Tensor) -> Tensor:
@@ -26,72 +24,58 @@ def picture_psnr(pictures: Tensor, references: Tensor) -> Tensor:
     return psnr.clamp(max=120.0)
 
 
-def evaluate_schedule(
-    pipe: Any,
-    sampling: SamplingConfig,
-    schedule: HGCSchedule,
-    batches: Iterable[dict[str, Any]],
-    *,
-    metrics: dict[str, Callable[[], Metric]] | None = None,
-    update: UpdateMetric | None = None,
-    num_pictures: int = 8,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Generates every sample with and without the schedule, in turns, and compares.
+@dataclass(frozen=True)
+class Samples:
+    """What a run made of n samples: `latents` [n, channels, h, w], `pictures` [n, 3, height, width] in [0, 1]."""
 
-    Args:
-        pipe: the pipeline, without a schedule.
-        batches: as for `generate`.
-        metrics: judge the pictures themselves; each is computed once for `full` and once for `cached`.
-        update: `update(metric, pictures, batch)` feeds one batch to a metric.
-        num_pictures: samples of which the pictures are kept.
+    latents: Tensor
+    pictures: Tensor
 
-    Returns:
-        The figures (PSNR and SSIM are means over samples; `wall_clock_speedup` is the median over batches of the
-        ratio of the two denoising loops' times) and the pictures: `text`, `control`, `full`, `cached`.
-    """
-    meters = {f"{name}_{way}": make() for name, make in (metrics or {}).items() for way in ("full", "cached")}
-    psnr: list[Tensor] = []
-    ssim: list[Tensor] = []
-    latent_errors: list[Tensor] = []
-    speedups: list[float] = []
-    shown: dict[str, list[Any]] = {"text": [], "control": [], "full": [], "cached": []}
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def closeness(samples: Samples, full: Samples) -> dict[str, Tensor]:
+    """Per sample [n], against the uncached one of the same seed: PSNR in dB, SSIM, relative L2 error of the latents."""
+    similarity = structural_similarity_index_measure(samples.pictures, full.pictures, data_range=1.0, reduction="none")
+    assert isinstance(similarity, Tensor)
+    error = (samples.latents - full.latents).flatten(1).norm(dim=1)
+    return {
+        "psnr_db": picture_psnr(samples.pictures, full.pictures),
+        "ssim": similarity,
+        "latent_rel_l2": error / full.latents.flatten(1).norm(dim=1),
+    }
+
+
+def render(
+    pipe: Any, sampling: SamplingConfig, batches: Iterable[dict[str, Any]], schedule: HGCSchedule | None = None
+) -> Samples:
+    """What the pipeline makes of the batches (as for `generate`), with a schedule or without; on the CPU."""
+    with scheduled(pipe, sampling, schedule) as sampling:
+        return _decoded_samples(pipe, [generate(pipe, sampling, batch) for batch in batches])
+
+
+def side_by_side(
+    pipe: Any, sampling: SamplingConfig, schedule: HGCSchedule, batches: Iterable[dict[str, Any]]
+) -> tuple[Samples, Samples, float]:
+    """What the pipeline makes of the batches without the schedule and with it, in turns; and the median over batches
+    of the ratio of the two denoising loops' times."""
+    latents: dict[str, list[Tensor]] = {"full": [], "cached": []}
+    speedups = []
     for index, batch in enumerate(batches):
-        latents, seconds = {}, {}
+        seconds = {}
         for way in ("full", "cached") if index % 2 else ("cached", "full"):
-            latents[way], seconds[way] = timed(pipe, sampling, batch, schedule if way == "cached" else None)
-        with torch.no_grad():
-            pictures = {way: decode(pipe, x).cpu() for way, x in latents.items()}
+            made, seconds[way] = timed(pipe, sampling, batch, schedule if way == "cached" else None)
+            latents[way].append(made)
         speedups.append(seconds["full"] / seconds["cached"])
-        error = (latents["cached"] - latents["full"]).flatten(1).norm(dim=1)
-        latent_errors.append((error / latents["full"].flatten(1).norm(dim=1)).cpu())
-        pair = (pictures["cached"], pictures["full"])
-        psnr.append(picture_psnr(*pair))
-        similarity = structural_similarity_index_measure(*pair, data_range=1.0, reduction="none")
-        assert isinstance(similarity, Tensor)
-        ssim.append(similarity)
-        for name, meter in meters.items():
-            assert update is not None
-            update(meter, pictures[name.rpartition("_")[2]], batch)
-        if len(shown["text"]) < num_pictures:
-            shown["text"] += batch["text"]
-            shown["control"].append(batch["conditioning_image"])
-            for way, x in pictures.items():
-                shown[way].append(x)
-    values = torch.cat(psnr)
-    figures = {
-        "num_samples": len(values),
-        "psnr_db": float(values.mean()),
-        "psnr_ci95_db": 1.96 * float(values.std()) / len(values) ** 0.5,
-        "ssim": float(torch.cat(ssim).mean()),
-        "latent_rel_l2": float(torch.cat(latent_errors).mean()),
-        "wall_clock_speedup": statistics.median(speedups),
-        **{name: float(meter.compute()) for name, meter in meters.items()},
-    }
-    kept: dict[str, Any] = {
-        name: torch.cat(parts)[:num_pictures] if name != "text" else parts[:num_pictures]
-        for name, parts in shown.items()
-    }
-    return figures, kept
+    full, cached = (_decoded_samples(pipe, those) for those in latents.values())
+    return full, cached, statistics.median(speedups)
+
+
+@torch.no_grad()
+def _decoded_samples(pipe: Any, latents: Sequence[Tensor]) -> Samples:
+    pictures = [decode(pipe, part).cpu() for part in latents]
+    return Samples(torch.cat([*latents]).cpu(), torch.cat(pictures))
 
 
 def timed(

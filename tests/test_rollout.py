@@ -13,8 +13,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from training_fixtures import SAMPLING
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
-from hgc_learn.comparison.samples import render
-from hgc_learn.evaluation import picture_psnr, timed
+from hgc_learn.evaluation import picture_psnr, render, timed
 from hgc_learn.inference import apply_schedule
 from hgc_learn.policies import POLICIES
 from hgc_learn.rollout import generate, load_pipeline

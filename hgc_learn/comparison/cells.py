@@ -13,18 +13,11 @@ import torch
 from torch import Tensor
 
 from hgc_learn.comparison.config import CompareConfig
-from hgc_learn.comparison.metrics import (
-    Obedience,
-    Samples,
-    SceneFID,
-    closeness,
-    closeness_figures,
-    optional_metric,
-)
-from hgc_learn.comparison.samples import full_samples, read_batches, render
+from hgc_learn.comparison.metrics import Obedience, SceneFID, closeness_figures, optional_metric
+from hgc_learn.comparison.samples import full_samples, read_batches
 from hgc_learn.comparison.trained import checkpoint
 from hgc_learn.comparison.tune import Candidate, Candidates, best, count_rollouts, list_candidates, plain, shortlist
-from hgc_learn.evaluation import picture_psnr
+from hgc_learn.evaluation import Samples, closeness, picture_psnr, render
 from hgc_learn.files import read_json
 from hgc_learn.fingerprint import SAME_NORM_TOLERANCE, ModelFingerprint
 from hgc_learn.macs import BudgetError

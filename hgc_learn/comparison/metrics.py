@@ -13,27 +13,15 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from hgc_learn.comparison.statistics import mean_interval, resampled_interval
 from hgc_learn.demo.features import load_features
 from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
-from hgc_learn.evaluation import picture_psnr
+from hgc_learn.evaluation import Samples
 
 Batch = dict[str, Any]
 CLIP_MODEL: Final = "openai/clip-vit-base-patch16"
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What a run made of n scenes: `latents` [n, channels, h, w], `pictures` [n, 3, height, width] in [0, 1]."""
-
-    latents: Tensor
-    pictures: Tensor
-
-    def __len__(self) -> int:
-        return len(self.latents)
 
 
 @dataclass(frozen=True)
@@ -114,18 +102,6 @@ class SceneFID:
         for part in pictures.split(64):
             self.metric.update(part, real=False)
         return max(0.0, float(self.metric.compute()))
-
-
-def closeness(samples: Samples, full: Samples) -> dict[str, Tensor]:
-    """Per sample [n], against the uncached one of the same seed: PSNR in dB, SSIM, relative L2 error of the latents."""
-    similarity = structural_similarity_index_measure(samples.pictures, full.pictures, data_range=1.0, reduction="none")
-    assert isinstance(similarity, Tensor)
-    error = (samples.latents - full.latents).flatten(1).norm(dim=1)
-    return {
-        "psnr_db": picture_psnr(samples.pictures, full.pictures),
-        "ssim": similarity,
-        "latent_rel_l2": error / full.latents.flatten(1).norm(dim=1),
-    }
 
 
 def closeness_figures(per_sample: dict[str, Tensor]) -> dict[str, Any]:

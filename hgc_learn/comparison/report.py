@@ -15,7 +15,8 @@ from hgc_learn.comparison.cells import cell_files
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.markdown import markdown, verdict
 from hgc_learn.comparison.ranking import Ranking, Row, collect, public_rows
-from hgc_learn.comparison.samples import read_batches, render
+from hgc_learn.comparison.samples import read_batches
+from hgc_learn.evaluation import render
 from hgc_learn.figures import picture_grid, save_figure
 from hgc_learn.files import save_json, write_atomically
 from hgc_learn.rollout import load_pipeline

@@ -11,20 +11,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from hgc_learn.comparison.config import CompareConfig
-from hgc_learn.comparison.metrics import Batch, Samples
+from hgc_learn.comparison.metrics import Batch
 from hgc_learn.data import ControlDataModule
 from hgc_learn.demo.scenes import SceneDataset
-from hgc_learn.evaluation import decode
+from hgc_learn.evaluation import Samples, render
 from hgc_learn.files import write_atomically
-from hgc_learn.rollout import SamplingConfig, generate, scheduled
-from hgc_learn.schedule import HGCSchedule
+from hgc_learn.rollout import SamplingConfig
 
 FIRST_SEEDS = {"train": 0, "validation": 1_000_000, "test": 2_000_000}  # of the noise, where samples have no seeds
 
@@ -55,17 +53,6 @@ def read_batches(config: CompareConfig, split: str, num_samples: int, batch_size
     )
     module.setup("fit")
     return list(DataLoader(Subset(module.train_data, range(offset, offset + num_samples)), batch_size))
-
-
-@torch.no_grad()
-def render(
-    pipe: Any, sampling: SamplingConfig, batches: Sequence[Batch], schedule: HGCSchedule | None = None
-) -> Samples:
-    """What the pipeline makes of the batches, with a schedule or without; on the CPU."""
-    with scheduled(pipe, sampling, schedule) as sampling:
-        latents = [generate(pipe, sampling, batch) for batch in batches]
-    pictures = [decode(pipe, part).cpu() for part in latents]
-    return Samples(torch.cat(latents).cpu(), torch.cat(pictures))
 
 
 def full_samples(

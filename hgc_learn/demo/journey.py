@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torchmetrics import Metric
 from hgc_learn.cli import train
 from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
 from hgc_learn.demo.scenes import SceneDataset
-from hgc_learn.evaluation import evaluate_schedule
+from hgc_learn.evaluation import closeness, side_by_side
 from hgc_learn.export import check_folder, export
 from hgc_learn.figures import picture_grid, save_figure
 from hgc_learn.files import save_json
@@ -26,6 +27,7 @@ from hgc_learn.learning import ALL, Learning
 from hgc_learn.rollout import SamplingConfig, default_device
 
 EVALUATION_BATCH_SIZE = 16
+NUM_SHOWN = 8
 
 
 def run_demo(
@@ -78,15 +80,11 @@ def run_demo(
 def judge(path: Path, pipe: Any, sampling: SamplingConfig, num_scenes: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compares a schedule with the uncached teacher on held-out scenes; figures and pictures."""
     schedule = HGCSchedule.load(path)
-    loader = DataLoader(SceneDataset("test", num_scenes), EVALUATION_BATCH_SIZE)
-    figures, pictures = evaluate_schedule(
-        pipe,
-        sampling,
-        schedule,
-        track(loader, description="generating"),
-        metrics={"control_miou": ControlMeanIoU, "color_accuracy": ColorAccuracy},
-        update=_update,
-    )
+    batches = [*DataLoader(SceneDataset("test", num_scenes), EVALUATION_BATCH_SIZE)]
+    full, cached, speedup = side_by_side(pipe, sampling, schedule, track(batches, description="generating"))
+    per_sample = closeness(cached, full)
+    figures = {name: float(values.mean()) for name, values in per_sample.items()}
+    obedience = {"full": _obedience(full.pictures, batches), "cached": _obedience(cached.pictures, batches)}
     macs = schedule.macs
     return {
         "budget": schedule.producer["settings"]["budget"],
@@ -95,15 +93,28 @@ def judge(path: Path, pipe: Any, sampling: SamplingConfig, num_scenes: int) -> t
         "macs_reduction": 1 - macs["cached"] / macs["full"],
         "macs_full_attention": macs["full_attention"],
         "macs_cached_attention": macs["cached_attention"],
+        "num_samples": len(full),
         **figures,
-        "control_miou_relative_loss": 1 - figures["control_miou_cached"] / figures["control_miou_full"],
-        "color_accuracy_relative_loss": 1 - figures["color_accuracy_cached"] / figures["color_accuracy_full"],
+        "psnr_ci95_db": 1.96 * float(per_sample["psnr_db"].std()) / len(full) ** 0.5,
+        "wall_clock_speedup": speedup,
+        **{f"{name}_{way}": value for way, values in obedience.items() for name, value in values.items()},
+        **{f"{name}_relative_loss": 1 - value / obedience["full"][name] for name, value in obedience["cached"].items()},
         "num_threads": torch.get_num_threads(),
-    }, pictures
+    }, {
+        "text": batches[0]["text"][:NUM_SHOWN],
+        "control": batches[0]["conditioning_image"][:NUM_SHOWN],
+        "full": full.pictures[:NUM_SHOWN],
+        "cached": cached.pictures[:NUM_SHOWN],
+    }
 
 
-def _update(metric: Metric, pictures: Tensor, batch: dict[str, Any]) -> None:
-    metric.update(pictures, batch["label_map"], batch["object_colors"])
+def _obedience(pictures: Tensor, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """To control and caption."""
+    metrics: dict[str, Metric] = {"control_miou": ControlMeanIoU(), "color_accuracy": ColorAccuracy()}
+    for metric in metrics.values():
+        for part, batch in zip(pictures.split(EVALUATION_BATCH_SIZE), batches, strict=True):
+            metric.update(part, batch["label_map"], batch["object_colors"])
+    return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
 def summary_table(summary: dict[str, Any]) -> Table:

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from hgc_learn.comparison.config import TuningConfig
-from hgc_learn.comparison.metrics import Obedience, Samples, SceneFID, closeness, closeness_figures, optional_metric
+from hgc_learn.comparison.metrics import Obedience, SceneFID, closeness_figures, optional_metric
 from hgc_learn.comparison.statistics import mean_interval, paired_difference
 from hgc_learn.comparison.tune import Candidate, best, shortlist
 from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
 from hgc_learn.demo.scenes import SceneDataset
+from hgc_learn.evaluation import Samples, closeness
 from hgc_learn.setting import Draft
 
 
