@@ -8,9 +8,8 @@ Shape legend: H halves of the batch (2 where it holds an unguided and a guided o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +78,7 @@ def stack_call(call: ops.Call, timesteps: Tensor, num_halves: int) -> ops.Call:
         sample=repeated(call.sample),
         timestep=timesteps[None, :, None].expand(num_halves, num_steps, num_samples).flatten().to(call.sample.device),
         **{
-            name: _map_tensors(getattr(call, name), repeated)
+            name: ops.map_tensors(getattr(call, name), repeated)
             for name in (
                 "encoder_hidden_states",
                 "prompt_embeds",
@@ -91,14 +90,3 @@ def stack_call(call: ops.Call, timesteps: Tensor, num_halves: int) -> ops.Call:
             )
         },
     )
-
-
-def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """`function` of every tensor in nested arguments that has a batch."""
-    if isinstance(value, Tensor):
-        return function(value) if value.ndim else value
-    if isinstance(value, dict):
-        return {name: _map_tensors(part, function) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_map_tensors(part, function) for part in value)
-    return value

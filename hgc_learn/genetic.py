@@ -19,7 +19,7 @@ Genes = NDArray[np.int64]
 def search(
     error: Callable[[Genes], float],
     kept: Callable[[Genes], float],
-    seeds: Sequence[Genes],
+    starts: Sequence[Genes],
     sizes: Sequence[int],
     *,
     budget: float,
@@ -27,18 +27,18 @@ def search(
     generations: int,
     seed: int,
 ) -> Genes:
-    """Minimises `error` among genes with `kept` at most `budget`; never ends worse than the best of the seeds.
+    """Minimises `error` among genes with `kept` at most `budget`; never ends worse than the best of the starts.
 
     Args:
-        seeds: where it starts from, all within the budget; the best `population` of them survive.
+        starts: where it begins, all within the budget; the best `population` of them survive.
         sizes: number of alternatives of each gene.
-        generations: after the seeds; each costs `population` evaluations.
+        generations: after the starts; each costs `population` evaluations.
     """
-    shape = seeds[0].shape
+    shape = starts[0].shape
     problem = _Schedules(error, shape, sizes)
     vary = _Variation(kept, shape, sizes, budget)
-    starts = np.stack([genes.ravel() for genes in seeds])
-    algorithm = GA(pop_size=population, sampling=starts, crossover=_StepCrossover(shape), mutation=vary)
+    flat = np.stack([genes.ravel() for genes in starts])
+    algorithm = GA(pop_size=population, sampling=flat, crossover=_StepCrossover(shape), mutation=vary)
     algorithm.setup(problem, termination=("n_gen", generations + 1), seed=seed, verbose=False)
     result = algorithm.run()
     best: Genes = result.X.reshape(shape).astype(np.int64)

@@ -7,6 +7,7 @@ width], tokens [batch, height * width, channels].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,13 +96,18 @@ def controlnet_call(
 
 def guided_half(call_arguments: Any) -> Any:
     """The second half of every tensor in nested arguments whose first dimension is a batch."""
-    if isinstance(call_arguments, Tensor):
-        return call_arguments[call_arguments.shape[0] // 2 :] if call_arguments.ndim else call_arguments
-    if isinstance(call_arguments, dict):
-        return {name: guided_half(value) for name, value in call_arguments.items()}
-    if isinstance(call_arguments, list | tuple):
-        return type(call_arguments)(guided_half(value) for value in call_arguments)
-    return call_arguments
+    return map_tensors(call_arguments, lambda tensor: tensor[tensor.shape[0] // 2 :])
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`function` of every tensor in nested arguments that has a batch."""
+    if isinstance(value, Tensor):
+        return function(value) if value.ndim else value
+    if isinstance(value, dict):
+        return {name: map_tensors(part, function) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(part, function) for part in value)
+    return value
 
 
 def _mask_to_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

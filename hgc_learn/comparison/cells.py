@@ -218,7 +218,7 @@ class PolicyBench:
             offered = self.candidates(budget)
             shortlisted = shortlist(offered.found, budget, config.tuning)
             if not shortlisted:
-                return row | {"reason": _reason(offered, budget), "num_candidates": offered.num_candidates}
+                return row | {"reason": _reason(offered), "num_candidates": offered.num_candidates}
 
             trial = 0
 
@@ -266,8 +266,8 @@ class PolicyBench:
         }
 
 
-def _reason(offered: Candidates, budget: float) -> str:
-    """Why no candidate meets a budget.
+def _reason(offered: Candidates) -> str:
+    """Why no candidate meets the budget.
 
     Raises:
         ValueError: the policy refused every candidate, and none for the budget.

@@ -14,7 +14,7 @@ from hgc_learn.comparison import OURS
 from hgc_learn.comparison.cells import cell_files
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.markdown import markdown, verdict
-from hgc_learn.comparison.ranking import Ranking, Row, collect, public_rows
+from hgc_learn.comparison.ranking import Ranking, collect, public_rows
 from hgc_learn.comparison.samples import read_batches
 from hgc_learn.evaluation import render
 from hgc_learn.figures import picture_grid, save_figure
@@ -23,8 +23,8 @@ from hgc_learn.rollout import load_pipeline
 from hgc_learn.schedule import HGCSchedule
 
 
-def write_report(config: CompareConfig, *, command: str) -> list[Row]:
-    """Writes the four files from the cells that are there; returns the rows.
+def write_report(config: CompareConfig, *, command: str) -> None:
+    """Writes the four files from the cells that are there.
 
     Raises:
         ValueError: after everything is written, if cells have failed.
@@ -51,7 +51,6 @@ def write_report(config: CompareConfig, *, command: str) -> list[Row]:
     failed = [f"{row['sampler']} {row['policy']} {row['budget']:g}" for row in rows if "error" in row]
     if failed:
         raise ValueError(f"{len(failed)} cells failed; their files under {config.output}/cells say how: {failed}")
-    return rows
 
 
 def pareto_figure(config: CompareConfig, rankings: Sequence[Ranking]) -> Figure:

@@ -39,8 +39,8 @@ def run_demo(
     learning: Learning = ALL,
     resume: bool = False,
     training_arguments: list[str] | None = None,
-) -> dict[str, Any]:
-    """Trains, exports and compares; returns the summary that it writes to `output`/summary.json."""
+) -> None:
+    """Trains, exports and compares; writes what comes out to `output`/summary.json."""
     check_folder(output, budget)
     console, start = Console(), time.monotonic()
     console.rule("1. training the router")
@@ -74,7 +74,6 @@ def run_demo(
     console.print(summary_table(summary))
     for name in ("hgc_schedule.json", "comparison.png", "summary.json"):
         console.print(f"wrote {output / name}")
-    return summary
 
 
 def judge(path: Path, pipe: Any, sampling: SamplingConfig, num_scenes: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -65,7 +65,7 @@ class Photographs:
             width, height = picture.size
             edges = (left * width, top * height, (left + size) * width, (top + size) * height)
             box = (round(edges[0]), round(edges[1]), round(edges[2]), round(edges[3]))
-            part = _RESIZE.resize(picture.convert("RGB").crop(box), IMAGE_SIZE, IMAGE_SIZE)
+            part = _RESIZE.resize(picture.crop(box), IMAGE_SIZE, IMAGE_SIZE)
             parts.append(ImageOps.mirror(part) if mirrored else part)
         control = canny(parts[0]) if self.condition else parts[1]
         return {"image": _array(parts[0]), "control": _array(control), "text": text}

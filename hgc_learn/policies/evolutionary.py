@@ -58,9 +58,9 @@ def evolutionary(
 
     from hgc_learn.genetic import search
 
-    seeds = rules(encoding, budget)
+    starts = rules(encoding, budget)
     with Progress() as bar:
-        task = bar.add_task("evolving", total=len(seeds) + population * generations)
+        task = bar.add_task("evolving", total=len(starts) + population * generations)
         best = -float("inf")
 
         def error(genes: Genes) -> float:
@@ -73,14 +73,14 @@ def evolutionary(
         genes = search(
             error,
             encoding.kept,
-            seeds,
+            starts,
             encoding.sizes,
             budget=budget,
             population=population,
             generations=generations,
             seed=seed,
         )
-        bar.update(task, completed=len(seeds) + population * generations)
+        bar.update(task, completed=len(starts) + population * generations)
     return encoding.draft(genes)
 
 
