@@ -47,7 +47,8 @@ def run_demo(
     ckpt_path = output / "checkpoints" / "last.ckpt"
     arguments = ["fit", "--config", str(config), "--checkpoint.dirpath", str(ckpt_path.parent)]
     arguments += [f"--model.budgets=[{budget}]", "--trainer.default_root_dir", str(output), *(training_arguments or [])]
-    if resume and ckpt_path.is_file():
+    resumed = resume and ckpt_path.is_file()
+    if resumed:
         arguments += ["--ckpt_path", str(ckpt_path)]
     elif ckpt_path.is_file():
         console.print(f"{ckpt_path} of an earlier training will be replaced; --resume goes on with it instead.")
@@ -69,7 +70,7 @@ def run_demo(
         pictures["text"],
     )
     save_figure(grid, output / "comparison.png", dpi=150)
-    summary["minutes"] = round((time.monotonic() - start) / 60, 2)
+    summary["minutes"] = None if resumed else round((time.monotonic() - start) / 60, 2)  # of the whole
     save_json(output / "summary.json", summary)
     console.print(summary_table(summary))
     for name in ("hgc_schedule.json", "comparison.png", "summary.json"):
