@@ -261,7 +261,7 @@ def test_it_renders_and_hovers_at_every_width(width: int, page: Path, browser: B
     assert browser.evaluate("tip.textContent").splitlines()[:3] == [
         site,
         "step 17 (timestep 150)",
-        "filled in: fitted, 2 steps old",
+        "filled in: fitted_per_channel, 2 steps old",
     ]
     left, right = browser.evaluate("(({left, right}) => [left, right])(tip.getBoundingClientRect())")
     assert 0 <= left < right <= width
