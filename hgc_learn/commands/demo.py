@@ -1,8 +1,8 @@
 """The whole idea on the demonstration teacher: train a router, export a schedule, compare on held-out scenes.
 
 Writes DIR/hgc_schedule.json with its tensors and a picture of it, DIR/comparison.png and DIR/summary.json, and prints a
-table. Takes an hour or so on a CPU core. Run it from the root of the repository; `--resume` goes on with an interrupted
-training.
+table. Takes one to two hours on a CPU core. Run it from the root of the repository; `--resume` goes on with an
+interrupted training.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,8 +80,6 @@ def _find_architecture(model: str | None, controlnet: str | None, schedule: HGCS
 def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture, dict[str, Any]]:
     """The pipeline's architecture, and pictures with and without the schedule: those without take all steps of the
     setting that it was made for, which may be more than its own (`fewer_steps`)."""
-    from dataclasses import replace
-
     import torch
     from rich.progress import track
 

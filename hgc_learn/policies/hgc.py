@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from hgc_learn.graph import Graph
-from hgc_learn.policies.registry import register
+from hgc_learn.policies.registry import Grid, register
 from hgc_learn.policies.tgate import attention_sites
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import encoder_outputs
@@ -14,7 +11,7 @@ from hgc_learn.sites import encoder_outputs
 GATE, GATE_STEPS = 13, 20  # the gate that comes closest to the paper's MACs, and the steps of its run
 
 
-def _grid(setting: Setting) -> Mapping[str, Sequence[Any]]:
+def _grid(setting: Setting) -> Grid:
     num_steps = setting.num_steps
     tenths = {max(1, round(tenths / 10 * num_steps)) for tenths in range(1, 11)}
     # The default, and the same part of this run. One that the run does not reach is as good as the last of the tenths.

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from hgc_learn.policies.registry import register
+from hgc_learn.policies.registry import Grid, register
 from hgc_learn.policies.tgate import attention_sites
 from hgc_learn.setting import Draft, Setting
 
 
-def _grid(setting: Setting) -> Mapping[str, Sequence[Any]]:
+def _grid(setting: Setting) -> Grid:
     """Among others, what the paper has: intervals (spatial, cross) of (2, 5), (2, 6), (3, 7), (4, 9) and (5, 9); and
     the ranges of diffusers (100 to 800) and of the authors' VideoSys (also 100 to 850, 100 to 900 and 450 to 930),
     which are the same here for both attentions."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection
 
 from hgc_learn.graph import Graph
-from hgc_learn.policies.registry import register
+from hgc_learn.policies.registry import Grid, register
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import list_sites
 
@@ -25,7 +24,7 @@ def attention_sites(graph: Graph, part: str, *, controlnet: bool) -> list[str]:
     return sites
 
 
-def _grid(setting: Setting) -> Mapping[str, Sequence[Any]]:
+def _grid(setting: Setting) -> Grid:
     return {
         "gate": range(1, setting.num_steps),
         "warm_up": (0, 2),

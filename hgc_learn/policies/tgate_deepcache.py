@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from hgc_learn.plan import live_step
 from hgc_learn.policies.deepcache import shell_between
-from hgc_learn.policies.registry import register
+from hgc_learn.policies.registry import Grid, register
 from hgc_learn.policies.tgate import gated_rows
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import decoder_inputs
 from hgc_learn.spacing import full_steps
 
 
-def _grid(setting: Setting) -> Mapping[str, Sequence[Any]]:
+def _grid(setting: Setting) -> Grid:
     """Few values of each, for only some of the candidates are tried; of the branches those that reuse most."""
     return {
         "gate": sorted({max(1, round(tenths / 10 * setting.num_steps)) for tenths in range(1, 10)}),
