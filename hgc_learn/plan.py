@@ -71,6 +71,15 @@ class Plan:
         counts the attention matmuls too (papers mostly leave them out)."""
         return sum(self.macs_per_step(costs, batch_size=batch_size, attention=attention))
 
+    def macs_beside(self, full: Plan, costs: Mapping[str, NodeCost], *, batch_size: int = 2) -> dict[str, int]:
+        """Multiply-accumulates of the plan that computes everything and of this one, `full` and `cached`; with those of
+        the attention matmuls, `full_attention` and `cached_attention`."""
+        return {
+            f"{name}{suffix}": plan.macs(costs, batch_size=batch_size, attention=attention)
+            for suffix, attention in (("", False), ("_attention", True))
+            for name, plan in (("full", full), ("cached", self))
+        }
+
     def macs_per_step(
         self, costs: Mapping[str, NodeCost], *, batch_size: int = 2, attention: bool = False
     ) -> list[int]:

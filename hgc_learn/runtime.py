@@ -328,13 +328,12 @@ class Runtime(RoutedForwards):
         batch = graph.batch_size(7.5 if schedule is None else schedule.guidance_scale)
         plan = compile_plan(graph, self.rows, self.num_steps)
         full = compile_plan(graph, {}, self.num_steps)
+        macs = plan.macs_beside(full, costs, batch_size=batch)
         result: dict[str, Any] = {"num_inference_steps": self.num_steps}
-        for suffix, attention in (("", False), ("_attention", True)):
-            macs_full = full.macs(costs, batch_size=batch, attention=attention)
-            macs_cached = plan.macs(costs, batch_size=batch, attention=attention)
-            result[f"macs_full{suffix}"] = macs_full
-            result[f"macs_cached{suffix}"] = macs_cached
-            result[f"macs_reduction{suffix}"] = 1 - macs_cached / macs_full if macs_full else 0.0  # before any run
+        result |= {f"macs_{name}": count for name, count in macs.items()}
+        for suffix in ("", "_attention"):
+            whole = macs[f"full{suffix}"]  # 0 before any run
+            result[f"macs_reduction{suffix}"] = 1 - macs[f"cached{suffix}"] / whole if whole else 0.0
         result["num_patterns"] = plan.num_patterns()
         result["cache_bytes"] = plan.cache_bytes(costs, batch_size=batch, itemsize=self.pipe.unet.dtype.itemsize)
         result["steps_run"] = self.num_calls["unet"]

@@ -124,11 +124,6 @@ class Setting:
         settings = {**settings, "sampling": asdict(self.sampling)}  # of which the file's own fields are not all
         producer = {"policy": policy, "version": __version__, "settings": settings}
         full = compile_plan(self.graph, {}, self.num_steps)
-        plan = self.plan(draft)
-        macs = {}
-        for suffix, attention in (("", False), ("_attention", True)):
-            macs[f"full{suffix}"] = full.macs(self.costs, batch_size=self.batch_size, attention=attention)
-            macs[f"cached{suffix}"] = plan.macs(self.costs, batch_size=self.batch_size, attention=attention)
         return HGCSchedule(
             sites={site: row for site, row in draft.sites.items() if set(row) != {"C"}},
             timesteps=draft.timesteps or self.timesteps,
@@ -138,7 +133,7 @@ class Setting:
             width=self.sampling.width,
             model=self.fingerprint,
             producer=producer | ({"paper": paper} if paper else {}),
-            macs=macs,
+            macs=self.plan(draft).macs_beside(full, self.costs, batch_size=self.batch_size),
             fidelity=fidelity or {},
             tensors=draft.tensors,
         )

@@ -27,9 +27,16 @@ settings.load_profile("default")
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported by now stays: the collector need not look at it again and again."""
+    """What has been imported by now stays: the collector need not look at it again and again. It comes between tests
+    only, for where models are built and traced it would take a tenth of the time."""
     gc.collect()
     gc.freeze()
+    gc.disable()
+
+
+def pytest_runtest_teardown() -> None:
+    if gc.get_count()[0] > 100_000:
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from hgc_learn.demo.evaluate_teacher import evaluate_teacher
 from hgc_learn.demo.scenes import COLORS, IMAGE_SIZE, KINDS, SceneDataset, draw_scene
 from hgc_learn.demo.teacher import (
     GUIDANCE_SCALE,
+    LAYERS_PER_BLOCK,
     MAX_TOKENS,
     TEACHER_DIR,
     build_tokenizer,
@@ -68,9 +69,11 @@ def test_training_runs_through_all_stages_and_resumes(tmp_path: Path, monkeypatc
         "validation_scenes": 2,
     }  # fmt: skip
 
+    widths = ["--block_out_channels", "8", "16", "16", "16"]
+
     def train(**changes: int) -> None:
         options = [f"--{name}={value}" for name, value in {**sizes, **changes}.items()]
-        train_teacher.main(["--output", str(tmp_path), *options])
+        train_teacher.main(["--output", str(tmp_path), *widths, "--layers_per_block=1", *options])
 
     stop_after(2, monkeypatch)
     with pytest.raises(ConnectionError, match="after step 2"):
@@ -91,14 +94,17 @@ def test_training_runs_through_all_stages_and_resumes(tmp_path: Path, monkeypatc
     figures = evaluate_teacher(pipeline, split="validation", num_scenes=2, num_steps=(2, 1))
     assert 0 <= figures["scores"]["steps_2"]["control_miou"] <= 1
 
+    assert pipeline.controlnet.config.block_out_channels == pipeline.unet.config.block_out_channels == [8, 16, 16, 16]
+    assert pipeline.unet.config.layers_per_block == 1
+
     # Another width and depth, on the parts of the first.
     options = [f"--{name}={value}" for name, value in sizes.items()]
-    options += ["--parts", str(tmp_path / "pipeline"), "--block_out_channels", "8", "16", "16", "16"]
-    train_teacher.main(["--output", str(tmp_path / "narrow"), *options, "--layers_per_block=1"])
-    narrow = StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "narrow" / "pipeline")
-    assert narrow.controlnet.config.block_out_channels == narrow.unet.config.block_out_channels == [8, 16, 16, 16]
-    assert narrow.unet.config.layers_per_block == 1
-    for mine, other in zip(narrow.vae.parameters(), pipeline.vae.parameters(), strict=True):
+    options += ["--parts", str(tmp_path / "pipeline"), "--block_out_channels", "16", "16", "16", "16"]
+    train_teacher.main(["--output", str(tmp_path / "wide"), *options])
+    wide = StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "wide" / "pipeline")
+    assert wide.unet.config.block_out_channels == [16, 16, 16, 16]
+    assert wide.unet.config.layers_per_block == LAYERS_PER_BLOCK
+    for mine, other in zip(wide.vae.parameters(), pipeline.vae.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=0)
 
 
@@ -140,14 +146,15 @@ def test_a_training_goes_on_elsewhere_with_as_many_processes_as_one_likes(tmp_pa
         train_teacher.check_arguments(replace(there, data="photographs"))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("sent", "to_all", "num_processes", "num_scenes"),
     [
         (signal.SIGTERM, False, 1, 8),
-        pytest.param(signal.SIGINT, False, 2, 8, marks=pytest.mark.nightly),
-        pytest.param(signal.SIGTERM, True, 2, 8, marks=pytest.mark.nightly),
-        pytest.param(signal.SIGINT, True, 1, 40_000, marks=pytest.mark.nightly),  # while processes draw them
-        pytest.param(signal.SIGTERM, False, 1, 40_000, marks=pytest.mark.nightly),
+        (signal.SIGINT, False, 2, 8),
+        (signal.SIGTERM, True, 2, 8),
+        (signal.SIGINT, True, 1, 40_000),  # while processes draw them
+        (signal.SIGTERM, False, 1, 40_000),
     ],
 )
 def test_a_training_that_is_to_end_does_so_without_a_stack_trace_and_leaves_no_process(
