@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hgc_learn.graph import architecture_key, meta_copy, named_models
-
 NORM_TOLERANCE = 2e-3
 """Relative; rounding a tensor to bfloat16 moves its norm by less."""
 
@@ -37,6 +35,8 @@ class ModelFingerprint:
     @classmethod
     def of(cls, unet: nn.Module, controlnet: Any = None) -> ModelFingerprint:
         """Reads the fingerprint off models on any device (one transfer of a few numbers to the host)."""
+        from hgc_learn.graph import named_models  # diffusers takes seconds to import; files are read without it
+
         models = named_models(unet, controlnet)
         return cls(
             architecture={name: _architecture(model) for name, model in models.items()},
@@ -86,6 +86,8 @@ _architectures: dict[tuple[type, str], str] = {}  # building a model takes longe
 
 
 def _architecture(model: Any) -> str:
+    from hgc_learn.graph import architecture_key, meta_copy
+
     key = architecture_key(model)
     if key not in _architectures:
         shapes = sorted(f"{name} {tuple(p.shape)}" for name, p in meta_copy(model).named_parameters())

@@ -13,15 +13,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import networkx as nx
 import torch
 from torch import Tensor
 
-from hgc_learn.graph import Graph
-from hgc_learn.macs import NodeCost
 from hgc_learn.predictors import BY_CODE
 from hgc_learn.sites import enclosing_module, is_inside
+
+if TYPE_CHECKING:
+    from hgc_learn.graph import Graph
+    from hgc_learn.macs import NodeCost
 
 COMPUTE = "C"
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
-from hgc_learn.graph import Graph
+if TYPE_CHECKING:
+    from hgc_learn.graph import Graph
 
 KINDS = {
     "out": "a module's output; all that only feeds it becomes dead",

@@ -277,10 +277,12 @@ def test_the_core_install_is_enough_for_commands(tmp_path: Path) -> None:
     program = """if True:
         import json
         ABSENT.add("transformers")
-        import hgc_learn.inference
         from hgc_learn.__main__ import main
         for command in json.loads(sys.argv[1]):
             assert main(command) == 0, command
+            if command[0] == "inspect":
+                assert "diffusers" not in sys.modules  # which takes seconds
+        import hgc_learn.inference
     """
     assert run_with_the_core(program, json.dumps(commands))
 
