@@ -83,7 +83,7 @@ def rows_of(draw: st.DrawFn, shape: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(data=st.data(), guided=st.booleans())
 def test_counted_operations_equal_the_plans(shape: str, data: st.DataObject, guided: bool) -> None:
     rows = data.draw(rows_of(shape))
