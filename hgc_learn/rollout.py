@@ -109,7 +109,7 @@ def load_pipeline(
     if isinstance(getattr(pipe, "controlnet", None), MultiControlNetModel):
         raise ValueError(
             f"model: the pipeline {model!r} has several ControlNets, and data have one control image a sample; take a "
-            "pipeline with one. (`apply_schedule` runs schedules with several.)"
+            "pipeline with one. (`apply_schedule` runs schedules with several; docs/use.md has how a rule writes one.)"
         )
     if sampling.scheduler is not None:
         scheduler: Any = getattr(diffusers, sampling.scheduler, None)
