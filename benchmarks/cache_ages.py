@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from hgc_learn.architectures import load_architecture
-from hgc_learn.demo.teacher import TEACHER_DIR
+from hgc_learn.demo import TEACHER_DIR
 from hgc_learn.graph import build_graph
 from hgc_learn.plan import compile_plan
 from hgc_learn.schedule import HGCSchedule

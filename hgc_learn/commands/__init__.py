@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hgc_learn.demo import TEACHER_DIR
+
 if TYPE_CHECKING:
     from hgc_learn.architectures import Architecture
     from hgc_learn.rollout import SamplingConfig
-
-DEMO_TEACHER = Path(__file__).parents[1] / "demo" / "teacher"
 
 
 def add_architecture(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -85,7 +85,7 @@ def samples(
     from torch.utils.data import DataLoader
 
     if args.data is None:
-        if Path(args.model).resolve() != DEMO_TEACHER.resolve():
+        if Path(args.model).resolve() != TEACHER_DIR.resolve():
             return []
         from hgc_learn.demo.scenes import SceneDataset
 

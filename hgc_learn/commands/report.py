@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hgc_learn.commands import DEMO_TEACHER, add_data, add_weights, check_controlnet_model, load_weights, samples
+from hgc_learn.commands import add_data, add_weights, check_controlnet_model, load_weights, samples
+from hgc_learn.demo import TEACHER_DIR
 
 if TYPE_CHECKING:
     from hgc_learn.architectures import Architecture
@@ -69,7 +70,7 @@ def _find_architecture(model: str | None, controlnet: str | None, schedule: HGCS
         architecture.check(schedule)
         return architecture
     # The demonstration's folder is part of the repository, and not of an installed package.
-    known = [partial(load_architecture, DEMO_TEACHER)] if DEMO_TEACHER.is_dir() else []
+    known = [partial(load_architecture, TEACHER_DIR)] if TEACHER_DIR.is_dir() else []
     for make in [*known, *(partial(build_architecture, name) for name in ARCHITECTURES)]:
         with suppress(ValueError):
             (architecture := make()).check(schedule)

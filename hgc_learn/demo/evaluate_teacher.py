@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from hgc_learn.demo import TEACHER_DIR
 from hgc_learn.demo.metrics import scene_metrics
 from hgc_learn.demo.scenes import IMAGE_SIZE, SceneDataset
-from hgc_learn.demo.teacher import GUIDANCE_SCALE, TEACHER_DIR
+from hgc_learn.demo.teacher import GUIDANCE_SCALE
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import save_figure
 from hgc_learn.files import save_json

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from diffusers import (
@@ -22,7 +21,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hgc_learn.demo.scenes import COLORS, CONNECTIVES, IMAGE_SIZE, KINDS, TEMPLATES
 
-TEACHER_DIR = Path(__file__).parent / "teacher"
 SCENE_WORDS = sorted({*KINDS, *COLORS, *CONNECTIVES, "an", *" ".join(TEMPLATES).replace("{}", "").split()})
 SCENE_ALPHABET = [*"abcdefghijklmnopqrstuvwxyz", ","]
 MAX_TOKENS = 16  # the longest caption has 14 words and commas, plus start and end

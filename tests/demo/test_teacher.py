@@ -14,14 +14,13 @@ from diffusers import StableDiffusionControlNetPipeline
 from lightning import Trainer
 from torch.utils.data import default_collate
 
-from hgc_learn.demo import train_teacher
+from hgc_learn.demo import TEACHER_DIR, train_teacher
 from hgc_learn.demo.evaluate_teacher import evaluate_teacher
 from hgc_learn.demo.scenes import COLORS, IMAGE_SIZE, KINDS, SceneDataset, draw_scene
 from hgc_learn.demo.teacher import (
     GUIDANCE_SCALE,
     LAYERS_PER_BLOCK,
     MAX_TOKENS,
-    TEACHER_DIR,
     build_tokenizer,
     build_vae,
     tokenize,
