@@ -1,11 +1,11 @@
 """How much of the lead over the search lies in what may be chosen, and how much in the learning:
 `python benchmarks/search_space.py`.
 
-Trains a router by the comparison's configuration on what the search can choose alone, or rather less: the outputs of
-layers and attentions, the ControlNet's residuals, the guidance difference and the prediction, all held. There are no
-residual branches, nothing is extrapolated, and an export learns no fill-ins. Where the search holds all attentions of a
-step, or the whole encoder, or none, the router has a gate for each. What comes out is judged beside the search, whose
-cells must be there, on the comparison's test scenes.
+Trains a router by the comparison's configuration on about what the search can choose: the outputs of layers and
+attentions, the ControlNet's residuals, the guidance difference and the prediction, all held. There are no residual
+branches, nothing is extrapolated, and an export learns no fill-ins. Where the search holds all attentions of a step, or
+the whole encoder, or none, the router has a gate for each. What comes out is judged beside the search, whose cells must
+be there, on the comparison's test scenes.
 """
 
 from __future__ import annotations
