@@ -127,7 +127,7 @@ def measure(folder: Path, args: argparse.Namespace, num_steps: int) -> dict[str,
     module.seed(0)
     if not args.only_count:
         module.teacher_latents(batch)  # chooses kernels
-        module.targets.clear()
+        module.kept_latents.clear()
     start = time.monotonic()
     if not args.only_count:
         module.teacher_latents(batch)

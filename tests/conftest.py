@@ -60,6 +60,12 @@ def own() -> TinyPipeline:
     return build_pipeline("sd15")
 
 
+@pytest.fixture
+def small() -> TinyPipeline:
+    """One of the same kind with as few blocks as can be, that a test may change."""
+    return build_pipeline("small")
+
+
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")

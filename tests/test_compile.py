@@ -64,6 +64,7 @@ def test_options_that_record_cuda_graphs_are_refused(options: dict[str, Any]) ->
     assert handle.runtime.compiled is None
 
 
+@pytest.mark.nightly
 def test_more_patterns_than_torch_recompiles_one_function() -> None:
     tiny = build_pipeline("small")
     rows = {"unet.up_blocks.1.resnets.0:out": "CCC-CC"}

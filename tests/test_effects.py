@@ -122,11 +122,7 @@ def test_first_order_effects_are_those_of_a_small_change(
     forwards.forget()
 
 
-@pytest.mark.parametrize("errors_of", ["pictures", "latents"])
-def test_effects_predict_what_flips_do(
-    deep_module: RouterModule, batch: dict[str, Any], errors_of: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(deep_module.hparams, "errors_of", errors_of)
+def test_effects_predict_what_flips_do(deep_module: RouterModule, batch: dict[str, Any]) -> None:
     schedule = random_schedule(deep_module, 0.99, seed=2)
     deep_module.generator = torch.Generator().manual_seed(0)
     effects = deep_module.effects(batch, schedule, num_directions=8)

@@ -33,7 +33,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The 'val_dataloader' does not have many workers",
     "ignore:You are trying to `self.log",
 )
-WITHOUT_WARM_START = "--model.objective.num_warm_start_batches=0"
 
 
 def full_disk(*_: Any) -> None:
@@ -93,11 +92,11 @@ def test_kill_9_while_saving_leaves_a_whole_file(tmp_path: Path) -> None:
 def test_a_full_disk_in_training_leaves_the_last_checkpoint(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ckpt_path = fit(teacher, tmp_path, 1, WITHOUT_WARM_START)
+    ckpt_path = fit(teacher, tmp_path, 1)
     before = ckpt_path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_disk)
-        assert guarded(lambda: fit(teacher, tmp_path, 2, WITHOUT_WARM_START)) == 2
+        assert guarded(lambda: fit(teacher, tmp_path, 2)) == 2
     assert ckpt_path.read_bytes() == before
     assert os.listdir(ckpt_path.parent) == [ckpt_path.name]
     assert torch.load(ckpt_path, weights_only=True)["global_step"] == 1
@@ -122,7 +121,7 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_router(
     monkeypatch.setattr(
         RouterModule, "teacher_latents", lambda self, batch: teacher_latents(self, batch) * float("nan")
     )
-    assert guarded(lambda: fit(teacher, tmp_path, 1, WITHOUT_WARM_START)) == 2
+    assert guarded(lambda: fit(teacher, tmp_path, 1)) == 2
     assert "gradient of the router's logits is not finite" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.ckpt"))
 
@@ -141,7 +140,7 @@ def test_the_same_seed_gives_the_same_bits(teacher: Path, tmp_path: Path, batch:
     """Training, then export, then pictures of a pipeline that is loaded anew."""
     files, pictures = [], []
     for folder in (tmp_path / "a", tmp_path / "b"):
-        ckpt_path = fit(teacher, folder, 1, WITHOUT_WARM_START)
+        ckpt_path = fit(teacher, folder, 1)
         state = torch.load(ckpt_path, weights_only=True)["state_dict"]
         path = export(ckpt_path, folder, learning=Learning(learning_samples=2, specialise_updates=2, fill_updates=1))
         tensors = tensor_path(path).read_bytes() if tensor_path(path).exists() else b""

@@ -15,6 +15,8 @@ from hgc_learn.hard import HardSchedule
 from hgc_learn.setting import Draft
 from hgc_learn.training import RouterModule
 
+NUM_UPDATES = 24
+
 
 @pytest.fixture
 def schedule(module: RouterModule) -> HardSchedule:
@@ -42,20 +44,20 @@ def test_learning_lowers_the_error(
     monkeypatch.setitem(module.hparams, "gradient_checkpointing", gradient_checkpointing)
     seen: list[float] = []
     one_by_one: list[float] = []
-    after = learn_fills(module, schedule, [batch], 40, report=seen.append)
-    assert len(seen) == 40
+    after = learn_fills(module, schedule, [batch], NUM_UPDATES, report=seen.append)
+    assert len(seen) == NUM_UPDATES
     learn_fills(module, schedule, [batch], 3, at_once=1, report=one_by_one.append)
     assert one_by_one == pytest.approx(seen[:3], rel=1e-3)
-    assert module.log_error([batch], after) < module.log_error([batch], schedule) - 0.1
+    assert module.log_error([batch], after) < module.log_error([batch], schedule) - 0.05
     start = per_channel(module, schedule)
     assert after.sites == start.sites
     assert all((after.tensors[name] != tensor).any() for name, tensor in start.tensors.items() if "scale" in name)
     assert module.setting.kept(after) == pytest.approx(module.router.kept(schedule.compute))
     if gradient_checkpointing:
         monkeypatch.setitem(module.hparams, "gradient_checkpointing", False)
-        other = learn_fills(module, schedule, [batch], 40)
+        other = learn_fills(module, schedule, [batch], NUM_UPDATES)
         for name, tensor in after.tensors.items():
-            torch.testing.assert_close(tensor, other.tensors[name], rtol=0, atol=2e-3)  # 40 roundings
+            torch.testing.assert_close(tensor, other.tensors[name], rtol=0, atol=2e-3)  # as many roundings
 
 
 def test_what_other_samples_do_not_confirm_is_left(

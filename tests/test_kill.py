@@ -18,7 +18,7 @@ from processes import run_python, start
 from training_fixtures import fit, fit_arguments
 
 # One update per epoch, and a checkpoint after each.
-MORE = ["--model.objective.num_warm_start_batches=0", "--data.num_train=2", "--trainer.max_epochs=100"]
+MORE = ["--data.num_train=2", "--trainer.max_epochs=100"]
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The 'train_dataloader' does not have many workers", "ignore:You are trying to `self.log"

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 BUDGETS = (0.45, 0.6, 0.8)
 ARGUMENTS = {  # by policy: of a training of a few steps
-    "learned": ["--model.objective.num_warm_start_batches=1"],
+    "learned": [],
     "l2c": ["--model.objective=L2C", "--model.objective.intervals=[2,3]", "--model.budgets=[0.7]"],
     "harmonica": ["--model.objective=HarmoniCa"],
 }

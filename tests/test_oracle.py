@@ -19,7 +19,7 @@ from hgc_learn.inference import apply_schedule, remove_schedule
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(seed=st.integers(0, 2**32), num_sites=st.integers(1, 60))
 def test_runtime_gives_what_the_definition_gives(shape: str, seed: int, num_sites: int) -> None:
     tiny = shared_pipeline(shape)

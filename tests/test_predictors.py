@@ -20,8 +20,8 @@ from hgc_learn.predictors import BY_CODE, PREDICTORS
 from hgc_learn.predictors.per_channel import CHOICES
 from hgc_learn.schedule import tensor_path
 
-EPS, TOKENS = "unet:eps", "unet.up_blocks.2.attentions.1.transformer_blocks.0.attn2:out"
-CHANNELS = {EPS: 4, TOKENS: 16}
+EPS, TOKENS = "unet:eps", "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2:out"
+CHANNELS = {EPS: 4, TOKENS: 8}
 ROW = "CCC??C"
 
 
@@ -150,7 +150,7 @@ def test_what_stands_still_is_forecast_to_stand_still(name: str, ages: list[int]
         assert sum(c * -age for c, age in zip(coefficients, ages, strict=False)) == pytest.approx(0, abs=1e-6)
 
 
-def test_half_precision_is_rounded_once(own: TinyPipeline) -> None:
+def test_half_precision_is_rounded_once(small: TinyPipeline) -> None:
     """Term by term, an extrapolation of values that are nearly the same would be of their rounding."""
     cache, load = Cache({EPS: ROW}, {}), Load(EPS, PREDICTORS["taylor2"].code, (2, 1, 0), (2, 1, 0))
     start = 3 + torch.rand(4, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -169,10 +169,10 @@ def schedule_with(tiny: TinyPipeline, name: str, site: str, code: str | None = N
 
 @pytest.mark.parametrize("site", [EPS, TOKENS])
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "zero"])
-def test_the_runtime_fills_in_what_the_formula_says(own: TinyPipeline, name: str, site: str) -> None:
+def test_the_runtime_fills_in_what_the_formula_says(small: TinyPipeline, name: str, site: str) -> None:
     """Against hooks that replace the module's output at steps 3 and 4."""
-    module = own.pipe.unet.get_submodule(TOKENS.partition(":")[0].removeprefix("unet.")) if site == TOKENS else None
-    module = module or own.pipe.unet.conv_out
+    module = small.pipe.unet.get_submodule(TOKENS.partition(":")[0].removeprefix("unet.")) if site == TOKENS else None
+    module = module or small.pipe.unet.conv_out
     outputs: list[Tensor] = []
 
     def hook(module: object, args: object, output: Tensor) -> Tensor:
@@ -181,16 +181,16 @@ def test_the_runtime_fills_in_what_the_formula_says(own: TinyPipeline, name: str
         return FORMULAS[name](outputs[2::-1], step - 2, 1) if step in (3, 4) else output
 
     handle = module.register_forward_hook(hook)
-    expected = own()
+    expected = small()
     handle.remove()
-    with apply_schedule(own.pipe, schedule_with(own, name, site)):
-        torch.testing.assert_close(own(), expected, rtol=1e-3, atol=1e-4)
+    with apply_schedule(small.pipe, schedule_with(small, name, site)):
+        torch.testing.assert_close(small(), expected, rtol=1e-3, atol=1e-4)
     if name != "hold":
-        with apply_schedule(own.pipe, schedule_with(own, "hold", site)):
-            assert (own() - expected).abs().max() > 1e-3
+        with apply_schedule(small.pipe, schedule_with(small, "hold", site)):
+            assert (small() - expected).abs().max() > 1e-3
 
 
-def test_zero_drops_guidance(own: TinyPipeline) -> None:
+def test_zero_drops_guidance(small: TinyPipeline) -> None:
     """As if guidance_scale were 1 from step 3 on."""
 
     def hook(module: object, args: object, output: Tensor) -> Tensor:
@@ -198,13 +198,13 @@ def test_zero_drops_guidance(own: TinyPipeline) -> None:
         return torch.cat([output[1:]] * 2) if len(calls) > 3 else output
 
     calls: list[int] = []
-    handle = own.pipe.unet.conv_out.register_forward_hook(hook)
-    expected = own()
+    handle = small.pipe.unet.conv_out.register_forward_hook(hook)
+    expected = small()
     handle.remove()
     counted: list[int] = []
-    handle = own.pipe.unet.conv_in.register_forward_hook(lambda module, args, output: counted.append(len(output)))
-    with apply_schedule(own.pipe, own.schedule({"unet:guidance": "CCC000"})) as applied:
-        torch.testing.assert_close(own(), expected, rtol=1e-3, atol=1e-4)
+    handle = small.pipe.unet.conv_in.register_forward_hook(lambda module, args, output: counted.append(len(output)))
+    with apply_schedule(small.pipe, small.schedule({"unet:guidance": "CCC000"})) as applied:
+        torch.testing.assert_close(small(), expected, rtol=1e-3, atol=1e-4)
         stats = applied.stats()
     handle.remove()
     assert counted == [2, 2, 2, 1, 1, 1]
@@ -212,9 +212,9 @@ def test_zero_drops_guidance(own: TinyPipeline) -> None:
 
 
 @pytest.mark.parametrize("name", list(PARAMETERS))
-def test_tensors_make_the_round_trip(own: TinyPipeline, name: str, tmp_path: object) -> None:
+def test_tensors_make_the_round_trip(small: TinyPipeline, name: str, tmp_path: object) -> None:
     path = tmp_path / "schedule.json"  # type: ignore[operator]
-    schedule = schedule_with(own, name, TOKENS)
+    schedule = schedule_with(small, name, TOKENS)
     schedule.save(path)
     loaded = HGCSchedule.load(path)
     assert loaded == schedule
@@ -233,30 +233,30 @@ def test_tensors_make_the_round_trip(own: TinyPipeline, name: str, tmp_path: obj
         ({"predictor": torch.zeros(2, 2, dtype=torch.uint8)}, r"not torch.uint8 \[2, 2\]"),
     ],
 )
-def test_wrong_tensors_are_refused(own: TinyPipeline, tensors: dict[str, Tensor], message: str) -> None:
+def test_wrong_tensors_are_refused(small: TinyPipeline, tensors: dict[str, Tensor], message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
-        own.schedule({EPS: "CCCppC"}, tensors={f"{EPS}/{key}": value for key, value in tensors.items()})
+        small.schedule({EPS: "CCCppC"}, tensors={f"{EPS}/{key}": value for key, value in tensors.items()})
 
 
-def test_scales_must_be_finite_and_of_every_step(own: TinyPipeline) -> None:
+def test_scales_must_be_finite_and_of_every_step(small: TinyPipeline) -> None:
     good = torch.ones(NUM_STEPS, 4)
     for scale, message in ((good[:-1], "of 6 steps"), (good / 0, "not finite")):
         with pytest.raises(ScheduleError, match=message):
-            own.schedule({EPS: "CCCssC"}, tensors={f"{EPS}/scale": scale, f"{EPS}/shift": good})
+            small.schedule({EPS: "CCCssC"}, tensors={f"{EPS}/scale": scale, f"{EPS}/shift": good})
 
 
-def test_tuned_has_numbers_for_every_fill(own: TinyPipeline) -> None:
+def test_tuned_has_numbers_for_every_fill(small: TinyPipeline) -> None:
     good = torch.ones(2, 4)
-    own.schedule({EPS: "CtCCtC"}, tensors={f"{EPS}/scale": good, f"{EPS}/reach": good})
+    small.schedule({EPS: "CtCCtC"}, tensors={f"{EPS}/scale": good, f"{EPS}/reach": good})
     for row in ("CttCtC", "CtCCCC"):
         with pytest.raises(ScheduleError, match=r"must be torch.float32 \[fills, channels\] of \d fills, not"):
-            own.schedule({EPS: row}, tensors={f"{EPS}/scale": good, f"{EPS}/reach": good})
+            small.schedule({EPS: row}, tensors={f"{EPS}/scale": good, f"{EPS}/reach": good})
 
 
 @pytest.mark.parametrize("scale", [0.997, 1.003])
-def test_half_precision_fills_in_by_exact_coefficients(own: TinyPipeline, scale: float) -> None:
+def test_half_precision_fills_in_by_exact_coefficients(small: TinyPipeline, scale: float) -> None:
     """bfloat16 has no number between 0.996 and 1, nor between 1 and 1.0078."""
-    graph = build_graph(own.pipe.unet, own.pipe.controlnet)
+    graph = build_graph(small.pipe.unet, small.pipe.controlnet)
     plan = compile_plan(graph, {EPS: "CtCCCC"}, NUM_STEPS)
     tensors = {f"{EPS}/scale": torch.full((1, 4), scale), f"{EPS}/reach": torch.zeros(1, 4)}
     cache = Cache({EPS: "CtCCCC"}, tensors)
@@ -266,34 +266,34 @@ def test_half_precision_fills_in_by_exact_coefficients(own: TinyPipeline, scale:
     assert torch.equal(cache.load(load, 1), (scale * kept.float()).bfloat16())
 
 
-def test_tensors_for_other_channels_or_choices_are_refused(own: TinyPipeline) -> None:
-    schedule = own.schedule({EPS: "CCCppC"}, tensors={f"{EPS}/predictor": torch.zeros(5, dtype=torch.uint8)})
-    apply_schedule(own.pipe, schedule)
+def test_tensors_for_other_channels_or_choices_are_refused(small: TinyPipeline) -> None:
+    schedule = small.schedule({EPS: "CCCppC"}, tensors={f"{EPS}/predictor": torch.zeros(5, dtype=torch.uint8)})
+    apply_schedule(small.pipe, schedule)
     with pytest.raises(ScheduleError, match="those of 'unet:eps' have 5 channels, it has 4"):
-        own()
+        small()
     wrong = torch.full((4,), len(CHOICES), dtype=torch.uint8)
     with pytest.raises(ScheduleError, match="holds 6; choices are 0 to 5"):
-        apply_schedule(own.pipe, own.schedule({EPS: "CCCppC"}, tensors={f"{EPS}/predictor": wrong}))
+        apply_schedule(small.pipe, small.schedule({EPS: "CCCppC"}, tensors={f"{EPS}/predictor": wrong}))
 
 
 @pytest.mark.parametrize("change", ["exchanged", "missing", "broken"])
-def test_a_tensor_file_that_is_not_the_schedules_is_refused(own: TinyPipeline, change: str, tmp_path: object) -> None:
+def test_a_tensor_file_that_is_not_the_schedules_is_refused(small: TinyPipeline, change: str, tmp_path: object) -> None:
     path = tmp_path / "schedule.json"  # type: ignore[operator]
-    schedule_with(own, "per_channel", EPS).save(path)
+    schedule_with(small, "per_channel", EPS).save(path)
     file = tensor_path(path)
     if change == "missing":
         file.unlink()
     elif change == "broken":
         file.write_bytes(file.read_bytes()[:-2])
     else:
-        schedule_with(own, "scale_shift", EPS).save(path.with_name("other.json"))
+        schedule_with(small, "scale_shift", EPS).save(path.with_name("other.json"))
         tensor_path(path.with_name("other.json")).rename(file)
     message = "cannot be read" if change == "missing" else "is not the file that belongs to this schedule"
     with pytest.raises(ScheduleError, match=message):
         HGCSchedule.load(path)
 
 
-def test_guidance_needs_guidance(own: TinyPipeline) -> None:
+def test_guidance_needs_guidance(small: TinyPipeline) -> None:
     for rows in ({"unet:guidance": "C-----"}, {EPS: "CmCCCC"}):
         with pytest.raises(ScheduleError, match=r"guidance_scale 1\.0 there is only one"):
-            own.schedule(rows, guidance_scale=1.0)
+            small.schedule(rows, guidance_scale=1.0)

@@ -58,8 +58,8 @@ def test_specialising_lowers_the_error(
     monkeypatch.setattr(module.objective, "learning_rate", 0.3)  # the logits are random ones
     start = module.hard_schedule(BUDGET)
     errors: list[float] = []
-    found = specialise(module, BUDGET, [batch], 24, report=errors.append)
-    assert len(errors) == 24
+    found = specialise(module, BUDGET, [batch], 16, report=errors.append)
+    assert len(errors) == 16
     assert (found.compute != start.compute).any()
     assert module.router.kept(found.compute) <= BUDGET
     assert module.log_error([batch], found) < module.log_error([batch], start) - 0.1

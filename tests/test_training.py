@@ -147,7 +147,7 @@ def test_interrupted_training_resumes_to_the_same_router(
 
 def test_a_resumed_run_goes_on_where_epochs_end_early(teacher: Path, tmp_path: Path) -> None:
     """Four batches, of which an epoch takes three: after the fourth step one of the second epoch is done."""
-    more = ["--model.objective.num_warm_start_batches=0", "--data.batch_size=1", "--trainer.limit_train_batches=3"]
+    more = ["--data.batch_size=1", "--trainer.limit_train_batches=3"]
     whole = torch.load(fit(teacher, tmp_path / "whole", 6, *more), weights_only=True)
     with interrupted_at(4):
         fit(teacher, tmp_path / "parts", 6, *more)
@@ -159,7 +159,7 @@ def test_a_resumed_run_goes_on_where_epochs_end_early(teacher: Path, tmp_path: P
 
 def test_epochs_may_have_another_length_when_resumed_from_the_end_of_one(teacher: Path, tmp_path: Path) -> None:
     """Four batches of one sample an epoch, then two of two: what is left of the training is what the epochs say."""
-    more = ["--model.objective.num_warm_start_batches=0", "--trainer.max_epochs=4", "--trainer.max_steps=-1"]
+    more = ["--trainer.max_epochs=4", "--trainer.max_steps=-1"]
     seen: list[float] = []
 
     def fit_and_watch(*arguments: str) -> Path:
@@ -252,16 +252,16 @@ def test_export_refuses_clearly(arguments: list[str], message: str, capsys: pyte
 def test_export_misses_its_folder_at_once_and_does_without_validation(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ckpt_path = fit(teacher, tmp_path, 1, "--model.objective.num_warm_start_batches=0")
+    ckpt_path = fit(teacher, tmp_path, 1)
     taken = tmp_path / "taken"
     taken.touch()
     with pytest.raises(FileExistsError, match="taken"):
         export(ckpt_path, taken)
     data = "--data=ControlDataModule", f"--data.dataset={write_folder(tmp_path / 'data')}", "--data.num_val=0"
     sizes = "--data.height=64", "--data.width=64"
-    ckpt_path = fit(teacher, tmp_path / "b", 1, "--model.objective.num_warm_start_batches=0", *data, *sizes)
+    ckpt_path = fit(teacher, tmp_path / "b", 1, *data, *sizes)
     few = Learning(learning_samples=2, specialise_updates=0, fill_updates=0)
-    of_scenes = fit(teacher, tmp_path / "c", 1, "--model.objective.num_warm_start_batches=0", "--data.num_val=0")
+    of_scenes = fit(teacher, tmp_path / "c", 1, "--data.num_val=0")
     for name, path in (("out", ckpt_path), ("scenes", of_scenes)):
         assert HGCSchedule.load(export(path, tmp_path / name, learning=few)).fidelity == {}
         assert "nothing has been measured" in capsys.readouterr().out
@@ -285,15 +285,14 @@ def test_what_is_asked_for_holds_on_resuming(teacher: Path, tmp_path: Path) -> N
 
 
 def test_a_new_run_keeps_the_checkpoint_that_was_there(teacher: Path, tmp_path: Path) -> None:
-    cold = "--model.objective.num_warm_start_batches=0"
-    ckpt_path = fit(teacher, tmp_path, 3, cold)
+    ckpt_path = fit(teacher, tmp_path, 3)
     for num_steps in (2, 1):
-        assert fit(teacher, tmp_path, num_steps, cold) == ckpt_path
+        assert fit(teacher, tmp_path, num_steps) == ckpt_path
     names = "last.ckpt", "previous-1.ckpt", "previous.ckpt"
     steps = [torch.load(ckpt_path.with_name(name), weights_only=True)["global_step"] for name in names]
     assert steps == [1, 2, 3]
     kept = ckpt_path.with_name("previous.ckpt")  # going on from another run than that of the folder
-    fit(teacher, tmp_path, 4, cold, f"--ckpt_path={kept}")
+    fit(teacher, tmp_path, 4, f"--ckpt_path={kept}")
     assert [path.name for path in sorted(ckpt_path.parent.iterdir())] == [
         names[0],
         names[1],
@@ -305,7 +304,7 @@ def test_a_new_run_keeps_the_checkpoint_that_was_there(teacher: Path, tmp_path: 
         for name in ("last.ckpt", "previous-2.ckpt")
     ]
     assert steps == [4, 1]
-    fit(teacher, tmp_path, 5, cold, f"--ckpt_path={ckpt_path}")
+    fit(teacher, tmp_path, 5, f"--ckpt_path={ckpt_path}")
     assert len([*ckpt_path.parent.iterdir()]) == 4
 
 
@@ -313,25 +312,23 @@ def test_a_router_of_an_earlier_version_is_refused(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It held two weights of every gate."""
-    cold = "--model.objective.num_warm_start_batches=0"
-    ckpt_path = fit(teacher, tmp_path, 1, cold)
+    ckpt_path = fit(teacher, tmp_path, 1)
     checkpoint = torch.load(ckpt_path, weights_only=True)
     reach = checkpoint["state_dict"].pop("router.reach")
     checkpoint["state_dict"]["router.weights"] = torch.stack([torch.ones_like(reach), reach])
     torch.save(checkpoint, ckpt_path)
-    assert guarded(lambda: fit(teacher, tmp_path, 2, cold, f"--ckpt_path={ckpt_path}")) == 2
+    assert guarded(lambda: fit(teacher, tmp_path, 2, f"--ckpt_path={ckpt_path}")) == 2
     assert main(["export", "--ckpt_path", str(ckpt_path), "--output", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.count("its router is one of an earlier version of hgc_learn") == 2
 
 
 def test_a_router_stays_with_its_models(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = shutil.copytree(teacher, tmp_path / "model", ignore=shutil.ignore_patterns("trained"))
-    cold = "--model.objective.num_warm_start_batches=0"
-    ckpt_path = fit(model, tmp_path / "run", 1, cold)
+    ckpt_path = fit(model, tmp_path / "run", 1)
     unet = UNet2DConditionModel.from_pretrained(model / "unet")
     unet.conv_out.weight.data *= 2
     unet.save_pretrained(model / "unet")
-    assert guarded(lambda: fit(model, tmp_path / "run", 2, cold, f"--ckpt_path={ckpt_path}")) == 2
+    assert guarded(lambda: fit(model, tmp_path / "run", 2, f"--ckpt_path={ckpt_path}")) == 2
     assert "ckpt_path: the router was trained for another model" in capsys.readouterr().err
     assert main(["export", "--ckpt_path", str(ckpt_path), "--output", str(tmp_path / "out")]) == 2
     assert "last.ckpt: the router was trained for another model" in capsys.readouterr().err

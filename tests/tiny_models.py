@@ -134,7 +134,7 @@ class TinyPipeline:
             "output_type": "latent",
             "generator": generator,
         }
-        if self.shape == "sdxl":
+        if "addition_embed_type" in UNET_CONFIGS[self.shape]:
             arguments |= {"pooled_prompt_embeds": embeds(10), "negative_pooled_prompt_embeds": embeds(10)}
         return arguments
 

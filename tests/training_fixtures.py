@@ -120,8 +120,9 @@ def changed(schedule: HardSchedule, step: int, column: int, *, is_flip: bool = T
 
 
 def fit_arguments(teacher: Path, folder: Path, max_steps: int, *more: str) -> list[str]:
-    """The command line of a training, `more` being arguments of it. There is no validation unless they ask for it:
-    drawing what TensorBoard shows takes longer than these trainings."""
+    """The command line of a training, `more` being arguments of it. Unless they ask for it there is no validation, for
+    drawing what TensorBoard shows takes longer than these trainings, and, unless they name an objective, no warm
+    start."""
     arguments = {
         "trainer.default_root_dir": folder,
         "trainer.max_steps": max_steps,
@@ -138,6 +139,8 @@ def fit_arguments(teacher: Path, folder: Path, max_steps: int, *more: str) -> li
         "model.sampling.height": 64,
         "model.sampling.width": 64,
     }
+    if not any(argument.startswith("--model.objective") for argument in more):
+        arguments["model.objective.num_warm_start_batches"] = 0
     return ["fit", *(f"--{name}={value}" for name, value in arguments.items()), *more]
 
 

@@ -69,7 +69,7 @@ CASES = [
     Case("harmonica", {"budget": 0.5}),
 ]
 TRAININGS = {  # of the policies that read a checkpoint: arguments
-    "learned": ["--model.objective.num_warm_start_batches=1"],
+    "learned": [],
     "l2c": ["--model.objective=L2C", "--model.budgets=[0.8]"],
     "harmonica": ["--model.objective=HarmoniCa"],
 }

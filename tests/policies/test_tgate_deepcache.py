@@ -34,15 +34,15 @@ POLICY = POLICIES["tgate_deepcache"]
         (10, 0, (1, 1), 3, 0),  # the package's defaults
         (1, 2, (5, 1), 2, 7),  # closed from the second step on
         (2, 0, (1, 5), 3, 8),  # the mean of the halves at step 2, inside until step 5
-        (5, 2, (5, 1), 2, 9),
-        (6, 2, (5, 2), 4, 4),  # self-attention at the gate itself
+        (5, 2, (5, 1), 2, 1),
+        (6, 2, (5, 2), 4, 0),  # self-attention at the gate itself
         (7, 2, (5, 4), 3, 5),  # not at the gate: the mean of the halves; inside to the end, for full are 7 and 10
-        (7, 1, (4, NUM_STEPS), 2, 6),
+        (7, 1, (4, NUM_STEPS), 2, 1),
         (8, 2, (7, 3), 4, 1),  # inside no self-attention is due at any full step since the warm-up: none is reused
-        (9, 3, (4, 1), 2, 2),  # inside the first that is reused is that of step 4
+        (9, 3, (4, 1), 2, 0),  # inside the first that is reused is that of step 4
         (11, 1, (2, 1), 5, 3),  # inside it is due at step 5, which is no multiple of 2, because nothing is kept
-        (NUM_STEPS, 1, (4, 1), 3, 10),  # guidance to the end
-        (NUM_STEPS + 5, 1, (4, 1), 5, 11),
+        (NUM_STEPS, 1, (4, 1), 3, 1),  # guidance to the end
+        (NUM_STEPS + 5, 1, (4, 1), 5, 10),
         (5, 9, (4, 6), 3, 0),  # a warm-up beyond the gate
         (6, 2, (5, 2), NUM_STEPS, 1),
         (6, 2, (5, 2), 1, 0),  # T-GATE alone
@@ -66,10 +66,16 @@ def test_latents_equal_the_authors_package(
 
 
 @pytest.mark.parametrize(
-    ("control", "controlnet"),
-    [("held", True), ("held", False), ("fresh", False)],
+    ("gate", "intervals", "branch", "control", "controlnet"),
+    [
+        (4, (3, 1), 0, "held", True),
+        (4, (3, 1), 0, "held", False),
+        (4, (3, 1), 0, "fresh", False),
+        (8, (2, 3), 1, "held", True),
+        (7, (5, 4), 4, "held", True),
+        (8, (2, 3), 11, "fresh", False),
+    ],
 )
-@pytest.mark.parametrize(("gate", "intervals", "branch"), [(4, (3, 1), 0), (7, (5, 4), 4), (8, (2, 3), 11)])
 def test_latents_with_a_controlnet(
     gate: int, intervals: tuple[int, int], branch: int, control: str, controlnet: bool
 ) -> None:
