@@ -47,10 +47,9 @@ def markdown(config: CompareConfig, rankings: Sequence[Ranking], *, command: str
         "prompt, control and seed.",
         f"All knobs are tuned for each cell on up to {tuning.num_scenes} other samples, by successive halving "
         f"(arXiv 1502.07943): of a policy's candidates within the budget (+{tuning.tolerance:.1%} of the full MACs) up "
-        f"to {tuning.max_candidates}, closest to it and spread over its variants, share "
-        f"{tuning.max_candidates * tuning.num_screening_scenes} pictures; the better half of them shares as many "
-        f"again, and so on, until those left have been judged on {tuning.num_scenes} samples each; the best mean PSNR "
-        "wins. "
+        f"to {tuning.max_candidates}, closest to it and spread over its variants, are judged on "
+        f"{tuning.num_screening_scenes} samples each, the better half of them on twice as many, and so on up to "
+        f"{tuning.num_scenes}; fewer candidates begin with more samples. The best mean PSNR wins. "
         + f"These are today's settings; {DAGGER} marks cells tuned with others: {'; or '.join(otherwise)}. "
         * bool(otherwise)
         + "MACs do not count attention matmuls.",
