@@ -146,8 +146,10 @@ class Choices:
                     i: self._used(site, i, other, mine) - before[i] for i in self._affected(step, used, computed)
                 }
                 here, later = changes.pop(step, 0.0), sum(changes.values())
+                # No guidance difference is kept of a prediction that is filled in.
+                is_kept = site != self.ran.graph.guidance or self.ran.graph.output in self.ran.run[step]
                 if not (is_unguided and self.ran.is_half[step]):
-                    total[step] += here + later if step in before else 0.0
+                    total[step] += here + later * is_kept if step in before else 0.0
                     refreshes[0, step] += later
                 if is_unguided:
                     refreshes[1, step] += later
@@ -155,7 +157,8 @@ class Choices:
 
     def _add_refreshes(self, flips: NDArray[np.float64], refreshes: NDArray[np.float64]) -> None:
         """Adds to the effects of flips [steps, sites, columns] what follows from the sites behind them being computed
-        at that step, or no longer: later steps find other values of theirs in the cache."""
+        at that step, or no longer: later steps find other values of theirs in the cache. The guidance difference is one
+        of them where the prediction flips in full."""
         columns = {site: column for column, site in enumerate(self.ran.sites)}
         for step in range(1, self.ran.num_steps):
             reused = {site for site, row in self.ran.rows.items() if row[step] != COMPUTE}
@@ -165,8 +168,10 @@ class Choices:
                     behind = [columns[name] for name in self.ran.routed & self.ran.run[step]]
                     flips[step, column] += refreshes[1, step, behind].sum(0)
                 elif site in self.ran.run[step] or site in self.ran.load[step]:
-                    behind = [columns[name] for name in flip.changes(site) if name in columns]
-                    if behind:
+                    names = flip.changes(site)
+                    if site == self.ran.graph.output and not self.ran.is_half[step]:
+                        names.append(self.ran.graph.guidance)
+                    if behind := [columns[name] for name in names if name in columns]:
                         flips[step, column] += refreshes[0, step, behind].sum(0)
 
     def _by_reach(self, site: str, products: Products) -> NDArray[np.float64]:
