@@ -134,7 +134,7 @@ def _histories(setting: Setting, sites: Sequence[str], batch: dict[str, Any]) ->
         generate(setting.pipe, setting.sampling, batch)
     finally:
         forwards.uninstall()
-    return {site: torch.stack(values) for site, values in kept.items()}
+    return {site: torch.stack(kept.pop(site)) for site in sites}  # one after the other: they are large
 
 
 class ObservedForwards(RoutedForwards):

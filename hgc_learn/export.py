@@ -196,7 +196,11 @@ def load_run(ckpt_path: Path) -> tuple[RouterModule, Any]:
 
 @torch.no_grad()
 def measure_fidelity(module: RouterModule, data: Any, draft: Draft) -> dict[str, Any]:
-    """Paired comparison with the uncached pipeline on the validation samples; empty if there are none."""
+    """Paired comparison with the uncached pipeline on the validation samples; empty if there are none.
+
+    Raises:
+        ValueError: pictures that are not finite.
+    """
     psnr = []
     loader = data.val_dataloader() if is_overridden("val_dataloader", data) else None
     for batch in [] if loader is None else loader:
@@ -207,4 +211,9 @@ def measure_fidelity(module: RouterModule, data: Any, draft: Draft) -> dict[str,
     if not psnr:
         return {}
     values = torch.cat(psnr)
+    if not values.isfinite().all():
+        raise ValueError(
+            f"With this schedule {int((~values.isfinite()).sum())} of {len(values)} validation samples come out as NaN "
+            "or infinity. Export with a larger --budget, or train with --model.dtype=float32."
+        )
     return {"psnr_db": round(float(values.mean()), 3), "num_samples": len(values), "split": "validation"}

@@ -53,7 +53,8 @@ def learn_fills(
     if not num_updates or not start.tensors:
         return module.draft(schedule)
     learned, judges = hold_out(batches)
-    targets = [module.target(batch) for batch in learned]  # before a schedule is applied
+    for batch in learned:
+        module.teacher_latents(batch)  # before a schedule is applied
     tensors = {name: tensor.to(module.device).requires_grad_() for name, tensor in start.tensors.items()}
     groups = [{"params": [t], "lr": LEARNING_RATES[name.rpartition("/")[2]]} for name, t in tensors.items()]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
@@ -62,19 +63,20 @@ def learn_fills(
     checkpointing = module.hparams["gradient_checkpointing"]
     with apply_schedule(module.pipe, file) as handle:
         for update in range(num_updates):
-            index = update % len(learned)
-            num_samples, loss = len(targets[index]), 0.0
+            samples, loss = learned[update % len(learned)], 0.0
+            num_samples = len(samples["text"])
             optimizer.zero_grad()
             for first in range(0, num_samples, at_once):
                 part = slice(first, first + at_once)
                 handle.use_tensors(tensors, gradient_checkpointing=checkpointing)
-                batch = {name: values[part] for name, values in learned[index].items()}
+                batch = {name: values[part] for name, values in samples.items()}
                 outcome = module.outcome(generate(module.pipe, module.sampling, batch, grad=True))
-                errors = (outcome - targets[index][part]).square().flatten(1).mean(1)
+                errors = (outcome - module.target(batch)).square().flatten(1).mean(1)
                 share = errors.clamp_min(1e-30).log().sum() / num_samples
                 share.backward()
                 loss += float(share.detach())
-            optimizer.step()
+            if all(t.grad is None or t.grad.isfinite().all() for t in tensors.values()):  # else a trajectory is lost
+                optimizer.step()
             decay.step()
             report(loss)
     after = Draft(start.sites, {name: tensor.detach().cpu() for name, tensor in tensors.items()})

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 NORM_TOLERANCE = 2e-3
 """Relative; rounding a tensor to bfloat16 moves its norm by less."""
@@ -96,7 +96,7 @@ def _architecture(model: Any) -> str:
 
 
 def _norms(model: nn.Module) -> dict[str, float]:
-    tensors: dict[str, Tensor] = {}
+    norms: dict[str, float] = {}
     for path in _PROBES:
         try:
             module: Any = model.get_submodule(path)
@@ -104,8 +104,6 @@ def _norms(model: nn.Module) -> dict[str, float]:
             continue
         weight = getattr(module, "base_layer", module).weight  # a LoRA layer wraps the original
         if not weight.is_meta:  # sequential offload keeps weights away until they are used
-            tensors[path] = torch.linalg.vector_norm(weight.detach().float())
-    if not tensors:
-        return {}
-    values = torch.stack(list(tensors.values())).tolist()
-    return {path: float(f"{value:.8g}") for path, value in zip(tensors, values, strict=True)}
+            norm = float(torch.linalg.vector_norm(weight.detach().float()))
+            norms[path] = float(f"{norm:.8g}")
+    return norms

@@ -144,8 +144,7 @@ class RoutedForwards:
             self.first_step = _nearest(timestep, timesteps) if place is None else place
             if self.first_step:  # image to image
                 self.refreshed.add(self.first_step)
-            number = self.pipe.__dict__.get("_num_timesteps")
-            self.last_step = self.num_steps - 1 if number is None else self.first_step + number - 1
+            self.last_step = _last_step(self.pipe, self.first_step)
         step = self.first_step + self.num_calls[model]
         is_known = step < self.num_steps and (
             place == step or (place is None and self.is_offloaded and float(timestep) == float(timesteps[step]))
@@ -231,10 +230,22 @@ class RoutedForwards:
         return _controlnet_forward(self.models[model], self, model, *args, **kwargs)
 
 
+def _last_step(pipe: Any, first_step: int) -> int:
+    """Of the run that begins at a step, as far as the pipeline says. SDXL's with a ControlNet says how many steps there
+    are before it leaves out those after `denoising_end`."""
+    timesteps = pipe.scheduler.timesteps
+    number = pipe.__dict__.get("_num_timesteps", len(timesteps) - first_step)
+    end = pipe.__dict__.get("_denoising_end")
+    if isinstance(end, float) and 0 < end < 1:
+        num_train_timesteps = pipe.scheduler.config.num_train_timesteps
+        cutoff = round(num_train_timesteps * (1 - end))
+        number = min(number, sum(timestep >= cutoff for timestep in timesteps[first_step:].tolist()))
+    return first_step + number - 1
+
+
 def routed_models(pipe: Any) -> dict[str, Any]:
     """The models whose forwards are taken over, by the name they have in a schedule; of compiled ones the original."""
-    models = named_models(pipe.unet, getattr(pipe, "controlnet", None))
-    return {name: getattr(model, "_orig_mod", model) for name, model in models.items()}
+    return named_models(pipe.unet, getattr(pipe, "controlnet", None))
 
 
 @apply_lora_scale("cross_attention_kwargs")

@@ -91,10 +91,12 @@ def controlnet_list(controlnet: nn.Module | Sequence[ControlNetModel] | None) ->
 
 def named_models(unet: Any, controlnet: Any = None) -> dict[str, Any]:
     """The models by the names that sites and fingerprints have for them: `unet`, then `controlnet`, or
-    `controlnet.nets.<i>` where there are several; `controlnet` is as for `build_graph`."""
+    `controlnet.nets.<i>` where there are several; `controlnet` is as for `build_graph`. Of compiled ones the
+    original."""
     nets = controlnet_list(controlnet)
     names = ["controlnet"] if len(nets) == 1 else [f"controlnet.nets.{i}" for i in range(len(nets))]
-    return {"unet": unet, **dict(zip(names, nets, strict=True))}
+    models = {"unet": unet, **dict(zip(names, nets, strict=True))}
+    return {name: getattr(model, "_orig_mod", model) for name, model in models.items()}
 
 
 def build_graph(
@@ -116,7 +118,7 @@ def build_graph(
     """
     builder = _Builder(None if expand is None else set(expand))
     nets = named_models(unet, controlnet)
-    del nets["unet"]
+    unet = nets.pop("unet")
     controls = []
     for index, (path, net) in enumerate(nets.items()):
         if any(net is other for other in [*nets.values()][:index]):

@@ -138,7 +138,7 @@ class ScheduleHandle:
         Keys: `num_inference_steps`; `macs_full`, `macs_cached`, `macs_reduction` per image at the schedule's size
         (attention matmuls not counted) and the same with `_attention`; `cache_bytes` at its peak, of one image, by the
         plan; `num_patterns`, of different steps (`compile`); `steps_run` and `steps_refreshed` of the latest run (a
-        step is refreshed when its inputs changed in mid-run).
+        step is refreshed when its inputs changed in mid-run; so is the first one of image to image).
 
         Raises:
             ValueError: without a schedule, a UNet whose config has no `sample_size` to count at.
@@ -146,10 +146,12 @@ class ScheduleHandle:
         return self.runtime.stats()
 
     def use_tensors(self, tensors: Mapping[str, Tensor], *, gradient_checkpointing: bool = False) -> None:
-        """Fills in with these numbers from now on instead of the schedule's own: for those who learn them.
+        """Fills in with these numbers in the next run instead of the schedule's own: for those who learn them. Call it
+        again after every update of theirs.
 
         Args:
-            tensors: as `schedule.tensors`; gradients reach them in runs that keep the autograd graph.
+            tensors: as `schedule.tensors`; gradients reach those of predictors that work per channel, in runs that keep
+                the autograd graph.
             gradient_checkpointing: keep only what nodes give for the backward pass, and run each again in it.
 
         Raises:
@@ -166,7 +168,8 @@ class ScheduleHandle:
             options: of `torch.compile` (mode, fullgraph, dynamic, backend, ...).
 
         Raises:
-            ValueError: options that record CUDA graphs (`mode="reduce-overhead"`, `mode="max-autotune"`).
+            ValueError: options that record CUDA graphs (`mode="reduce-overhead"`, `mode="max-autotune"`,
+                `backend="cudagraphs"`).
         """
         self.runtime.compile(**options)
 

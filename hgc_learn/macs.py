@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from hgc_learn import ops
-from hgc_learn.graph import Graph, architecture_key, build_graph, controlnet_list, meta_copy, named_models
+from hgc_learn.graph import Graph, architecture_key, build_graph, meta_copy, named_models
 
 # Linear layers reach the counter as mm/addmm, attention as batched products or fused attention.
 _ATTENTION_OPS = ("bmm", "baddbmm", "_scaled_dot_product", "_efficient_attention", "_flash_attention")
@@ -97,7 +97,7 @@ def measure_costs(
     Returns:
         The expanded graph of meta copies of the models, and the cost of each of its nodes per sample.
     """
-    models = (unet, *controlnet_list(controlnet))
+    models = [*named_models(unet, controlnet).values()]
     key = (*map(architecture_key, models), latent_size, image_size, num_tokens)
     if key not in _measured:
         while len(_measured) >= _MAX_MEASURED:

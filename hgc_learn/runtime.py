@@ -321,8 +321,7 @@ class Runtime(RoutedForwards):
 
     def stats(self) -> dict[str, Any]:
         schedule = self.schedule
-        unet, *controlnets = self.models.values()
-        architecture = replace(Architecture.of(self.pipe), unet=unet, controlnet=controlnets)
+        architecture = Architecture.of(self.pipe)
         size = architecture.default_size if schedule is None else (schedule.height, schedule.width)
         graph, costs = architecture.measure(size)
         batch = graph.batch_size(7.5 if schedule is None else schedule.guidance_scale)

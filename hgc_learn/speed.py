@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import json
 import platform
 import time
@@ -127,7 +126,10 @@ def save_rows(path: Path, rows: dict[tuple[Any, ...], dict[str, Any]]) -> None:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A table per setting: medians, with 95 % intervals where runs were repeated."""
     parts = []
-    for setting, group in itertools.groupby(rows, lambda row: tuple(row[name] for name in SETTING[:-1])):
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in SETTING[:-1]), []).append(row)
+    for setting, group in groups.items():
         machine, arch, size, dtype, compiled, steps, guidance_scale = setting
         dtype += ", compiled block by block" * compiled
         parts += [f"{arch}, {size} px, {steps} steps, guidance scale {guidance_scale:g}, {dtype}. {machine}.", ""]

@@ -115,6 +115,7 @@ class RouterModule(L.LightningModule):
             self.num_steps,
             gradient_checkpointing=self.hparams["gradient_checkpointing"],
         )
+        self.objective.use_pipeline(self)
 
     @property
     def num_steps(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import NUM_STEPS, TinyPipeline, build_pipeline
+from tiny_models import GUIDANCE_SCALE, IMAGE_SIZE, NUM_STEPS, TinyPipeline, build_pipeline
 from torch._dynamo.testing import CompileCounter
 from training_fixtures import BUDGET
 
@@ -14,6 +14,8 @@ from hgc_learn import patterns
 from hgc_learn.inference import apply_schedule
 from hgc_learn.objectives import L2C, Rollout
 from hgc_learn.plan import compile_plan
+from hgc_learn.policies import POLICIES
+from hgc_learn.rollout import SamplingConfig
 from hgc_learn.setting import Setting
 from hgc_learn.specialise import specialise
 from hgc_learn.training import RouterModule
@@ -54,7 +56,13 @@ def test_one_graph_per_pattern_and_the_same_latents() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"mode": "reduce-overhead"}, {"mode": "max-autotune"}, {"options": {"triton.cudagraphs": True}}]
+    "options",
+    [
+        {"mode": "reduce-overhead"},
+        {"mode": "max-autotune"},
+        {"backend": "cudagraphs"},
+        {"options": {"triton.cudagraphs": True}},
+    ],
 )
 def test_options_that_record_cuda_graphs_are_refused(options: dict[str, Any]) -> None:
     tiny = build_pipeline("small")
@@ -86,6 +94,15 @@ def test_regional_compilation_is_one_graph_per_kind_of_block() -> None:
     first = counter.frame_count
     tiny()
     assert 0 < first == counter.frame_count < NUM_STEPS
+
+
+def test_a_rule_writes_for_a_compiled_pipeline_what_it_writes_for_the_original() -> None:
+    tiny = build_pipeline("small")
+    sampling = SamplingConfig(NUM_STEPS, GUIDANCE_SCALE, IMAGE_SIZE, IMAGE_SIZE)
+    schedule = POLICIES["deepcache"].schedule(Setting.of_pipeline(tiny.pipe, sampling))
+    for name in ("unet", "controlnet"):
+        setattr(tiny.pipe, name, torch.compile(getattr(tiny.pipe, name), backend="eager"))
+    assert POLICIES["deepcache"].schedule(Setting.of_pipeline(tiny.pipe, sampling)) == schedule
 
 
 @pytest.mark.parametrize("max_patterns", [2, 3, 4])

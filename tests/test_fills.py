@@ -60,10 +60,16 @@ def test_learning_lowers_the_error(
             torch.testing.assert_close(tensor, other.tensors[name], rtol=0, atol=2e-3)  # as many roundings
 
 
+@pytest.mark.parametrize("learning_rate", [10.0, 1e30])
 def test_what_other_samples_do_not_confirm_is_left(
-    module: RouterModule, batch: dict[str, Any], schedule: HardSchedule, monkeypatch: pytest.MonkeyPatch
+    module: RouterModule,
+    batch: dict[str, Any],
+    schedule: HardSchedule,
+    learning_rate: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fills, "LEARNING_RATES", {"scale": 10.0, "reach": 10.0})
+    """With the second one the trajectory is lost after the first update, and so are gradients."""
+    monkeypatch.setattr(fills, "LEARNING_RATES", {"scale": learning_rate, "reach": learning_rate})
     after = learn_fills(module, schedule, [batch], 2)
     assert after.sites == module.draft(schedule).sites
 

@@ -181,7 +181,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     assert not made.exists()
 
 
-@pytest.mark.parametrize("shape", [[5], [2**40], [2**31, 2**31, 2**31]])
+@pytest.mark.parametrize("shape", [[5], [2**40], [2**31, 2**31, 2**31], [0, 2**62, 2**62], [0, 2**63]])
 @pytest.mark.parametrize("length", [0, 20, 2**40])
 def test_sizes_in_a_file_allocate_nothing(tmp_path: Path, shape: list[int], length: int) -> None:
     """Of the header, of a tensor, of its bytes: none is believed beyond what the file holds."""

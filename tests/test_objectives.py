@@ -185,6 +185,37 @@ def test_training_lowers_the_loss(kind: type[L2C | HarmoniCa], teacher: Path) ->
     assert sum(losses.values[-3:]) < 0.7 * sum(losses.values[:3])
 
 
+@pytest.mark.parametrize("kind", [L2C, HarmoniCa])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sites": ["unet:eps", "unet:guidance"]}, "unet:guidance is never blended"),
+        ({"dtype": "float16", "errors_of": "latents"}, "gradients vanish. Use bfloat16 or float32"),
+        ({"gradient_checkpointing": True}, "keeps the graph of one step only"),
+    ],
+)
+def test_settings_that_a_blend_cannot_do_with_are_refused(
+    kind: type[L2C | HarmoniCa], settings: dict[str, Any], message: str, teacher: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        RouterModule(str(teacher), SAMPLING, objective=kind(), budgets=[0.8], **settings)
+
+
+def test_blends_follow_the_pipeline_that_the_module_is_given(teacher: Path) -> None:
+    module = RouterModule(str(teacher), SAMPLING, objective=HarmoniCa())
+    other = load_pipeline(str(teacher), SAMPLING)
+    module.use_pipeline(other)
+    assert isinstance(module.objective, HarmoniCa)
+    assert module.objective.forwards.pipe is module.forwards.pipe is other
+
+
+def test_noise_levels_are_not_those_of_half_precision() -> None:
+    """1 - alpha of the first timestep is 0.00085, and alpha is 1 in bfloat16."""
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    noisy = add_noise(scheduler, torch.zeros(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.bfloat16), 0)
+    assert float(noisy) == pytest.approx(0.00085**0.5, rel=0.01)
+
+
 @pytest.fixture(scope="module")
 def checkpoints(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("checkpoints")

@@ -173,16 +173,19 @@ def test_batches_of_steps_give_what_single_ones_give(own: TinyPipeline, call: di
     assert (latents - one_by_one).norm() < 1e-9 * one_by_one.norm()
 
 
-def test_no_step_is_run_ahead_that_is_not_part_of_the_run() -> None:
-    pipe = build("StableDiffusionXLPipeline", **SDXL)
+@pytest.mark.parametrize("kind", ["StableDiffusionXLPipeline", "StableDiffusionXLControlNetPipeline"])
+def test_no_step_is_run_ahead_that_is_not_part_of_the_run(kind: str) -> None:
+    pipe = build(kind, **SDXL)
     behind = ("unet.up_blocks", "unet:")
-    encoder = [site for site in list_sites(build_graph(pipe.unet)) if not site.startswith(behind)]
+    graph = build_graph(pipe.unet, getattr(pipe, "controlnet", None))
+    encoder = [site for site in list_sites(graph) if not site.startswith(behind)]
     schedule = schedule_for(pipe, dict.fromkeys(encoder, "CC" + "-" * (NUM_STEPS - 2)))
-    with apply_schedule(pipe, schedule), counted(pipe.unet.up_blocks[-1].resnets[-1].conv1) as calls:
+    with apply_schedule(pipe, schedule) as handle, counted(pipe.unet.up_blocks[-1].resnets[-1].conv1) as calls:
         run(pipe)
         assert calls == [2, 2, 8]
         calls.clear()
         run(pipe, denoising_end=0.6)
+        assert not handle.runtime.cache.values
     assert calls == [2, 2, 2]
 
 

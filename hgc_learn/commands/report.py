@@ -129,8 +129,13 @@ def _sampling(schedule: HGCSchedule) -> SamplingConfig:
 
 def _own_sampling(schedule: HGCSchedule) -> dict[str, Any]:
     """What a schedule's fields do not say, from the settings of who wrote it, a stranger maybe."""
+    from hgc_learn.schedule import MAX_STEPS
+
     settings = schedule.producer.get("settings")
     own = settings.get("sampling") if isinstance(settings, dict) else None
     own = own if isinstance(own, dict) else {}
     types = {"num_inference_steps": int, "negative_prompt": str, "controlnet_conditioning_scale": float}
-    return {name: own[name] for name, kind in types.items() if type(own.get(name)) is kind}
+    known = {name: own[name] for name, kind in types.items() if type(own.get(name)) is kind}
+    if not 1 <= known.get("num_inference_steps", 1) <= MAX_STEPS:
+        del known["num_inference_steps"]
+    return known

@@ -25,8 +25,7 @@ def run(args: argparse.Namespace) -> None:
     architecture = named_architecture(args)
     graph, costs = architecture.measure()
     full = sum(cost.macs for cost in costs.values())
-    patterns = args.match if args.match != ["*"] else ["*:*"]
-    for site in select_sites(graph, patterns):
+    for site in select_sites(graph, args.match):
         step = live_step(graph, {site})
         saved = 1 - sum(costs[name].macs for name in step.run) / full / (2 if step.is_half else 1)
         print(f"{saved:7.2%}  {site}")

@@ -40,7 +40,14 @@ class Objective(nn.Module):
         return {"class_path": class_path, "init_args": {name: getattr(self, name) for name in names}}
 
     def prepare(self, module: RouterModule) -> None:
-        """Called once, when the module's pipeline and router are there."""
+        """Called once, when the module's pipeline and router are there.
+
+        Raises:
+            ValueError: settings of the module that the recipe cannot do with.
+        """
+
+    def use_pipeline(self, module: RouterModule) -> None:
+        """Called when the module has got its pipeline, or another one of the same models."""
 
     def hard_schedule(self, router: Router, budget: float) -> HardSchedule:
         """The hard schedule for a budget, a fraction of the full MACs.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,30 @@ from torch import Tensor
 from hgc_learn import ops
 from hgc_learn.forwards import RoutedForwards
 from hgc_learn.graph import Graph, Node, run_graph
+from hgc_learn.objectives.base import Objective
 from hgc_learn.plan import live_step
 from hgc_learn.rollout import SamplingConfig, generate
 
+if TYPE_CHECKING:
+    from hgc_learn.training import RouterModule
+
 VisitStep = Callable[[int], Tensor]
+
+
+class BlendedObjective(Objective):
+    """One that trains blends, step by step, each with a graph and a loss of its own."""
+
+    def prepare(self, module: RouterModule) -> None:
+        guidance = module.graph.guidance
+        if guidance in module.router.sites:
+            raise ValueError(f"sites: {guidance} is never blended by {self.policy}, so nothing is learned of it.")
+        if module.hparams["dtype"] == "float16":
+            raise ValueError(f"dtype is float16, in which {self.policy}'s gradients vanish. Use bfloat16 or float32.")
+        if module.hparams["gradient_checkpointing"]:
+            raise ValueError(f"gradient_checkpointing: {self.policy} keeps the graph of one step only. Leave it out.")
+
+    def use_pipeline(self, module: RouterModule) -> None:
+        self.forwards = BlendedForwards(module.pipe, module.forwards.graph, module.router.sites, module.num_steps)
 
 
 class BlendedForwards(RoutedForwards):

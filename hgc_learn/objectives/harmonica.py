@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from hgc_learn.distributed import mean_over_processes
-from hgc_learn.objectives.base import Objective
-from hgc_learn.objectives.blend import BlendedForwards
+from hgc_learn.objectives.blend import BlendedObjective
 from hgc_learn.objectives.l2c import LAYER_SITES, MAX_LOGIT
 from hgc_learn.router import Router
 
@@ -34,7 +33,7 @@ INITIAL_LOGIT = 1.0
 """Above the threshold: training begins with everything computed, and every cache fresh."""
 
 
-class HarmoniCa(Objective):
+class HarmoniCa(BlendedObjective):
     """HarmoniCa: every step but the first routed, learned on the student's own trajectory.
 
     Args:
@@ -74,7 +73,7 @@ class HarmoniCa(Objective):
         self.num_weight_batches = num_weight_batches
 
     def prepare(self, module: RouterModule) -> None:
-        self.forwards = BlendedForwards(module.pipe, module.forwards.graph, module.router.sites, module.num_steps)
+        super().prepare(module)
         module.router.logits.data.fill_(INITIAL_LOGIT)
         self.register_buffer("weights", torch.ones(module.num_steps))
         self.register_buffer("weights_epoch", torch.tensor(-1))  # in which they were measured

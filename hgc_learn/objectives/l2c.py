@@ -22,8 +22,7 @@ from torch import Tensor
 from hgc_learn.distributed import own_noise
 from hgc_learn.hard import HardSchedule
 from hgc_learn.macs import BudgetError
-from hgc_learn.objectives.base import Objective
-from hgc_learn.objectives.blend import BlendedForwards
+from hgc_learn.objectives.blend import BlendedObjective
 from hgc_learn.router import Router
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ LAYER_SITES = ("unet.*.resnets.?:branch", "unet.*.attn?:out", "unet.*.ff:out", "
 MAX_LOGIT = 5.0
 
 
-class L2C(Objective):
+class L2C(BlendedObjective):
     """Learning-to-Cache: routed steps between full ones, learned from a clean cache.
 
     Args:
@@ -58,9 +57,6 @@ class L2C(Objective):
         self.intervals = sorted(intervals)
         self.penalty = penalty
         self.learning_rate = learning_rate
-
-    def prepare(self, module: RouterModule) -> None:
-        self.forwards = BlendedForwards(module.pipe, module.forwards.graph, module.router.sites, module.num_steps)
 
     def hard_schedule(self, router: Router, budget: float, *, interval: int | None = None) -> HardSchedule:
         """As the base class's; every `interval`-th step is full. By default it is the shortest that the budget allows.
@@ -127,8 +123,8 @@ class L2C(Objective):
 
 def add_noise(scheduler: Any, clean: Tensor, noise: Tensor, time: int) -> Tensor:
     """Clean latents with the noise of one timestep, in variance-preserving form."""
-    alpha = scheduler.alphas_cumprod[time].to(clean)
-    return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+    signal, sigma = _levels(scheduler, clean, time)
+    return signal * clean + sigma * noise
 
 
 def ddim_step(scheduler: Any, latents: Tensor, prediction: Tensor, start: int, end: int) -> Tensor:
@@ -137,8 +133,7 @@ def ddim_step(scheduler: Any, latents: Tensor, prediction: Tensor, start: int, e
     Raises:
         ValueError: a model that predicts neither noise, velocity nor the sample.
     """
-    alpha = scheduler.alphas_cumprod[start].to(latents)
-    signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+    signal, sigma = _levels(scheduler, latents, start)
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         clean, noise = (latents - sigma * prediction) / signal, prediction
@@ -149,3 +144,9 @@ def ddim_step(scheduler: Any, latents: Tensor, prediction: Tensor, start: int, e
     else:
         raise ValueError(f"prediction_type {kind!r} is not one of epsilon, v_prediction, sample.")
     return add_noise(scheduler, clean, noise, end)
+
+
+def _levels(scheduler: Any, latents: Tensor, time: int) -> tuple[Tensor, Tensor]:
+    """Of signal and noise at a timestep, for these latents; half precision cannot tell 1 - alpha from 0."""
+    alpha = scheduler.alphas_cumprod[time]
+    return alpha.sqrt().to(latents), (1 - alpha).sqrt().to(latents)

@@ -132,7 +132,6 @@ class Rollout(Objective):
             )
         if score[1:].std(correction=0) > 0:
             score[1:] = 2 * (score[1:] - score[1:].mean()) / score[1:].std()
-        score[:, savings <= 0] = score.max()
         score[0] = 0
         router.logits.data.copy_(score)
         self.warm_started.fill_(True)

@@ -28,7 +28,6 @@ def block_caching(
     delta: float = DELTA,
     controlnet: str = "layers",
     blocks: Literal["transformers", "all"] = "all",
-    scale_shift: bool = False,
 ) -> Draft:
     """Recomputes a block when its relative L1 changes since the last time have added up to more than delta.
 
@@ -39,17 +38,9 @@ def block_caching(
         delta: threshold of the accumulated change.
         controlnet: `computed`, `layers` (like the UNet's) or `residuals` (its outputs are the blocks).
         blocks: `transformers`, or `all`, resnets among them.
-        scale_shift: scale and shift a reused tensor per step and channel. The paper trains both by distillation;
-            here they are the least-squares fit of the true value to the reused one on uncached trajectories.
     """
-    setting.need_samples("block_caching")
-    if delta < 0:
-        raise ValueError(f"delta is {delta}; it must be at least 0.")
-    sites = layer_sites(setting.graph, BLOCKS[blocks], controlnet)
-    statistics = site_statistics(setting, sites)
-    code = "s" if scale_shift else "-"
-    draft = Draft({site: accumulation_row(statistics[site].change(), delta, code) for site in sites})
-    return fit_scale_shift(setting, draft, statistics) if scale_shift else draft
+    draft, _ = _accumulate(setting, delta, controlnet, blocks, "-")
+    return draft
 
 
 @register("block_caching_scale_shift", paper=f"{PAPER} (reconstruction)", grid=GRID)
@@ -60,14 +51,27 @@ def block_caching_scale_shift(
     controlnet: str = "layers",
     blocks: Literal["transformers", "all"] = "all",
 ) -> Draft:
-    """Block Caching that scales and shifts reused tensors per step and channel, fitted in closed form.
+    """Block Caching that scales and shifts reused tensors per step and channel. The paper trains both by distillation;
+    here they are the least-squares fit of the true value to the reused one on uncached trajectories.
 
     Args:
         delta: threshold of the accumulated change.
         controlnet: `computed`, `layers` (like the UNet's) or `residuals` (its outputs are the blocks).
         blocks: `transformers`, or `all`, resnets among them.
     """
-    return block_caching(setting, delta=delta, controlnet=controlnet, blocks=blocks, scale_shift=True)
+    return fit_scale_shift(setting, *_accumulate(setting, delta, controlnet, blocks, "s"))
+
+
+def _accumulate(
+    setting: Setting, delta: float, controlnet: str, blocks: str, code: str
+) -> tuple[Draft, dict[str, SiteStatistics]]:
+    """The blocks' rows, which reuse by a code, and what was measured."""
+    setting.need_samples("block_caching")
+    if delta < 0:
+        raise ValueError(f"delta is {delta}; it must be at least 0.")
+    sites = layer_sites(setting.graph, BLOCKS[blocks], controlnet)
+    statistics = site_statistics(setting, sites)
+    return Draft({site: accumulation_row(statistics[site].change(), delta, code) for site in sites}), statistics
 
 
 def accumulation_row(change: Tensor, delta: float, code: str) -> str:
