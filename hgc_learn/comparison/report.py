@@ -27,11 +27,13 @@ def write_report(config: CompareConfig, *, command: str) -> None:
     """Writes the four files from the cells that are there.
 
     Raises:
-        ValueError: after everything is written, if cells have failed.
+        ValueError: no cell has been run; or, after everything is written, cells have failed.
     """
     console, folder = Console(), Path(config.report)
     rankings, num_missing = collect(config)
     rows = [row for ranking in rankings for row in public_rows(config, ranking)]
+    if not rows:
+        raise ValueError(f"{config.output}/cells: no cell of this comparison has been run; there is nothing to report.")
     save_json(folder / f"{config.name}.json", rows)
     text = markdown(config, rankings, command=command, num_missing=num_missing)
     write_atomically(folder / f"{config.name}.md", text.encode())

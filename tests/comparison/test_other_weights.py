@@ -76,3 +76,12 @@ def test_there_is_no_report_of_cells_of_two_teachers(model: Path, capsys: pytest
     assert compare(model, "--report_only") == 2
     figures = [path.with_name(path.name.replace(".schedule", "")) for path in (first, second)]
     assert f"{figures[1]} was made with other weights than {figures[0]} was made with" in capsys.readouterr().err
+
+
+def test_a_report_of_nothing_replaces_none(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = model.parent / "report" / "compare.json"
+    kept.parent.mkdir()
+    kept.write_text("[]")
+    assert compare(model, "--report_only") == 2
+    assert "no cell of this comparison has been run" in capsys.readouterr().err
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
