@@ -124,10 +124,11 @@ def _section(config: CompareConfig, ranking: Ranking) -> list[str]:
         optional = config.optional_metrics
         heading = ["", "policy", "PSNR, dB", "to best, dB", "MACs", "with attention", "latent error", "SSIM"]
         heading += ["mIoU", "colour", "FID"] if is_scenes else []
-        heading += [*optional, "speed", "settings"]
-        lines += [_line(heading), "|" + "---|" * len(heading)]
         winners = ranking.winners
         rows = public_rows(config, ranking)[: len(ranking.cells)]
+        are_timed = any("wall_clock_speedup" in row for row in rows)
+        heading += [*optional, *["speed"] * are_timed, "settings"]
+        lines += [_line(heading), "|" + "---|" * len(heading)]
         for place, (cell, row, gap) in enumerate(zip(ranking.cells, rows, ranking.gaps, strict=True), start=1):
             tied = len(winners) > 1 and row["policy"] in winners
             entries = [
@@ -142,7 +143,7 @@ def _section(config: CompareConfig, ranking: Ranking) -> list[str]:
                 *([f"{row['control_miou']:.4f}", f"{row['color_accuracy']:.4f}"] if is_scenes else []),
                 *([f"{row['fid']:.2f}"] if is_scenes else []),
                 *[f"{row[name]:.4f}" for name in optional],
-                f"{row['wall_clock_speedup']:.2f}x" if "wall_clock_speedup" in row else "-",
+                *[f"{row['wall_clock_speedup']:.2f}x" if "wall_clock_speedup" in row else "-"] * are_timed,
                 _settings(row["settings"]),
             ]
             lines.append(_line(entries))
