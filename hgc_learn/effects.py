@@ -104,7 +104,12 @@ def measure_effects(
 
 
 class Choices:
-    """First-order changes by all other choices at the schedule that has just been run."""
+    """First-order changes by all other choices at the schedule that has just been run.
+
+    Where a half step fills the prediction in, the guidance gate is valued as if it were computed, its difference kept:
+    in truth none is kept there, but a router that learns so is better (docs/learning.md), for what the gate has to know
+    is what to do where the prediction is computed.
+    """
 
     def __init__(self, ran: ProbedForwards):
         self.ran = ran
@@ -146,10 +151,8 @@ class Choices:
                     i: self._used(site, i, other, mine) - before[i] for i in self._affected(step, used, computed)
                 }
                 here, later = changes.pop(step, 0.0), sum(changes.values())
-                # No guidance difference is kept of a prediction that is filled in.
-                is_kept = site != self.ran.graph.guidance or self.ran.graph.output in self.ran.run[step]
                 if not (is_unguided and self.ran.is_half[step]):
-                    total[step] += here + later * is_kept if step in before else 0.0
+                    total[step] += here + later if step in before else 0.0
                     refreshes[0, step] += later
                 if is_unguided:
                     refreshes[1, step] += later
