@@ -51,8 +51,10 @@ def block_caching_scale_shift(
     controlnet: str = "layers",
     blocks: Literal["transformers", "all"] = "all",
 ) -> Draft:
-    """Block Caching that scales and shifts reused tensors per step and channel. The paper trains both by distillation;
-    here they are the least-squares fit of the true value to the reused one on uncached trajectories.
+    """Block Caching that scales and shifts reused tensors per step and channel, fitted in closed form.
+
+    The paper trains both by distillation; here they are the least-squares fit of the true value to the reused one on
+    uncached trajectories.
 
     Args:
         delta: threshold of the accumulated change.

@@ -7,7 +7,12 @@ from measured import measured_setting, shared_setting
 from hgc_learn.calibration import SiteStatistics, mean_psnr, site_statistics
 from hgc_learn.inference import apply_schedule
 from hgc_learn.policies import POLICIES
-from hgc_learn.policies.block_caching import accumulation_row, block_caching, least_squares
+from hgc_learn.policies.block_caching import (
+    accumulation_row,
+    block_caching,
+    block_caching_scale_shift,
+    least_squares,
+)
 
 
 def table_of(steps: list[float]) -> torch.Tensor:
@@ -85,7 +90,7 @@ def test_a_single_reused_block_is_filled_in_by_the_fit_in_real_runs() -> None:
     schedule = POLICIES["block_caching_scale_shift"].schedule(setting, delta=0.3)
     with apply_schedule(setting.pipe, schedule) as handle:
         assert handle.stats()["macs_reduction"] == pytest.approx(1 - setting.kept(block_caching(setting, delta=0.3)))
-    fitted = mean_psnr(setting, block_caching(setting, delta=0.3, scale_shift=True))
+    fitted = mean_psnr(setting, block_caching_scale_shift(setting, delta=0.3))
     held = mean_psnr(setting, block_caching(setting, delta=0.3))
     assert held < fitted < 120
 
