@@ -106,9 +106,9 @@ def measure_effects(
 class Choices:
     """First-order changes by all other choices at the schedule that has just been run.
 
-    Where a half step fills the prediction in, the guidance gate is valued as if it were computed, its difference kept:
-    in truth none is kept there, but a router that learns so is better (docs/learning.md), for what the gate has to know
-    is what to do where the prediction is computed.
+    One thing is left out, for routers did not learn better with it (docs/learning.md, what failed): a guidance
+    difference is kept only where a full step computes the prediction, so that a flip of the prediction's gate gives
+    later steps another difference, and a flip of the guidance gate beside a prediction that is filled in gives none.
     """
 
     def __init__(self, ran: ProbedForwards):
@@ -160,8 +160,7 @@ class Choices:
 
     def _add_refreshes(self, flips: NDArray[np.float64], refreshes: NDArray[np.float64]) -> None:
         """Adds to the effects of flips [steps, sites, columns] what follows from the sites behind them being computed
-        at that step, or no longer: later steps find other values of theirs in the cache. The guidance difference is one
-        of them where the prediction flips in full."""
+        at that step, or no longer: later steps find other values of theirs in the cache."""
         columns = {site: column for column, site in enumerate(self.ran.sites)}
         for step in range(1, self.ran.num_steps):
             reused = {site for site, row in self.ran.rows.items() if row[step] != COMPUTE}
@@ -171,10 +170,8 @@ class Choices:
                     behind = [columns[name] for name in self.ran.routed & self.ran.run[step]]
                     flips[step, column] += refreshes[1, step, behind].sum(0)
                 elif site in self.ran.run[step] or site in self.ran.load[step]:
-                    names = flip.changes(site)
-                    if site == self.ran.graph.output and not self.ran.is_half[step]:
-                        names.append(self.ran.graph.guidance)
-                    if behind := [columns[name] for name in names if name in columns]:
+                    behind = [columns[name] for name in flip.changes(site) if name in columns]
+                    if behind:
                         flips[step, column] += refreshes[0, step, behind].sum(0)
 
     def _by_reach(self, site: str, products: Products) -> NDArray[np.float64]:

@@ -162,18 +162,13 @@ class ProbedForwards(RoutedForwards):
         guidance, prediction = self.graph.guidance, values[self.graph.output]
         unguided, guided = prediction.tensor_split(2)
         if self.is_half[step]:
-            self.fresh[guidance][step] = difference(prediction).detach()
+            self.fresh[guidance][step] = (guided - unguided).detach()
             load = self.load[step][guidance]
             used = self._watch(self._combine(load, step, load.guided), guidance, step)
             values[self.graph.output] = torch.cat([guided - used, guided])
         elif step in self.computed[guidance]:
-            # What is kept is of the prediction as it was computed: were that filled in, nothing would be kept here.
-            kept = difference(self.values.get(self.graph.output, {}).get(step, prediction))
-            self.values[guidance][step], self.fresh[guidance][step] = kept, kept.detach()
-            used = self._watch(guided - unguided, guidance, step)
+            used = self._keep(guidance, step, guided - unguided)
             values[self.graph.output] = torch.cat([_Unguided.apply(unguided, guided, used), guided])
-        else:
-            self.fresh[guidance][step] = difference(self.fresh[self.graph.output][step])
 
     def collect(self, site: str, step: int, gradient: Tensor) -> None:
         """Takes the gradient by what a site gives at a step and notes its products with the site's fresh values."""
@@ -210,12 +205,6 @@ class ProbedForwards(RoutedForwards):
 def latest(computed: Sequence[int], step: int) -> tuple[int, ...]:
     """The steps whose values fill in for `step`, the latest first."""
     return tuple([j for j in reversed(computed) if j < step][: FITTED.num_values])
-
-
-def difference(prediction: Tensor) -> Tensor:
-    """The guidance difference of a prediction [2 * batch, ...], unguided half first."""
-    unguided, guided = prediction.tensor_split(2)
-    return guided - unguided
 
 
 class _Unguided(torch.autograd.Function):
