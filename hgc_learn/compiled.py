@@ -19,12 +19,14 @@ def check_options(options: dict[str, Any]) -> None:
     """Raises ValueError for options of `torch.compile` that record CUDA graphs: the next call writes into what the one
     before gave, and a schedule keeps that for later steps."""
     mode, backend = options.get("mode"), options.get("backend")
-    found = {
-        f"mode={mode!r}": mode in ("reduce-overhead", "max-autotune"),
-        f"backend={backend!r}": backend == "cudagraphs",
-        "triton.cudagraphs": (options.get("options") or {}).get("triton.cudagraphs"),
-    }
-    for what in [name for name, records in found.items() if records][:1]:
+    what = ""
+    if mode in ("reduce-overhead", "max-autotune"):
+        what = f"mode={mode!r}"
+    elif backend == "cudagraphs":
+        what = f"backend={backend!r}"
+    elif (options.get("options") or {}).get("triton.cudagraphs"):
+        what = "triton.cudagraphs"
+    if what:
         raise ValueError(
             f"{what} records CUDA graphs, whose outputs the next call overwrites; a schedule keeps outputs for later "
             'steps. Use mode="max-autotune-no-cudagraphs", or leave mode out.'

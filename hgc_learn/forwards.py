@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hgc_learn import ops
 from hgc_learn.graph import Graph, named_models
 from hgc_learn.takeover import give_back, has_own_forward, owner_of_forward, take_over
+from hgc_learn.timesteps import last_step
 from hgc_learn.unchanged import Settings, Signature
 
 _ALL_CONTROLNETS = "controlnet"  # the name that a single one has
@@ -144,7 +145,7 @@ class RoutedForwards:
             self.first_step = _nearest(timestep, timesteps) if place is None else place
             if self.first_step:  # image to image
                 self.refreshed.add(self.first_step)
-            self.last_step = _last_step(self.pipe, self.first_step)
+            self.last_step = last_step(self.pipe, self.first_step)
         step = self.first_step + self.num_calls[model]
         is_known = step < self.num_steps and (
             place == step or (place is None and self.is_offloaded and float(timestep) == float(timesteps[step]))
@@ -228,19 +229,6 @@ class RoutedForwards:
 
     def controlnet_forward(self, model: str, *args: Any, **kwargs: Any) -> Any:
         return _controlnet_forward(self.models[model], self, model, *args, **kwargs)
-
-
-def _last_step(pipe: Any, first_step: int) -> int:
-    """Of the run that begins at a step, as far as the pipeline says. SDXL's with a ControlNet says how many steps there
-    are before it leaves out those after `denoising_end`."""
-    timesteps = pipe.scheduler.timesteps
-    number = pipe.__dict__.get("_num_timesteps", len(timesteps) - first_step)
-    end = pipe.__dict__.get("_denoising_end")
-    if isinstance(end, float) and 0 < end < 1:
-        num_train_timesteps = pipe.scheduler.config.num_train_timesteps
-        cutoff = round(num_train_timesteps * (1 - end))
-        number = min(number, sum(timestep >= cutoff for timestep in timesteps[first_step:].tolist()))
-    return first_step + number - 1
 
 
 def routed_models(pipe: Any) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""How many steps a pipeline is asked for, and how many model calls it makes: nearly twice as many with Heun."""
+"""How many steps a pipeline is asked for, how many model calls it makes (nearly twice as many with Heun), and which is
+the last of a run."""
 
 from __future__ import annotations
 
@@ -17,3 +18,16 @@ def steps_for_calls(scheduler: Any, num_calls: int) -> int | None:
         if len(other.timesteps) == num_calls:
             return num_steps
     return None
+
+
+def last_step(pipe: Any, first_step: int) -> int:
+    """Of the run that begins at a step, as far as the pipeline says. SDXL's with a ControlNet says how many steps there
+    are before it leaves out those after `denoising_end`."""
+    timesteps = pipe.scheduler.timesteps
+    number = pipe.__dict__.get("_num_timesteps", len(timesteps) - first_step)
+    end = pipe.__dict__.get("_denoising_end")
+    if isinstance(end, float) and 0 < end < 1:
+        cutoff = round(pipe.scheduler.config.num_train_timesteps * (1 - end))
+        number = min(number, sum(timestep >= cutoff for timestep in timesteps[first_step:].tolist()))
+    last: int = first_step + number - 1
+    return last
