@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
@@ -23,14 +22,9 @@ from hgc_learn.plan import StepPlan
 from hgc_learn.program import compile_program
 from hgc_learn.rollout import generate, scheduled
 from hgc_learn.setting import Draft, Setting
-from hgc_learn.sites import list_sites
 
 MAX_HISTORY_BYTES = 4 * 2**30
 """Sites are measured together as long as their values over a run fit in here; the rest takes another run."""
-
-CONTROLNET = ("computed", "layers", "residuals")
-"""Values of the knob `controlnet` of policies that decide layer by layer: it always runs, its layers are treated like
-the UNet's, or its residuals are."""
 
 T = TypeVar("T")
 
@@ -201,28 +195,6 @@ def reference_pictures(setting: Setting) -> list[Tensor]:
 
 
 # What the policies share
-
-
-def layer_sites(graph: Graph, patterns: Iterable[str], controlnet: str) -> list[str]:
-    """Sites of policies that decide layer by layer: those of the UNet that match `patterns` (globs without the
-    model), and what the knob `controlnet` adds.
-
-    Raises:
-        ValueError: a value that `controlnet` does not have.
-    """
-    if controlnet not in CONTROLNET:
-        raise ValueError(f"controlnet is {controlnet!r}; it is one of {', '.join(CONTROLNET)}.")
-    wanted = [f"unet.{pattern}" for pattern in patterns]
-    if controlnet == "layers":
-        wanted += [f"controlnet.{pattern}" for pattern in patterns]
-    if controlnet == "residuals":
-        wanted.append("*:control")
-    return [site for site in list_sites(graph) if any(fnmatchcase(site, pattern) for pattern in wanted)]
-
-
-def geometric(first: float, last: float, num: int) -> tuple[float, ...]:
-    """Thresholds for a grid, evenly spaced on a log scale, rounded to three digits."""
-    return tuple(float(f"{first * (last / first) ** (i / (num - 1)):.3g}") for i in range(num))
 
 
 def progress(items: Sequence[T], description: str) -> Iterable[T]:

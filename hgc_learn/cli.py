@@ -42,29 +42,36 @@ class AtomicCheckpoints(TorchCheckpointIO):
     a process that is killed leaves half a file under the checkpoint's name.
 
     Args:
-        resumed_from: the checkpoint that this run goes on from. What another run has left under the first one's name
+        resumed_from: the checkpoint that this run goes on from. What another run has left under a checkpoint's name
             becomes `previous.ckpt`, or `previous-1.ckpt`, ... where that is taken.
     """
 
     def __init__(self, resumed_from: Path | None):
-        self.resumed_from, self.has_saved = resumed_from, False
+        self.resumed_from, self.saved = resumed_from, set[Path]()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if "://" in str(path):  # not on a disk
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        target = Path(path)
+        if target not in self.saved and target.is_file():
+            if not self._is_resumed_from(target):
+                _put_aside(target)
+            elif read_checkpoint(target).get("global_step") == checkpoint["global_step"]:
+                return  # of a run that was refused, or stopped before its first update: nothing in it is new
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        target = Path(path)
-        if not self.has_saved and target.is_file() and not self._is_resumed_from(target):
-            names = itertools.chain(["previous.ckpt"], (f"previous-{i}.ckpt" for i in itertools.count(1)))
-            free = next(path for path in map(target.with_name, names) if not path.exists())
-            write_atomically(free, target.read_bytes())
         write_atomically(target, buffer.getbuffer())
-        self.has_saved = True
+        self.saved.add(target)
 
     def _is_resumed_from(self, target: Path) -> bool:
         return self.resumed_from is not None and self.resumed_from.is_file() and target.samefile(self.resumed_from)
+
+
+def _put_aside(target: Path) -> None:
+    names = itertools.chain(["previous.ckpt"], (f"previous-{i}.ckpt" for i in itertools.count(1)))
+    free = next(path for path in map(target.with_name, names) if not path.exists())
+    write_atomically(free, target.read_bytes())
 
 
 class RouterCLI(LightningCLI):
@@ -103,7 +110,8 @@ class RouterCLI(LightningCLI):
         self.trainer.strategy.checkpoint_io = AtomicCheckpoints(None if ckpt_path is None else Path(ckpt_path))
 
     def before_validate(self) -> None:
-        self._checked_ckpt_path()
+        if self._checked_ckpt_path() is None:
+            raise ValueError("validate judges a trained router: give its checkpoint with --ckpt_path.")
 
     def _checked_ckpt_path(self) -> str | None:
         """Raises ValueError or OSError if it is no checkpoint of a training."""
@@ -165,7 +173,8 @@ def rebuild(config: str) -> RouterCLI:
     # Arguments of `fit`, not of an object; the last two, never used, are in earlier checkpoints.
     for key in ("ckpt_path", "weights_only", "optimizer", "lr_scheduler"):
         settings.pop(key, None)
-    for key in ("strategy", "devices", "num_nodes", "accelerator"):  # the machines of the run need not be here
+    # The machines of the run need not be here, nor what it was watched with.
+    for key in ("strategy", "devices", "num_nodes", "accelerator", "plugins", "logger", "callbacks", "profiler"):
         settings.get("trainer", {}).pop(key, None)
     return _cli(settings, run=False)
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import datasets
 import lightning as L
@@ -311,6 +311,7 @@ class _TrainLoader(DataLoader[dict[str, Any]]):
             )
         super().__init__(data, batch_size, sampler=sampler, drop_last=True)
         self.module, self.num_done, self.first_step = module, 0, 0
+        self.num_samples = len(cast(Sized, data))
 
     def __iter__(self) -> Any:
         num_done, self.num_done = self.num_done, 0
@@ -318,24 +319,34 @@ class _TrainLoader(DataLoader[dict[str, Any]]):
             self.first_step = self.module.trainer.global_step - num_done
         return itertools.islice(super().__iter__(), num_done, None)
 
+    @property
+    def cut(self) -> dict[str, int]:
+        """How an epoch is cut into batches."""
+        sizes = {"samples": self.num_samples, "batch_size": self.batch_size or 1, "processes": num_processes()}
+        return {**sizes, "num_batches": len(self)}
+
     def state_dict(self) -> dict[str, int]:
         trainer = self.module.trainer
         if trainer is None:
-            return {"num_done": 0, "num_batches": len(self)}
+            return {"num_done": 0, **self.cut}
         num_done = trainer.global_step - self.first_step
         is_over = num_done >= min(len(self), trainer.num_training_batches)
-        return {"num_done": 0 if is_over else num_done, "num_batches": len(self)}
+        return {"num_done": 0 if is_over else num_done, **self.cut}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Raises ValueError in the middle of an epoch that was cut into other batches."""
-        num_batches = state.get("num_batches", len(self))  # earlier checkpoints do not say
-        if state["num_done"] and num_batches != len(self):
+        cut = {name: state.get(name, value) for name, value in self.cut.items()}  # earlier checkpoints do not say all
+        if state["num_done"] and cut != self.cut:
             raise ValueError(
-                f"ckpt_path: it was saved after {state['num_done']} of the {num_batches} batches of an epoch; here an "
-                f"epoch has {len(self)}. Go on with as many samples and processes and the same batch_size, or from the "
-                "end of an epoch."
+                f"ckpt_path: it was saved after {state['num_done']} of the {cut['num_batches']} batches of an epoch, "
+                f"of {_words(cut)}; here an epoch has {len(self)}, of {_words(self.cut)}. Go on with as many samples "
+                "and processes and the same batch_size, or from the end of an epoch."
             )
         self.num_done = state["num_done"]
+
+
+def _words(cut: dict[str, int]) -> str:
+    return f"{cut['samples']} samples with batch_size {cut['batch_size']} on {cut['processes']} process(es)"
 
 
 def hold_out(batches: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:

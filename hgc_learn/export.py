@@ -104,8 +104,7 @@ def check_folder(output: Path, budget: float) -> None:
     """Raises ValueError where an export at a budget would replace the schedule of another one."""
     path = output / FILE_NAME
     with suppress(ScheduleError):  # nothing that anyone could load
-        settings = HGCSchedule.load(path).producer.get("settings")
-        other = settings.get("budget", budget) if isinstance(settings, dict) else budget
+        other = HGCSchedule.load(path).settings.get("budget", budget)
         if other != budget:
             raise ValueError(
                 f"{path} is the schedule of another budget, {other}. Export every budget to a folder of its own, or "

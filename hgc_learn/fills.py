@@ -14,7 +14,7 @@ import torch
 from hgc_learn.data import hold_out
 from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import apply_schedule
-from hgc_learn.plan import COMPUTE
+from hgc_learn.plan import row_of
 from hgc_learn.predictors.fitted_per_channel import FITTED_PER_CHANNEL
 from hgc_learn.rollout import generate
 from hgc_learn.setting import Draft
@@ -91,7 +91,7 @@ def per_channel(module: RouterModule, schedule: HardSchedule) -> Draft:
     for column, site in enumerate(module.router.sites):
         is_filled = ~schedule.compute[:, column]
         if is_filled.any():
-            sites[site] = "".join(FITTED_PER_CHANNEL.code if filled else COMPUTE for filled in is_filled.tolist())
+            sites[site] = row_of(schedule.compute[:, column].tolist(), FITTED_PER_CHANNEL.code)
             reach = schedule.reach[is_filled, column, None].repeat(1, module.costs[site].channels)
             tensors |= {f"{site}/scale": torch.ones_like(reach), f"{site}/reach": reach}
     return Draft(sites, tensors)

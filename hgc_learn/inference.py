@@ -135,10 +135,10 @@ class ScheduleHandle:
     def stats(self) -> dict[str, Any]:
         """What the schedule saves by its plan, and what the latest run did.
 
-        Keys: `num_inference_steps`; `macs_full`, `macs_cached`, `macs_reduction` per image at the schedule's size
-        (attention matmuls not counted) and the same with `_attention`; `cache_bytes` at its peak, of one image, by the
-        plan; `num_patterns`, of different steps (`compile`); `steps_run` and `steps_refreshed` of the latest run (a
-        step is refreshed when its inputs changed in mid-run; so is the first one of image to image).
+        Keys: `num_steps`, model calls of a run; `macs_full`, `macs_cached`, `macs_reduction` per image at the
+        schedule's size (attention matmuls not counted) and the same with `_attention`; `cache_bytes` at its peak, of
+        one image, by the plan; `num_patterns`, of different steps (`compile`); `steps_run` and `steps_refreshed` of the
+        latest run (a step is refreshed when its inputs changed in mid-run; so is the first one of image to image).
 
         Raises:
             ValueError: without a schedule, a UNet whose config has no `sample_size` to count at.

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from hgc_learn.figures import gate_heatmap, picture_grid
+from hgc_learn.setting import Draft
 from hgc_learn.training import RouterModule
 
 
@@ -25,7 +26,7 @@ class ScheduleMonitor(L.Callback):
         self.num_pictures = num_pictures
 
     def _first(self, batches: Iterable[dict[str, Any]]) -> dict[str, Any]:
-        """As many samples, from as many batches as it takes."""
+        """As many samples, from as many batches as it takes, as one batch."""
         texts: list[str] = []
         tensors: dict[str, list[Tensor]] = {"conditioning_image": [], "seed": []}
         for batch in batches:
@@ -40,9 +41,10 @@ class ScheduleMonitor(L.Callback):
     @torch.no_grad()
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RouterModule)
-        if not isinstance(trainer.logger, TensorBoardLogger) or trainer.sanity_checking or not trainer.is_global_zero:
+        boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not boards or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        board, step = trainer.logger.experiment, trainer.global_step
+        board, step = boards[0], trainer.global_step
         router = pl_module.router
         for budget in pl_module.hparams["budgets"]:
             p = router.probabilities(router.price(budget))
@@ -55,9 +57,9 @@ class ScheduleMonitor(L.Callback):
         assert trainer.val_dataloaders is not None
         batch = self._first(trainer.val_dataloaders)
         batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-        full = pl_module.rollout(batch, None, "pt")
+        full = _one_by_one(pl_module, batch, None)
         for budget in pl_module.hparams["budgets"]:
-            cached = pl_module.rollout(batch, pl_module.draft(pl_module.hard_schedule(budget)), "pt")
+            cached = _one_by_one(pl_module, batch, pl_module.draft(pl_module.hard_schedule(budget)))
             rows = {
                 "control": batch["conditioning_image"],
                 "full": full,
@@ -65,3 +67,10 @@ class ScheduleMonitor(L.Callback):
                 "difference x 4": 4 * (full - cached).abs(),
             }
             board.add_figure(f"pictures/{budget:g}", picture_grid(rows, batch["text"]), step)
+
+
+def _one_by_one(pl_module: RouterModule, batch: dict[str, Any], draft: Draft | None) -> Tensor:
+    """Pictures [batch, 3, height, width] of samples that run alone: of real models several at once need memory that a
+    training with a `batch_size` of 1 may not have."""
+    samples = [{name: values[i : i + 1] for name, values in batch.items()} for i in range(len(batch["text"]))]
+    return torch.cat([pl_module.rollout(sample, draft, "pt") for sample in samples])

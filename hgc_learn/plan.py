@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from hgc_learn.macs import NodeCost
 
 COMPUTE = "C"
+"""The character of a row at steps that compute the site."""
+
+
+def row_of(computes: Iterable[bool], code: str = "-") -> str:
+    """The row of a site that computes at these of the steps and is filled in by one predictor at all others."""
+    return "".join(COMPUTE if each else code for each in computes)
 
 
 @dataclass(frozen=True)

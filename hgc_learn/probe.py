@@ -17,7 +17,7 @@ from hgc_learn import ops
 from hgc_learn.forwards import RoutedForwards
 from hgc_learn.graph import Graph, Node
 from hgc_learn.hard import HardSchedule
-from hgc_learn.plan import COMPUTE, Load, compile_plan
+from hgc_learn.plan import COMPUTE, Load, compile_plan, row_of
 from hgc_learn.predictors.fitted import FITTED, line
 
 NUM_WATCHED = FITTED.num_values + 1
@@ -50,7 +50,7 @@ class ProbedForwards(RoutedForwards):
         """Sets what the next run does."""
         self.reach = dict(zip(self.sites, schedule.reach.t().tolist(), strict=True))
         self.rows = {
-            site: "".join(COMPUTE if computes else FITTED.code for computes in column)
+            site: row_of(column, FITTED.code)
             for site, column in zip(self.sites, schedule.compute.t().tolist(), strict=True)
         }
         self.plan = compile_plan(self.graph, self.rows, self.num_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import Tensor
 
 from hgc_learn.inference import HGCSchedule, apply_schedule
-from hgc_learn.timesteps import steps_for_calls
+from hgc_learn.timesteps import scheduler_for, steps_for_calls
 
 
 @dataclass
@@ -34,7 +35,7 @@ class SamplingConfig:
         scheduler: class name of a diffusers scheduler; the model's own if not given.
 
     Raises:
-        ValueError: no step, or a picture of no size.
+        ValueError: no step, a picture of no size, or a scale that is not finite.
     """
 
     num_inference_steps: int = 20
@@ -49,6 +50,9 @@ class SamplingConfig:
         for name in ("num_inference_steps", "height", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("guidance_scale", "controlnet_conditioning_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number.")
 
 
 def load_pipeline(
@@ -106,6 +110,12 @@ def load_pipeline(
                     f"controlnet: {controlnet!r} is for another kind of model than {model!r} (its {name} is {its}, the "
                     f"UNet's {theirs})."
                 )
+    takes = inspect.signature(type(pipe).__call__).parameters
+    if "strength" in takes or "mask_image" in takes:
+        raise ValueError(
+            f"model: {model!r} is a {type(pipe).__name__}, which starts from a picture. Give a pipeline that makes one "
+            "from text; what is learned there can be loaded into this one (docs/use.md)."
+        )
     if isinstance(getattr(pipe, "controlnet", None), MultiControlNetModel):
         raise ValueError(
             f"model: the pipeline {model!r} has several ControlNets, and data have one control image a sample; take a "
@@ -168,7 +178,7 @@ def _controlnet(source: str, *, variant: str | None, dtype: torch.dtype) -> Cont
 @contextmanager
 def scheduled(pipe: Any, sampling: SamplingConfig, schedule: HGCSchedule | None) -> Iterator[SamplingConfig]:
     """The pipeline follows a schedule meanwhile, or none. Yields the sampling to run it with: that given, with as many
-    steps as the schedule is for.
+    steps as the schedule is for. Its scheduler spaces the timesteps as the schedule has them.
 
     Raises:
         ValueError: the scheduler never makes as many model calls as the schedule has, or as of `apply_schedule`.
@@ -176,11 +186,16 @@ def scheduled(pipe: Any, sampling: SamplingConfig, schedule: HGCSchedule | None)
     if schedule is None:
         yield sampling
         return
-    num_steps = steps_for_calls(pipe.scheduler, schedule.num_inference_steps)
+    num_steps = steps_for_calls(pipe.scheduler, schedule.num_steps)
     if num_steps is None:
-        raise ValueError(f"{schedule.scheduler} never makes {schedule.num_inference_steps} model calls.")
-    with apply_schedule(pipe, schedule):
-        yield replace(sampling, num_inference_steps=num_steps)
+        raise ValueError(f"{schedule.scheduler} never makes {schedule.num_steps} model calls.")
+    scheduler = pipe.scheduler
+    pipe.scheduler = scheduler_for(scheduler, schedule.timesteps, num_steps)
+    try:
+        with apply_schedule(pipe, schedule):
+            yield replace(sampling, num_inference_steps=num_steps)
+    finally:
+        pipe.scheduler = scheduler
 
 
 def generate(

@@ -57,13 +57,13 @@ class Runtime(RoutedForwards):
         self.cache = Cache({}, {})
         self.given_tensors: Mapping[str, Tensor] | None = None  # instead of the schedule's own
         self.gradient_checkpointing = False
-        super().__init__(pipe, graph, 0 if schedule is None else schedule.num_inference_steps)
+        super().__init__(pipe, graph, 0 if schedule is None else schedule.num_steps)
         self.follow(schedule)
 
     def follow(self, schedule: HGCSchedule | None) -> None:
         graph, self.schedule = self.graph, schedule
         if schedule is not None:
-            self.num_steps = schedule.num_inference_steps
+            self.num_steps = schedule.num_steps
         self.rows = {} if schedule is None else schedule.sites
         self.plan = plan = compile_plan(graph, self.rows, self.num_steps)
         # A refresh computes everything and keeps whatever any later step may load.
@@ -328,7 +328,7 @@ class Runtime(RoutedForwards):
         plan = compile_plan(graph, self.rows, self.num_steps)
         full = compile_plan(graph, {}, self.num_steps)
         macs = plan.macs_beside(full, costs, batch_size=batch)
-        result: dict[str, Any] = {"num_inference_steps": self.num_steps}
+        result: dict[str, Any] = {"num_steps": self.num_steps}
         result |= {f"macs_{name}": count for name, count in macs.items()}
         for suffix in ("", "_attention"):
             whole = macs[f"full{suffix}"]  # 0 before any run

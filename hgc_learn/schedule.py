@@ -120,9 +120,21 @@ class HGCSchedule:
         ]
 
     @property
-    def num_inference_steps(self) -> int:
-        """Model calls of a run: one per timestep."""
+    def num_steps(self) -> int:
+        """Model calls of a run, one per timestep: more than `num_inference_steps` with a second-order scheduler."""
         return len(self.timesteps)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its producer was set to, as the file says it; empty where it does not."""
+        settings = self.producer.get("settings")
+        return settings if isinstance(settings, dict) else {}
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Settings of the run without a schedule that it was made for, as the file says it; empty where it does not."""
+        sampling = self.settings.get("sampling")
+        return sampling if isinstance(sampling, dict) else {}
 
     def reductions(self) -> dict[str, str]:
         """Share of the MACs that it saves, as people read it, by convention; empty where the file does not say."""
@@ -139,7 +151,7 @@ class HGCSchedule:
             "format": FORMAT,
             "version": VERSION,
             "scheduler": self.scheduler,
-            "num_inference_steps": self.num_inference_steps,
+            "num_inference_steps": self.num_steps,
             "timesteps": list(self.timesteps),
             "guidance_scale": self.guidance_scale,
             "height": self.height,
@@ -208,7 +220,7 @@ class HGCSchedule:
     def resampled(self, timesteps: Sequence[float]) -> HGCSchedule:
         """The same for other timesteps: each step does what this schedule does at the nearest one. What was measured
         is left out."""
-        old = [min(range(self.num_inference_steps), key=lambda i: abs(self.timesteps[i] - t)) for t in timesteps]
+        old = [min(range(self.num_steps), key=lambda i: abs(self.timesteps[i] - t)) for t in timesteps]
         sites, tensors = {}, {}
         for site, row in self.sites.items():
             sites[site] = COMPUTE + "".join(row[i] for i in old[1:])

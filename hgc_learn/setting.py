@@ -14,7 +14,7 @@ from hgc_learn.architectures import Architecture
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.graph import Graph
 from hgc_learn.macs import NodeCost
-from hgc_learn.plan import Plan, compile_plan
+from hgc_learn.plan import COMPUTE, Plan, compile_plan
 from hgc_learn.rollout import SamplingConfig
 from hgc_learn.schedule import HGCSchedule
 
@@ -68,7 +68,9 @@ class Setting:
     @classmethod
     def of_pipeline(cls, pipe: Any, sampling: SamplingConfig, batches: Sequence[dict[str, Any]] = ()) -> Setting:
         graph, costs = Architecture.of(pipe).measure((sampling.height, sampling.width))
-        return cls(graph, costs, sampling, scheduler_timesteps(pipe, sampling.num_inference_steps), pipe, batches)
+        return cls(
+            graph, costs, sampling, scheduler_timesteps(pipe.scheduler, sampling.num_inference_steps), pipe, batches
+        )
 
     @cached_property
     def fingerprint(self) -> ModelFingerprint:
@@ -125,7 +127,7 @@ class Setting:
         producer = {"policy": policy, "version": __version__, "settings": settings}
         full = compile_plan(self.graph, {}, self.num_steps)
         return HGCSchedule(
-            sites={site: row for site, row in draft.sites.items() if set(row) != {"C"}},
+            sites={site: row for site, row in draft.sites.items() if set(row) != {COMPUTE}},
             timesteps=draft.timesteps or self.timesteps,
             scheduler=type(self.pipe.scheduler).__name__,
             guidance_scale=self.sampling.guidance_scale,
@@ -139,7 +141,7 @@ class Setting:
         )
 
 
-def scheduler_timesteps(pipe: Any, num_inference_steps: int) -> tuple[float, ...]:
-    """The timestep of each model call of a run."""
-    pipe.scheduler.set_timesteps(num_inference_steps)
-    return tuple(pipe.scheduler.timesteps.tolist())
+def scheduler_timesteps(scheduler: Any, num_inference_steps: int) -> tuple[float, ...]:
+    """The timestep of each model call of a run; the scheduler is set to them."""
+    scheduler.set_timesteps(num_inference_steps)
+    return tuple(scheduler.timesteps.tolist())

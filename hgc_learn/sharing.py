@@ -142,14 +142,14 @@ apply_schedule(pipe, {load})  # then call pipe(...) as always
 def facts(schedule: HGCSchedule) -> dict[str, dict[str, Any]]:
     """What the file says of itself but its rows, for people: by heading, name and value. Strings are the file's own."""
     guided = "with" if schedule.guidance_scale > 1 else "without"
-    settings = _settings(schedule)
+    settings = schedule.settings
     made_for = {"made for": ", ".join(names)} if (names := _base_models(schedule)) else {}
     tables: dict[str, dict[str, Any]] = {
         "Valid for": {
             **made_for,
             **{f"architecture of {name}": digest for name, digest in schedule.model.architecture.items()},
             "scheduler": schedule.scheduler,
-            "steps": schedule.num_inference_steps,
+            "steps": schedule.num_steps,
             "guidance scale": f"{schedule.guidance_scale:g} ({guided} guidance)",
             "size": f"{schedule.height} x {schedule.width} pixels (height x width)",
         },
@@ -163,13 +163,8 @@ def facts(schedule: HGCSchedule) -> dict[str, dict[str, Any]]:
     return {title: entries for title, entries in tables.items() if entries}
 
 
-def _settings(schedule: HGCSchedule) -> dict[str, Any]:
-    settings = schedule.producer.get("settings")
-    return settings if isinstance(settings, dict) else {}
-
-
 def _base_models(schedule: HGCSchedule) -> list[str]:
-    settings = _settings(schedule)
+    settings = schedule.settings
     return [str(settings[key]) for key in ("model", "controlnet") if is_hub_id(settings.get(key))]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from hgc_learn.graph import Graph
@@ -45,6 +45,36 @@ def select_sites(graph: Graph, patterns: Iterable[str]) -> list[str]:
             raise ValueError(f"No site matches {pattern!r}.{lacks} Sites of this model are named like: {examples}.")
         chosen.update(matches)
     return [name for name in sites if name in chosen]
+
+
+ControlNetLayers = Literal["computed", "layers", "residuals"]
+"""What rules that decide layer by layer do with ControlNets: they always run, their layers are treated like the
+UNet's, or their residuals are."""
+
+
+def layer_sites(graph: Graph, patterns: Iterable[str], controlnet: ControlNetLayers) -> list[str]:
+    """Sites of rules that decide layer by layer, in execution order: those of the UNet that match `patterns` (globs
+    without the model), and what `controlnet` adds."""
+    wanted = [f"unet.{pattern}" for pattern in patterns]
+    if controlnet == "layers":
+        wanted += [f"controlnet.{pattern}" for pattern in patterns]
+    if controlnet == "residuals":
+        wanted.append("*:control")
+    return [site for site in list_sites(graph) if any(fnmatchcase(site, pattern) for pattern in wanted)]
+
+
+def attention_sites(
+    graph: Graph, part: Literal["attn1", "attn2"], controlnet: Literal["computed", "layers"]
+) -> list[str]:
+    """The sites of all self-attentions (`attn1`) or cross-attentions (`attn2`).
+
+    Raises:
+        ValueError: there are none that could be reused.
+    """
+    sites = layer_sites(graph, [f"*.{part}:out"], controlnet)
+    if not sites:
+        raise ValueError(f"This model has no {part} that can be reused; its transformers are of an unknown kind.")
+    return sites
 
 
 def decoder_inputs(graph: Graph) -> list[list[str]]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 
 from hgc_learn.distributed import mean_over_processes, num_processes, rank
@@ -156,14 +157,28 @@ class RouterModule(L.LightningModule):
             )
 
     def on_fit_start(self) -> None:
+        self._check_precision()
+        trainer: Any = self.trainer
+        if any(isinstance(callback, Timer) for callback in trainer.callbacks):
+            raise ValueError(
+                "trainer.max_time would stop before learning rate and temperature have fallen to their end. Set "
+                "max_epochs or max_steps; a training that is interrupted goes on with --ckpt_path."
+            )
+        if trainer.overfit_batches:
+            raise ValueError(
+                "trainer.overfit_batches takes the sampler of the training's data away. Set limit_train_batches, or "
+                "data.num_train."
+            )
+        if self.trainer.max_epochs == -1 and self.trainer.max_steps == -1:
+            raise ValueError("trainer.max_epochs is -1: learning rate and temperature fall to an end. Set one of both.")
+        self.pipe.to(self.device)
+
+    def _check_precision(self) -> None:
         if self.trainer.precision != "32-true":
             raise ValueError(
                 f"trainer.precision is {self.trainer.precision}; the router learns in 32-true. The precision of the "
                 "frozen models is model.dtype."
             )
-        if self.trainer.max_epochs == -1 and self.trainer.max_steps == -1:
-            raise ValueError("trainer.max_epochs is -1: learning rate and temperature fall to an end. Set one of both.")
-        self.pipe.to(self.device)
 
     def hard_schedule(self, budget: float) -> HardSchedule:
         """The hard schedule that the router stands for at a budget.
@@ -180,6 +195,7 @@ class RouterModule(L.LightningModule):
     # Trajectories
 
     def on_validation_start(self) -> None:  # `train.py validate`
+        self._check_precision()
         self.pipe.to(self.device)
 
     @torch.no_grad()

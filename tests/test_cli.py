@@ -84,7 +84,7 @@ def test_macs_of_a_folder_and_a_schedule(capsys: pytest.CaptureFixture[str], tmp
     result = json.loads(capsys.readouterr().out)
     assert result["num_tokens"] == 9
     assert (result["height"], result["width"]) == (IMAGE_SIZE, IMAGE_SIZE)
-    assert result["num_inference_steps"] == NUM_STEPS
+    assert result["num_steps"] == NUM_STEPS
     assert result["macs_reduction"] == 0.5
     assert result["macs_cached"] * 2 == result["macs"]
     assert [macs > 0 for macs in result["macs_cached_per_step"]] == [True, False] * 3

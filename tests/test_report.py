@@ -163,7 +163,7 @@ def test_pictures_of_samplers_with_more_calls_than_steps(scheduler: str, teacher
     assert main(["schedule", "uniform", *options, *of_training, "--output", str(file)]) == 0
     sampling = HGCSchedule.load(file).producer["settings"]["sampling"]
     assert (sampling["controlnet_conditioning_scale"], sampling["negative_prompt"]) == (0.5, "blurred")
-    assert HGCSchedule.load(file).num_inference_steps == (13 if scheduler.startswith("PNDM") else 7)
+    assert HGCSchedule.load(file).num_steps == (13 if scheduler.startswith("PNDM") else 7)
     write_folder(tmp_path / "data", 1)
     options = ["--model", str(teacher), "--data", str(tmp_path / "data"), "--num_pictures", "1"]
     assert main(["report", str(file), "--output", str(tmp_path / "report.html"), *options]) == 0
@@ -188,7 +188,7 @@ def test_fewer_steps_are_compared_with_all_of_them(said: int | None, teacher: Pa
 
 
 def test_a_file_that_says_half_of_what_it_saves_has_no_point() -> None:
-    row = {"policy": "a", "sampler": f"UniPC-{SCHEDULE.num_inference_steps}", "psnr_db": 20.0, "kept_macs": 0.5}
+    row = {"policy": "a", "sampler": f"UniPC-{SCHEDULE.num_steps}", "psnr_db": 20.0, "kept_macs": 0.5}
     for macs in ({"full": 10}, {"cached": 5}):
         assert panels([row], replace(SCHEDULE, macs=macs))
 

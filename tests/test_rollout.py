@@ -65,7 +65,7 @@ def test_a_sampler_that_calls_the_model_twice_a_step(teacher: Path, batch: dict[
     sampling = replace(SAMPLING, scheduler="HeunDiscreteScheduler", num_inference_steps=4)
     pipe = load_pipeline(str(teacher), sampling)
     schedule = POLICIES["uniform"].schedule(Setting.of_pipeline(pipe, sampling, []), interval=2)
-    assert schedule.num_inference_steps == 7
+    assert schedule.num_steps == 7
     full = generate(pipe, sampling, batch)
     with apply_schedule(pipe, schedule):
         expected = generate(pipe, sampling, batch)

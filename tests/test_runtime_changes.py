@@ -26,12 +26,12 @@ def test_the_steps_to_ask_for_are_named_where_each_has_two_calls(name: str) -> N
     tiny = build_pipeline("small", scheduler=getattr(diffusers, name)())
     expected = tiny()
     schedule = tiny.schedule()
-    assert schedule.num_inference_steps == 2 * NUM_STEPS - 1
+    assert schedule.num_steps == 2 * NUM_STEPS - 1
     handle = apply_schedule(tiny.pipe, schedule)
     with pytest.raises(ScheduleError, match=f"has 11 steps, this run 7. Call the pipeline with .*={NUM_STEPS}, or"):
         tiny(num_inference_steps=4)
     assert torch.equal(tiny(), expected)  # a run that was refused leaves nothing behind
-    assert handle.stats()["steps_run"] == schedule.num_inference_steps
+    assert handle.stats()["steps_run"] == schedule.num_steps
 
 
 def test_a_controlnet_called_by_itself_is_refused(own: TinyPipeline) -> None:

@@ -26,7 +26,7 @@ def test_a_grid_holds_whole_intervals_and_every_number_of_full_steps() -> None:
     assert grid == sorted(set(grid))
 
 
-@given(num_steps=st.integers(1, 200), first_full=st.integers(1, 200), interval=st.floats(1, 250))
+@given(num_steps=st.integers(1, 200), first_full=st.integers(1, 200), interval=st.floats(1, 250) | st.just(1e12))
 def test_steps_at_the_start_are_full_and_the_interval_counts_from_the_last_of_them(
     num_steps: int, first_full: int, interval: float
 ) -> None:
@@ -55,23 +55,5 @@ def test_a_warm_up_is_that_of_the_authors_code(first_full: int, interval: int) -
     assert full_steps(20, interval, first_full) == full
 
 
-def test_a_warm_up_in_a_grid_is_shorter_than_the_run() -> None:
-    assert [first_fulls(num_steps) for num_steps in (1, 2, 3, 5, 6, 50)] == [
-        *([1], [1], [1, 2], [1, 2, 3], [1, 2, 3, 5], [1, 2, 3, 5]),
-    ]
-
-
-def test_warm_ups_without_a_full_step_are_refused() -> None:
-    with pytest.raises(ValueError, match="first_full is 0; it must be 1 to 10, the steps of the run"):
-        full_steps(10, 2, 0)
-
-
-@pytest.mark.parametrize("interval", [0, 0.9, -3, float("nan")])
-def test_intervals_below_one_are_refused(interval: float) -> None:
-    with pytest.raises(ValueError, match="it must be at least 1"):
-        full_steps(10, interval)
-
-
-@pytest.mark.parametrize("num_steps", [0, -1])
-def test_of_no_steps_none_is_full(num_steps: int) -> None:
-    assert full_steps(num_steps, 2) == []
+def test_a_warm_up_in_a_grid_is_at_most_a_quarter_of_the_run() -> None:
+    assert [first_fulls(num_steps) for num_steps in (1, 8, 20, 50)] == [[1], [1, 2], [1, 2, 3, 5], [1, 2, 3, 5, 8, 12]]

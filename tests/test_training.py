@@ -177,8 +177,11 @@ def test_epochs_may_have_another_length_when_resumed_from_the_end_of_one(teacher
 
     with interrupted_at(2):
         fit_and_watch("--data.batch_size=1")
-    with pytest.raises(ValueError, match="saved after 2 of the 4 batches of an epoch; here an epoch has 2"):
-        fit_and_watch("--data.batch_size=2", f"--ckpt_path={ckpt_path}")
+    before = ckpt_path.read_bytes()
+    for others in (["--data.batch_size=2"], ["--data.batch_size=2", "--data.num_train=8"]):  # of which is as long
+        with pytest.raises(ValueError, match="after 2 of the 4 batches of an epoch, of 4 samples with batch_size 1 on"):
+            fit_and_watch(*others, f"--ckpt_path={ckpt_path}")
+        assert ckpt_path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -306,6 +309,14 @@ def test_a_new_run_keeps_the_checkpoint_that_was_there(teacher: Path, tmp_path: 
     assert steps == [4, 1]
     fit(teacher, tmp_path, 5, f"--ckpt_path={ckpt_path}")
     assert len([*ckpt_path.parent.iterdir()]) == 4
+
+
+def test_a_new_run_keeps_every_checkpoint_that_was_there(teacher: Path, tmp_path: Path) -> None:
+    more = ["--checkpoint.save_last=true", "--checkpoint.filename={step}", "--checkpoint.save_top_k=-1"]
+    for num_steps in (2, 1):
+        last = fit(teacher, tmp_path, num_steps, *more)
+    kept = {path.name: torch.load(path, weights_only=True)["global_step"] for path in last.parent.iterdir()}
+    assert kept == {"step=2.ckpt": 2, "step=1.ckpt": 1, "last.ckpt": 1, "previous.ckpt": 2}
 
 
 def test_a_router_of_an_earlier_version_is_refused(

@@ -182,9 +182,9 @@ def _adapted(schedule: HGCSchedule, file: str, pipe: Any, setting: Setting) -> H
 
     from hgc_learn.predictors import BY_CODE
 
-    if schedule.num_inference_steps != setting.num_steps:
+    if schedule.num_steps != setting.num_steps:
         raise ValueError(
-            f"{file} has {schedule.num_inference_steps} steps (model calls), this setting {setting.num_steps}; say "
+            f"{file} has {schedule.num_steps} steps (model calls), this setting {setting.num_steps}; say "
             "--steps accordingly."
         )
     for site in schedule.sites:

@@ -42,7 +42,7 @@ def describe(schedule: HGCSchedule, architecture: Architecture | None = None) ->
     Raises:
         ValueError: the schedule is not for this architecture.
     """
-    steps = schedule.num_inference_steps
+    steps = schedule.num_steps
     guided = "with" if schedule.guidance_scale > 1 else "without"
     timesteps = " ".join(f"{t:g}" for t in schedule.timesteps)
     lines = [
@@ -73,7 +73,7 @@ def _with_model(schedule: HGCSchedule, architecture: Architecture) -> tuple[dict
 
     architecture.check(schedule)
     graph, costs = architecture.measure((schedule.height, schedule.width))
-    plan = compile_plan(graph, schedule.sites, schedule.num_inference_steps)
+    plan = compile_plan(graph, schedule.sites, schedule.num_steps)
     needed = [{*step.run, *step.loaded, graph.guidance} for step in plan.steps]
     rows = {
         site: "".join(code if site in names else DEAD for code, names in zip(row, needed, strict=True))
@@ -89,6 +89,8 @@ def _section(title: str, entries: dict[str, Any]) -> list[str]:
 
 def _site_table(sites: dict[str, str], steps: int) -> list[str]:
     """One row per site: what it does at each step, how often it is computed, its longest reuse in a row."""
+    from hgc_learn.plan import COMPUTE
+
     if not sites:
         return []
     width = max(len(site) for site in sites)
@@ -100,6 +102,6 @@ def _site_table(sites: dict[str, str], steps: int) -> list[str]:
         f"{'step':<{width}}  {ruler:<{steps}}  computed  reuse",
     ]
     for site, row in sites.items():
-        longest = max(map(len, row.split("C")))
-        lines.append(f"{site:<{width}}  {row}  {row.count('C'):>8}  {longest:>5}")
+        longest = max(map(len, row.split(COMPUTE)))
+        lines.append(f"{site:<{width}}  {row}  {row.count(COMPUTE):>8}  {longest:>5}")
     return lines

@@ -77,11 +77,9 @@ def count_macs(
 
     if schedule is not None:
         architecture.check(schedule)
-        if num_steps not in (None, schedule.num_inference_steps):
-            raise ValueError(
-                f"--steps is {num_steps}, the schedule has {schedule.num_inference_steps} steps: leave --steps out."
-            )
-        num_steps = schedule.num_inference_steps
+        if num_steps not in (None, schedule.num_steps):
+            raise ValueError(f"--steps is {num_steps}, the schedule has {schedule.num_steps} steps: leave --steps out.")
+        num_steps = schedule.num_steps
         size = size or (schedule.height, schedule.width)
         guidance_scale = schedule.guidance_scale if guidance_scale is None else guidance_scale
     num_steps = DEFAULT_STEPS if num_steps is None else num_steps
@@ -99,7 +97,7 @@ def count_macs(
         entry["macs_with_attention"] += costs[node.name].total(True)
 
     result: dict[str, Any] = {
-        "num_inference_steps": num_steps,
+        "num_steps": num_steps,
         "height": height,
         "width": width,
         "guidance_scale": guidance_scale,
@@ -147,7 +145,7 @@ def image_size(text: str) -> tuple[int, int]:
 def _table(result: dict[str, Any]) -> str:
     guided = "with guidance" if result["batch_size"] == 2 else "without guidance"
     lines = [
-        f"{result['model']}: {result['num_inference_steps']} steps, {result['height']}x{result['width']} pixels, "
+        f"{result['model']}: {result['num_steps']} steps, {result['height']}x{result['width']} pixels, "
         f"{guided} ({result['batch_size']} sample(s) per call), {result['num_tokens']} tokens",
         "",
         f"{'MACs':<28}{'attention matmuls':>20}{'attention matmuls':>20}",

@@ -97,8 +97,8 @@ def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture
         raise ValueError("--num_pictures needs control images and prompts: give a folder of them with --data.")
     pipe = load_weights(args, sampling)
     if "num_inference_steps" not in _own_sampling(schedule):
-        steps = steps_for_calls(pipe.scheduler, schedule.num_inference_steps)
-        sampling = replace(sampling, num_inference_steps=steps or schedule.num_inference_steps)
+        steps = steps_for_calls(pipe.scheduler, schedule.num_steps)
+        sampling = replace(sampling, num_inference_steps=steps or schedule.num_steps)
     pictures: dict[str, Any] = {"text": [], "control": [], "full": [], "cached": [], "psnr_db": []}
     for batch in track(batches, description="making pictures"):
         with scheduled(pipe, sampling, schedule) as own_sampling:
@@ -131,9 +131,7 @@ def _own_sampling(schedule: HGCSchedule) -> dict[str, Any]:
     """What a schedule's fields do not say, from the settings of who wrote it, a stranger maybe."""
     from hgc_learn.schedule import MAX_STEPS
 
-    settings = schedule.producer.get("settings")
-    own = settings.get("sampling") if isinstance(settings, dict) else None
-    own = own if isinstance(own, dict) else {}
+    own = schedule.sampling
     types = {"num_inference_steps": int, "negative_prompt": str, "controlnet_conditioning_scale": float}
     known = {name: own[name] for name, kind in types.items() if type(own.get(name)) is kind}
     if not 1 <= known.get("num_inference_steps", 1) <= MAX_STEPS:

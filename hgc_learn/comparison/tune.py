@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hgc_learn.comparison.config import TuningConfig
+from hgc_learn.plan import COMPUTE
 from hgc_learn.policies import Policy
 from hgc_learn.setting import Draft, Setting
 
@@ -173,7 +174,7 @@ def _is_word(value: Any) -> bool:
 
 
 def _identity(draft: Draft) -> str:
-    rows = sorted((site, row) for site, row in draft.sites.items() if set(row) != {"C"})
+    rows = sorted((site, row) for site, row in draft.sites.items() if set(row) != {COMPUTE})
     digest = hashlib.sha256(repr((rows, draft.timesteps)).encode())
     for name, tensor in sorted(draft.tensors.items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -7,9 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hgc_learn.calibration import SiteStatistics, geometric, layer_sites, site_statistics
+from hgc_learn.calibration import SiteStatistics, site_statistics
+from hgc_learn.plan import COMPUTE
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
+from hgc_learn.sites import ControlNetLayers, layer_sites
+from hgc_learn.spacing import geometric
 
 PAPER = "Cache Me if You Can, Wimbauer et al., CVPR 2024, arXiv 2312.03209"
 BLOCKS = {"transformers": ("*.attentions.*:branch",), "all": ("*.resnets.*:branch", "*.attentions.*:branch")}
@@ -26,7 +29,7 @@ def block_caching(
     setting: Setting,
     *,
     delta: float = DELTA,
-    controlnet: str = "layers",
+    controlnet: ControlNetLayers = "layers",
     blocks: Literal["transformers", "all"] = "all",
 ) -> Draft:
     """Recomputes a block when its relative L1 changes since the last time have added up to more than delta.
@@ -48,7 +51,7 @@ def block_caching_scale_shift(
     setting: Setting,
     *,
     delta: float = DELTA,
-    controlnet: str = "layers",
+    controlnet: ControlNetLayers = "layers",
     blocks: Literal["transformers", "all"] = "all",
 ) -> Draft:
     """Block Caching that scales and shifts reused tensors per step and channel, fitted in closed form.
@@ -65,7 +68,7 @@ def block_caching_scale_shift(
 
 
 def _accumulate(
-    setting: Setting, delta: float, controlnet: str, blocks: str, code: str
+    setting: Setting, delta: float, controlnet: ControlNetLayers, blocks: str, code: str
 ) -> tuple[Draft, dict[str, SiteStatistics]]:
     """The blocks' rows, which reuse by a code, and what was measured."""
     setting.need_samples("block_caching")
@@ -78,11 +81,11 @@ def _accumulate(
 
 def accumulation_row(change: Tensor, delta: float, code: str) -> str:
     """The row of a block; `change[i, j]` [steps, steps] is the relative L1 change from step i to j."""
-    row, accumulated = "C", 0.0
+    row, accumulated = COMPUTE, 0.0
     for step in range(1, len(change)):
         accumulated += float(change[step - 1, step])
         if accumulated > delta:
-            row, accumulated = row + "C", 0.0
+            row, accumulated = row + COMPUTE, 0.0
         else:
             row += code
     return row

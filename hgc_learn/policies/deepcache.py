@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from hgc_learn.plan import live_step
+from hgc_learn.plan import live_step, row_of
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import decoder_inputs
@@ -70,7 +70,7 @@ def shell_between(
     inputs = decoder_inputs(setting.graph)
     if not 0 <= branch < len(inputs):
         raise ValueError(f"branch is {branch}; this UNet has branches 0 to {len(inputs) - 1}.")
-    row = "".join("C" if i in full else "-" for i in range(setting.num_steps))
+    row = row_of(i in full for i in range(setting.num_steps))
     reused = [site for site in inputs[-1 - branch] if not site.endswith(":control")]
     if control == "held" and "-" in row:
         reused += [site for site in live_step(setting.graph, reused).run if site.endswith(":control")]

@@ -11,7 +11,7 @@ import numpy as np
 from hgc_learn.calibration import mean_psnr
 from hgc_learn.graph import Graph
 from hgc_learn.macs import BudgetError
-from hgc_learn.plan import live_step
+from hgc_learn.plan import COMPUTE, live_step
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import decoder_inputs, encoder_outputs, list_sites
@@ -124,7 +124,7 @@ class Encoding:
     def draft(self, genes: Genes) -> Draft:
         steps: list[dict[str, str]] = [{}, *(self.reused(step) for step in genes.tolist())]
         sites = dict.fromkeys(site for step in steps for site in step)
-        return Draft({site: "".join(step.get(site, "C") for step in steps) for site in sites})
+        return Draft({site: "".join(step.get(site, COMPUTE) for step in steps) for site in sites})
 
     def kept(self, genes: Genes) -> float:
         """Fraction of the full MACs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from hgc_learn.plan import row_of
 from hgc_learn.policies.registry import Grid, register
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import encoder_outputs
@@ -45,7 +46,7 @@ def faster_diffusion(
     chosen = sorted(set(keys)) if keys else key_steps(steps, num_keys, spacing)
     if chosen[0] != 0 or chosen[-1] >= steps:
         raise ValueError(f"keys are {', '.join(map(str, chosen))}; they begin with 0 and end at {steps - 1} at most.")
-    row = "".join("C" if i in chosen else "-" for i in range(steps))
+    row = row_of(i in chosen for i in range(steps))
     return Draft(dict.fromkeys(encoder_outputs(setting.graph), row))
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from hgc_learn.graph import Graph
+from hgc_learn.plan import row_of
 from hgc_learn.policies.registry import Grid, register
-from hgc_learn.policies.tgate import attention_sites
 from hgc_learn.setting import Draft, Setting
-from hgc_learn.sites import encoder_outputs
+from hgc_learn.sites import attention_sites, encoder_outputs
 
 GATE, GATE_STEPS = 13, 20  # the gate that comes closest to the paper's MACs, and the steps of its run
 
@@ -66,17 +66,17 @@ def hgc(
     if not 1 <= fresh_decoder_blocks <= len(up_blocks):
         raise ValueError(f"fresh_decoder_blocks is {fresh_decoder_blocks}; this decoder has 1 to {len(up_blocks)}.")
     steps = range(setting.num_steps)
-    coarse = "".join("C" if i % interval == 0 else "-" for i in steps)
+    coarse = row_of(i % interval == 0 for i in steps)
     held = "m" if setting.is_guided else "-"  # without guidance there is one half only
-    fine = "".join("C" if i < gate and (i % cross_interval == 0 or i == gate - 1) else "-" for i in steps)
+    fine = row_of(i < gate and (i % cross_interval == 0 or i == gate - 1) for i in steps)
     fine = fine[:gate] + held * (len(steps) - gate)
-    rows = dict.fromkeys(attention_sites(setting.graph, "attn2", controlnet=True), fine)
+    rows = dict.fromkeys(attention_sites(setting.graph, "attn2", "layers"), fine)
     if encoder:
         rows.update(dict.fromkeys(encoder_outputs(setting.graph), coarse))
     if fresh_decoder_blocks < len(up_blocks):
         rows[up_blocks[-fresh_decoder_blocks - 1]] = coarse  # the blocks before it are read by nothing else
     if setting.is_guided:
-        rows[setting.graph.guidance] = "".join("C" if i < gate else "0" for i in steps)
+        rows[setting.graph.guidance] = row_of((i < gate for i in steps), "0")
     return Draft(rows)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hgc_learn.calibration import SiteStatistics, site_statistics
+from hgc_learn.plan import row_of
 from hgc_learn.policies.registry import register
 from hgc_learn.predictors.per_channel import CHOICES
 from hgc_learn.setting import Draft, Setting
@@ -31,7 +33,7 @@ def hyca(
     *,
     interval: float = 2,
     first_full: int = 1,
-    site: str = "last_block",
+    site: Literal["last_block", "prediction"] = "last_block",
     num_clusters: int = 8,
     solvers: str = "all",
 ) -> Draft:
@@ -59,10 +61,8 @@ def hyca(
         raise ValueError(f"solvers is {solvers!r}; it is all or some of {' '.join(known)}.")
     output = setting.graph.output
     names = {"last_block": setting.graph.nodes[output].inputs[0], "prediction": output}
-    if site not in names:
-        raise ValueError(f"site is {site!r}; it is one of {', '.join(names)}.")
     name = names[site]
-    row = "".join("C" if i in full else "p" for i in range(setting.num_steps))
+    row = row_of((i in full for i in range(setting.num_steps)), "p")
     if "p" not in row:
         return Draft({})
     statistics = site_statistics(setting, [name])[name]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from hgc_learn.plan import row_of
 from hgc_learn.policies.registry import Grid, register
-from hgc_learn.policies.tgate import attention_sites
 from hgc_learn.setting import Draft, Setting
+from hgc_learn.sites import attention_sites
 
 
 def _grid(setting: Setting) -> Grid:
@@ -27,7 +30,7 @@ def pab(
     self_interval: int = 2,
     min_timestep: float = 100.0,
     max_timestep: float = 800.0,
-    controlnet: bool = True,
+    controlnet: Literal["computed", "layers"] = "layers",
 ) -> Draft:
     """Cross-attention every `cross_interval`-th step, self-attention every `self_interval`-th; all outside a range.
 
@@ -43,21 +46,18 @@ def pab(
         self_interval: the same for self-attention.
         min_timestep: at it and below all are computed.
         max_timestep: at it and above all are computed.
-        controlnet: whether the ControlNets' attention follows the rule too.
+        controlnet: `computed`, or `layers`: the ControlNets' own attention follows the rule too.
     """
     for name, interval in (("cross_interval", cross_interval), ("self_interval", self_interval)):
         if interval < 1:
             raise ValueError(f"{name} is {interval}; it must be at least 1.")
 
     def row(interval: int) -> str:
-        reused = [
-            i > 0 and i % interval > 0 and min_timestep < t < max_timestep for i, t in enumerate(setting.timesteps)
-        ]
-        return "".join("-" if r else "C" for r in reused)
+        return row_of(i % interval == 0 or not min_timestep < t < max_timestep for i, t in enumerate(setting.timesteps))
 
     return Draft(
         {
-            **dict.fromkeys(attention_sites(setting.graph, "attn1", controlnet=controlnet), row(self_interval)),
-            **dict.fromkeys(attention_sites(setting.graph, "attn2", controlnet=controlnet), row(cross_interval)),
+            **dict.fromkeys(attention_sites(setting.graph, "attn1", controlnet), row(self_interval)),
+            **dict.fromkeys(attention_sites(setting.graph, "attn2", controlnet), row(cross_interval)),
         }
     )

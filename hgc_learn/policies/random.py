@@ -6,6 +6,7 @@ import bisect
 import random as chance
 
 from hgc_learn.macs import BudgetError
+from hgc_learn.plan import COMPUTE, row_of
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import select_sites
@@ -40,7 +41,7 @@ def random(setting: Setting, *, budget: float = 0.5, seed: int = 0, sites: str =
     def draft(keep: float) -> Draft:
         rows = {}
         for name, values in draws.items():
-            rows[name] = "C" + "".join("C" if u < keep else "-" for u in values[1:])
+            rows[name] = COMPUTE + row_of(u < keep for u in values[1:])
         return Draft(rows)
 
     # More computed sites never run fewer nodes, so the kept MACs grow with the probability.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from hgc_learn.calibration import geometric, layer_sites, site_statistics
+from hgc_learn.calibration import site_statistics
+from hgc_learn.plan import COMPUTE
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
+from hgc_learn.sites import ControlNetLayers, layer_sites
+from hgc_learn.spacing import geometric
 
 ALPHA = 0.2
 LAYER_TYPES = {"attn1": "*.attn1:out", "attn2": "*.attn2:out", "ff": "*.ff:out", "resnet": "*.resnets.*:branch"}
@@ -30,8 +35,8 @@ def smoothcache(
     *,
     alpha: float = ALPHA,
     max_skip: int = 3,
-    grouping: str = "type",
-    controlnet: str = "layers",
+    grouping: Literal["type", "layer"] = "type",
+    controlnet: ControlNetLayers = "layers",
 ) -> Draft:
     """Skips a layer for the most steps (up to max_skip) after which its relative L1 error is at most alpha.
 
@@ -47,8 +52,6 @@ def smoothcache(
     setting.need_samples("smoothcache")
     if alpha < 0 or max_skip < 1:
         raise ValueError(f"alpha is {alpha}, max_skip {max_skip}; they must be at least 0 and 1.")
-    if grouping not in ("type", "layer"):
-        raise ValueError(f"grouping is {grouping!r}; it is type or layer.")
     sites = layer_sites(setting.graph, LAYER_TYPES.values(), controlnet)
     statistics = site_statistics(setting, sites)
     groups: dict[str, list[str]] = {}
@@ -75,8 +78,8 @@ def skip_row(errors: Tensor, alpha: float, max_skip: int) -> str:
     row = ["-"] * num_steps
     step = 0
     while step < num_steps:
-        row[step] = "C"
+        row[step] = COMPUTE
         skips = [j for j in range(1, max_skip + 1) if step + j < num_steps and errors[step, step + j] <= alpha]
         step += 1 + max(skips, default=0)
-    row[-1] = "C"
+    row[-1] = COMPUTE
     return "".join(row)

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Literal
 
-from hgc_learn.graph import Graph
+from hgc_learn.plan import COMPUTE, row_of
 from hgc_learn.policies.registry import Grid, register
 from hgc_learn.setting import Draft, Setting
-from hgc_learn.sites import list_sites
-
-
-def attention_sites(graph: Graph, part: str, *, controlnet: bool) -> list[str]:
-    """The sites of all self-attentions (`part` is `attn1`) or cross-attentions (`attn2`) of the UNet and, if
-    `controlnet`, of the ControlNets.
-
-    Raises:
-        ValueError: the UNet has none that could be reused.
-    """
-    sites = [site for site in list_sites(graph) if site.endswith(f".{part}:out")]
-    sites = [site for site in sites if controlnet or site.startswith("unet.")]
-    if not sites:
-        raise ValueError(f"This model has no {part} that can be reused; its transformers are of an unknown kind.")
-    return sites
+from hgc_learn.sites import attention_sites
 
 
 def _grid(setting: Setting) -> Grid:
@@ -41,7 +28,7 @@ def tgate(
     warm_up: int = 2,
     self_attention_interval: int = 5,
     late_self_attention_interval: int = 1,
-    controlnet: bool = True,
+    controlnet: Literal["computed", "layers"] = "layers",
 ) -> Draft:
     """From the gate on no cross-attention and no guidance; self-attention only at intervals before it.
 
@@ -62,7 +49,7 @@ def tgate(
         warm_up: last step at which self-attention is computed whatever the interval.
         self_attention_interval: steps from one self-attention to the next before the gate.
         late_self_attention_interval: the same from the gate on.
-        controlnet: whether the ControlNets' own attention follows the rule too.
+        controlnet: `computed`, or `layers`: the ControlNets' own attention follows the rule too.
     """
     steps = range(setting.num_steps)
     rows = gated_rows(
@@ -84,7 +71,7 @@ def gated_rows(
     warm_up: int,
     self_attention_interval: int,
     late_self_attention_interval: int,
-    controlnet: bool,
+    controlnet: Literal["computed", "layers"],
     runs: Callable[[str], Collection[int]],
 ) -> dict[str, str]:
     """T-GATE's rows, of attention and guidance.
@@ -109,22 +96,22 @@ def gated_rows(
     first_kept = min(warm_up, gate - 1)
 
     def self_attention(runs: Collection[int]) -> str:
-        row, fill = "", "C"
+        row, fill = "", COMPUTE
         for i in steps:
             if i == gate:
                 fill = held
             interval = self_attention_interval if i < gate else late_self_attention_interval
             is_due = i <= first_kept or i == gate - 1 or i % interval == 0
-            row += "C" if is_due else fill
+            row += COMPUTE if is_due else fill
             if is_due and i >= first_kept and i in runs:
                 fill = "-"
         return row
 
-    cross_attention = "".join("C" if i < gate else held for i in steps)
+    cross_attention = row_of((i < gate for i in steps), held)
     rows = {
-        **{site: self_attention(runs(site)) for site in attention_sites(setting.graph, "attn1", controlnet=controlnet)},
-        **dict.fromkeys(attention_sites(setting.graph, "attn2", controlnet=controlnet), cross_attention),
+        **{site: self_attention(runs(site)) for site in attention_sites(setting.graph, "attn1", controlnet)},
+        **dict.fromkeys(attention_sites(setting.graph, "attn2", controlnet), cross_attention),
     }
     if setting.is_guided:
-        rows[setting.graph.guidance] = "".join("C" if i < gate else "0" for i in steps)
+        rows[setting.graph.guidance] = row_of((i < gate for i in steps), "0")
     return rows

@@ -40,7 +40,7 @@ def tgate_deepcache(
     interval: float = 3,
     branch: int = 0,
     control: Literal["held", "fresh"] = "held",
-    controlnet: bool = True,
+    controlnet: Literal["computed", "layers"] = "layers",
 ) -> Draft:
     """T-GATE's gate for attention and guidance; between full steps only the UNet's outermost layers run.
 
@@ -63,7 +63,7 @@ def tgate_deepcache(
         branch: decoder layer, counted from the end, whose input from below is reused; 0 reuses most.
         control: between full steps the ControlNet's residuals are `held`, or `fresh`: what the shell reads of them is
             computed.
-        controlnet: whether the ControlNets' own attention follows T-GATE's rule too.
+        controlnet: `computed`, or `layers`: the ControlNets' own attention follows T-GATE's rule too.
     """
     num_late = max(0, setting.num_steps - gate)
     full = {*full_steps(gate - 1, interval), gate - 1, *(gate + i for i in full_steps(num_late, interval))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hgc_learn.plan import row_of
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import decoder_inputs, select_sites
@@ -32,5 +33,5 @@ def time_cutoff(setting: Setting, *, cutoff: int = 10, interval: int = 3, site: 
     if interval < 1:
         raise ValueError(f"interval is {interval}; it must be at least 1.")
     steps = range(setting.num_steps)
-    row = "".join("C" if i < cutoff or (i - cutoff + 1) % interval == 0 else "-" for i in steps)
+    row = row_of(i < cutoff or (i - cutoff + 1) % interval == 0 for i in steps)
     return Draft(dict.fromkeys(select_sites(setting.graph, [site]), row))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from hgc_learn.plan import row_of
 from hgc_learn.policies.registry import register
 from hgc_learn.predictors import PREDICTORS
 from hgc_learn.setting import Draft, Setting
@@ -36,4 +37,4 @@ def uniform(
     """
     full = set(full_steps(setting.num_steps, interval, first_full))
     code = PREDICTORS[predictor].code
-    return Draft({setting.graph.output: "".join("C" if i in full else code for i in range(setting.num_steps))})
+    return Draft({setting.graph.output: row_of((i in full for i in range(setting.num_steps)), code)})

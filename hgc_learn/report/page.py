@@ -57,7 +57,7 @@ def write_page(
         script=script,
         style_hash=_hash(style),
         script_hash=_hash(script),
-        kept=sum(total.macs) / (total.full * schedule.num_inference_steps),
+        kept=sum(total.macs) / (total.full * schedule.num_steps),
         schedule=schedule,
         facts=facts(schedule),
         total=total,

@@ -51,11 +51,12 @@ def panels(rows: Sequence[Row], schedule: HGCSchedule) -> list[dict[str, Any]]:
     full, cached = (schedule.macs.get(name) for name in ("full", "cached"))
     kept = cached / full if full and cached is not None else None
     psnr = schedule.fidelity.get("psnr_db")
+    num_steps = schedule.sampling.get("num_inference_steps", schedule.num_steps)
     result = []
     for sampler in dict.fromkeys(row["sampler"] for row in rows):
         own = [row for row in rows if row["sampler"] == sampler]
         name, _, steps = sampler.rpartition("-")
-        fits = bool(name) and schedule.scheduler.startswith(name) and steps == str(schedule.num_inference_steps)
+        fits = bool(name) and schedule.scheduler.startswith(name) and steps == str(num_steps)
         chosen = (kept, psnr) if fits and kept is not None and is_finite(psnr) else None
         result.append(_panel(sampler, own, chosen))
     return result

@@ -73,7 +73,7 @@ def strips(schedule: HGCSchedule, graph: Graph, costs: Mapping[str, NodeCost]) -
     Raises:
         ValueError: a schedule that does not fit the models.
     """
-    plan = compile_plan(graph, schedule.sites, schedule.num_inference_steps)
+    plan = compile_plan(graph, schedule.sites, schedule.num_steps)
     batch_size = graph.batch_size(schedule.guidance_scale)
     batch = [1 if step.is_half else batch_size for step in plan.steps]
     run = [set(step.run) for step in plan.steps]

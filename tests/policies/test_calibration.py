@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,11 +9,13 @@ from measured import measured_setting, shared_setting
 from torch import Tensor
 
 from hgc_learn import calibration
-from hgc_learn.calibration import SiteStatistics, layer_sites, mean_psnr, reference_pictures, site_statistics
+from hgc_learn.calibration import SiteStatistics, mean_psnr, reference_pictures, site_statistics
 from hgc_learn.comparison.tune import count_rollouts
 from hgc_learn.inference import HGCSchedule, apply_schedule, remove_schedule
+from hgc_learn.policies import POLICIES
 from hgc_learn.rollout import generate
 from hgc_learn.setting import Draft
+from hgc_learn.sites import ControlNetLayers, layer_sites
 
 # Sites and the modules whose output they are (a resnet's branch ends with its second convolution).
 ATTENTION = "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2"
@@ -142,11 +144,11 @@ def test_mean_psnr_is_that_of_the_applied_schedule() -> None:
 
 def test_layers_of_the_controlnet_are_chosen_by_the_knob() -> None:
     graph = shared_setting().graph
-    chosen = {how: layer_sites(graph, ["*.attn1:out"], how) for how in calibration.CONTROLNET}
+    chosen = {how: layer_sites(graph, ["*.attn1:out"], how) for how in get_args(ControlNetLayers)}
     assert all(site.startswith("unet.") and site.endswith(".attn1:out") for site in chosen["computed"])
     assert set(chosen["layers"]) - set(chosen["computed"]) == {
         site for site in graph.nodes if site.startswith("controlnet.") and site.endswith(".attn1:out")
     }
     assert set(chosen["residuals"]) - set(chosen["computed"]) == {s for s in graph.nodes if s.endswith(":control")}
     with pytest.raises(ValueError, match="controlnet is 'none'; it is one of computed, layers, residuals"):
-        layer_sites(graph, ["*.attn1:out"], "none")
+        POLICIES["smoothcache"].check({"controlnet": "none"})

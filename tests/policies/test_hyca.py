@@ -165,4 +165,4 @@ def test_nothing_is_forecast_at_interval_one() -> None:
 )
 def test_wrong_knobs_are_refused(knobs: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        POLICIES["hyca"].write(shared_setting(), **knobs)
+        POLICIES["hyca"].schedule(shared_setting(), **knobs)

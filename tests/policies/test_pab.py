@@ -52,7 +52,7 @@ def test_latents_equal_diffusers(
         "self_interval": self_interval,
         "min_timestep": timesteps[0],
         "max_timestep": timesteps[1],
-        "controlnet": both,
+        "controlnet": "layers" if both else "computed",
     }
     ours = run_policy(tiny, "pab", knobs)
     broadcast(tiny.pipe.unet, cross_interval, self_interval, timesteps)
@@ -62,7 +62,7 @@ def test_latents_equal_diffusers(
     assert distance(ours, full) > 1e-3
 
 
-@pytest.mark.parametrize("controlnet", [False, True])
+@pytest.mark.parametrize("controlnet", ["computed", "layers"])
 @pytest.mark.parametrize(
     ("cross_interval", "self_interval", "num_cross_reused", "num_self_reused"),
     [
@@ -74,7 +74,7 @@ def test_latents_equal_diffusers(
     ],
 )
 def test_macs_by_hand(
-    cross_interval: int, self_interval: int, num_cross_reused: int, num_self_reused: int, controlnet: bool
+    cross_interval: int, self_interval: int, num_cross_reused: int, num_self_reused: int, controlnet: str
 ) -> None:
     """SD1.5 with a ControlNet, 20 steps, guidance."""
     setting = unmeasured_setting("sd15-controlnet")
@@ -82,7 +82,7 @@ def test_macs_by_hand(
         setting, cross_interval=cross_interval, self_interval=self_interval, controlnet=controlnet
     )
     step = sum(cost.macs for cost in setting.costs.values())
-    self_attention, cross_attention = sd15_attention_macs(controlnet=controlnet)
+    self_attention, cross_attention = sd15_attention_macs(controlnet=controlnet == "layers")
     macs = 2 * (20 * step - num_cross_reused * cross_attention - num_self_reused * self_attention)
     assert setting.plan(draft).macs(setting.costs) == macs
 

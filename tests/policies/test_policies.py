@@ -16,7 +16,7 @@ from unmeasured import unmeasured_setting
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.inference import HGCSchedule, apply_schedule
 from hgc_learn.policies import POLICIES
-from hgc_learn.rollout import SamplingConfig, generate, load_pipeline
+from hgc_learn.rollout import SamplingConfig, generate, load_pipeline, scheduled
 from hgc_learn.setting import Setting
 
 NUM_STEPS = SAMPLING.num_inference_steps
@@ -53,7 +53,7 @@ CASES = [
     Case("faster_diffusion", {"num_keys": 2}),
     Case("tgate", {"gate": 2, "warm_up": 1}),
     Case("tgate_deepcache", {"gate": 3, "interval": 2, "branch": 3}),
-    Case("tgate_deepcache", {"gate": 2, "self_attention_interval": 2, "control": "fresh", "controlnet": False}),
+    Case("tgate_deepcache", {"gate": 2, "self_attention_interval": 2, "control": "fresh", "controlnet": "computed"}),
     Case("pab"),
     Case("hgc", {"interval": 2, "gate": 3}),
     Case("smoothcache", {"alpha": 0.3}),
@@ -204,6 +204,18 @@ def test_the_random_policy_comes_close_to_its_budget_from_below(setting: Setting
 
 def test_fewer_steps_takes_the_samplers_own_timesteps(setting: Setting) -> None:
     draft = POLICIES["fewer_steps"].write(setting, num_steps=3)
+    setting.pipe.scheduler.set_timesteps(3)
+    assert draft.timesteps == tuple(setting.pipe.scheduler.timesteps.tolist())
+    trailing = POLICIES["fewer_steps"].write(setting, num_steps=3, timestep_spacing="trailing")
+    assert trailing.timesteps == (999, 666, 332)
+    assert setting.pipe.scheduler.timesteps.tolist() == list(draft.timesteps)
+    own, other = (POLICIES["fewer_steps"].file(setting, each, {}) for each in (draft, trailing))
+    visited = []
+    for schedule in (own, other):
+        with scheduled(setting.pipe, setting.sampling, schedule) as sampling:
+            setting.pipe.scheduler.set_timesteps(sampling.num_inference_steps)
+            visited.append(tuple(setting.pipe.scheduler.timesteps.tolist()))
+    assert visited == [draft.timesteps, trailing.timesteps]
     setting.pipe.scheduler.set_timesteps(3)
     assert draft.timesteps == tuple(setting.pipe.scheduler.timesteps.tolist())
     bare = replace(setting, pipe=None)

@@ -80,9 +80,9 @@ def test_a_higher_threshold_keeps_less(grouping: str, controlnet: str) -> None:
     [
         ({"alpha": -1.0}, "alpha is -1.0"),
         ({"max_skip": 0}, "max_skip 0"),
-        ({"grouping": "block"}, "grouping is 'block'; it is type or layer"),
+        ({"grouping": "block"}, "grouping is 'block'; it is one of type, layer"),
     ],
 )
 def test_wrong_knobs_are_refused(knobs: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        POLICIES["smoothcache"].write(shared_setting(), **knobs)
+        POLICIES["smoothcache"].schedule(shared_setting(), **knobs)

@@ -56,15 +56,16 @@ def test_latents_equal_the_authors_package(gate: int, warm_up: int, interval: in
     assert distance(theirs, full) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("controlnet", [False, True])
+@pytest.mark.parametrize("controlnet", ["computed", "layers"])
 @pytest.mark.parametrize(("gate", "interval", "late_interval"), [(4, 3, 1), (7, 5, 4)])
-def test_latents_with_a_controlnet(gate: int, interval: int, late_interval: int, controlnet: bool) -> None:
+def test_latents_with_a_controlnet(gate: int, interval: int, late_interval: int, controlnet: str) -> None:
     """The package has no ControlNet pipeline: its attention rule on the models of a loop written out."""
     tiny = build(controlnet=True)
     knobs = {"gate": gate, "self_attention_interval": interval, "late_self_attention_interval": late_interval}
+    with_controlnet = controlnet == "layers"
     ours = run_policy(tiny, "tgate", {**knobs, "controlnet": controlnet})
-    other = run_policy(tiny, "tgate", {**knobs, "controlnet": not controlnet})
-    models = [tiny.pipe.unet, tiny.pipe.controlnet] if controlnet else [tiny.pipe.unet]
+    other = run_policy(tiny, "tgate", {**knobs, "controlnet": "computed" if with_controlnet else "layers"})
+    models = [tiny.pipe.unet, tiny.pipe.controlnet] if with_controlnet else [tiny.pipe.unet]
 
     def set_attention(i: int) -> None:
         cross, self_, keep_shape = tgate_scheduler(i, gate, interval, late_interval, warm_up=2)
@@ -98,7 +99,7 @@ def test_without_guidance_attention_is_held_and_nothing_is_dropped() -> None:
     assert distance(ours, run(tiny, guidance_scale=1.0)) < TOLERANCE
 
 
-@pytest.mark.parametrize("controlnet", [False, True])
+@pytest.mark.parametrize("controlnet", ["computed", "layers"])
 @pytest.mark.parametrize(
     ("gate", "interval", "late_interval", "num_reused", "num_reused_late"),
     [
@@ -109,7 +110,7 @@ def test_without_guidance_attention_is_held_and_nothing_is_dropped() -> None:
     ],
 )
 def test_macs_by_hand(
-    gate: int, interval: int, late_interval: int, num_reused: int, num_reused_late: int, controlnet: bool
+    gate: int, interval: int, late_interval: int, num_reused: int, num_reused_late: int, controlnet: str
 ) -> None:
     """SD1.5 with a ControlNet, 20 steps, guidance: two samples per step before the gate, one after it."""
     setting = unmeasured_setting("sd15-controlnet")
@@ -121,7 +122,7 @@ def test_macs_by_hand(
         controlnet=controlnet,
     )
     step = sum(cost.macs for cost in setting.costs.values())
-    self_attention, cross_attention = sd15_attention_macs(controlnet=controlnet)
+    self_attention, cross_attention = sd15_attention_macs(controlnet=controlnet == "layers")
     macs = 2 * gate * step - 2 * num_reused * self_attention
     macs += (20 - gate) * (step - cross_attention) - num_reused_late * self_attention
     assert setting.plan(draft).macs(setting.costs) == macs

@@ -68,24 +68,26 @@ def test_latents_equal_the_authors_package(
 @pytest.mark.parametrize(
     ("gate", "intervals", "branch", "control", "controlnet"),
     [
-        (4, (3, 1), 0, "held", True),
-        (4, (3, 1), 0, "held", False),
-        (4, (3, 1), 0, "fresh", False),
-        (8, (2, 3), 1, "held", True),
-        (7, (5, 4), 4, "held", True),
-        (8, (2, 3), 11, "fresh", False),
+        (4, (3, 1), 0, "held", "layers"),
+        (4, (3, 1), 0, "held", "computed"),
+        (4, (3, 1), 0, "fresh", "computed"),
+        (8, (2, 3), 1, "held", "layers"),
+        (7, (5, 4), 4, "held", "layers"),
+        (8, (2, 3), 11, "fresh", "computed"),
     ],
 )
 def test_latents_with_a_controlnet(
-    gate: int, intervals: tuple[int, int], branch: int, control: str, controlnet: bool
+    gate: int, intervals: tuple[int, int], branch: int, control: str, controlnet: str
 ) -> None:
     """The packages have no ControlNet pipeline: their rules on the models of a loop written out."""
     tiny = build(controlnet=True, shape="small" if branch < 2 else "sd15")
     early, late = intervals
-    knobs = {"gate": gate, "self_attention_interval": early, "late_self_attention_interval": late, "branch": branch}
-    ours = run_policy(tiny, "tgate_deepcache", {**knobs, "control": control, "controlnet": controlnet})
-    other = run_policy(tiny, "tgate_deepcache", {**knobs, "control": control, "controlnet": not controlnet})
-    models = [tiny.pipe.unet, tiny.pipe.controlnet] if controlnet else [tiny.pipe.unet]
+    knobs: dict[str, Any] = {"gate": gate, "branch": branch, "control": control}
+    knobs |= {"self_attention_interval": early, "late_self_attention_interval": late}
+    with_controlnet = controlnet == "layers"
+    ours = run_policy(tiny, "tgate_deepcache", {**knobs, "controlnet": controlnet})
+    other = run_policy(tiny, "tgate_deepcache", {**knobs, "controlnet": "computed" if with_controlnet else "layers"})
+    models = [tiny.pipe.unet, tiny.pipe.controlnet] if with_controlnet else [tiny.pipe.unet]
     helper = DeepCacheSDHelper(pipe=tiny.pipe)
     helper.set_params(cache_interval=3, cache_branch_id=branch)
     helper.enable()
