@@ -15,7 +15,7 @@ from torch import Tensor
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.metrics import Obedience, SceneFID, closeness_figures, optional_metric
 from hgc_learn.comparison.samples import full_samples, read_batches
-from hgc_learn.comparison.trained import checkpoint
+from hgc_learn.comparison.trained import checkpoint, training_configuration
 from hgc_learn.comparison.tune import Candidate, Candidates, best, count_rollouts, list_candidates, plain, shortlist
 from hgc_learn.evaluation import Samples, closeness, picture_psnr, render
 from hgc_learn.files import read_json
@@ -188,7 +188,8 @@ class PolicyBench:
 
     @cached_property
     def ckpt_path(self) -> str:
-        return str(checkpoint(self.bench.config, self.bench.sampler, self.policy.name))
+        bench = self.bench
+        return str(checkpoint(bench.config, bench.sampler, self.policy.name, bench.setting.fingerprint))
 
     @cached_property
     def _candidates_at_any_budget(self) -> Candidates:
@@ -210,6 +211,9 @@ class PolicyBench:
         files = cell_files(config, bench.sampler, self.policy.name, budget)
         row: dict[str, Any] = {"policy": self.policy.name, "sampler": bench.sampler, "budget": budget}
         row["protocol"] = protocol(config, bench.sampler)
+        row["fixed"] = plain(config.fixed.get(self.policy.name, {}))
+        if self.needs_checkpoint:
+            row["training"] = training_configuration(config, bench.sampler, self.policy.name)
         bench.make_references()  # shared by all cells: not part of what tuning costs
 
         start = time.monotonic()

@@ -160,6 +160,9 @@ class CompareConfig:
             raise ValueError(
                 f"height and width: drawn scenes are {IMAGE_SIZE}x{IMAGE_SIZE}; set data for other samples."
             )
+        for what, values in (("policies", self.policies), ("budgets", self.budgets)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{what}: {values} has one of them twice.")
         for budget in self.budgets:
             if not 0 < budget < 1:
                 raise ValueError(f"budgets: {budget} is not between 0 and 1; it is the fraction of full MACs to keep.")

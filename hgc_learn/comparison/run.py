@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hgc_learn.comparison.cells import Bench, PolicyBench, cell_files, protocol
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.samples import claim
+from hgc_learn.comparison.trained import training_configuration, training_file
 from hgc_learn.comparison.tune import plain
 from hgc_learn.files import read_json, save_json
 from hgc_learn.policies import POLICIES
@@ -80,7 +82,10 @@ def read_cell(config: CompareConfig, sampler: str, policy: str, budget: float) -
         return None
     cell = read_json(path)
     fixed = plain(config.fixed.get(policy, {}))
-    other_knobs = any(cell["settings"].get(name) != value for name, value in fixed.items() if "settings" in cell)
+    if "fixed" in cell or "settings" not in cell:
+        other_knobs = cell.get("fixed", fixed) != fixed
+    else:  # earlier cells say what was chosen alone
+        other_knobs = any(cell["settings"].get(name) != value for name, value in fixed.items())
     if _what_is_judged(cell["protocol"]) != _what_is_judged(protocol(config, sampler)) or other_knobs:
         raise ValueError(
             f"{path} was made with other settings than those asked for now. Set another output (-- --output=DIR), or "
@@ -96,8 +101,12 @@ def _what_is_judged(protocol: dict[str, Any]) -> dict[str, Any]:
 
 
 def tuned_otherwise(config: CompareConfig, cell: dict[str, Any]) -> str:
-    """How hard a cell was tuned where that is not what is asked for now, as in `max_candidates 24 instead of 96`; empty
-    if it is, and where it made no difference: at most one candidate was within the budget."""
+    """How a cell was tuned or its policy trained where that is not what is asked for now, as in `max_candidates 24
+    instead of 96`; empty if it is, and where tuning made no difference: at most one candidate was within the budget."""
+    if "training" in cell:
+        which = config, cell["sampler"], cell["policy"]
+        if not (path := training_file(*which)).is_file() or cell["training"] != training_configuration(*which):
+            return f"a training by another {path} than is there now"
     record = cell.get("tuning", {"num_tried": 0, "num_candidates": 0})
     then, now = cell["protocol"]["tuning"], protocol(config, cell["sampler"])["tuning"]
     if not record["num_tried"] and not then.get("max_candidates") == 1 < record["num_candidates"]:
@@ -182,9 +191,9 @@ def _is_done(cell: dict[str, Any] | None) -> bool:
 
 def _outcome(row: dict[str, Any]) -> str:
     if "error" in row:
-        return f"[bold red]FAILED[/]: {row['error'].strip().splitlines()[-1]}"
+        return f"[bold red]FAILED[/]: {escape(row['error'].strip().splitlines()[-1])}"
     if "reason" in row:
-        return f"none: {row['reason']}"
+        return f"none: {escape(row['reason'])}"
     low, high = row["psnr_ci"]
     return f"{row['psnr_db']:.2f} dB ({low:.2f} to {high:.2f}), {row['kept_macs']:.4f} of the MACs"
 

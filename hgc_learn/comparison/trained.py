@@ -4,43 +4,72 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.files import read_json, save_json
+from hgc_learn.fingerprint import SAME_NORM_TOLERANCE, ModelFingerprint
 
 
-def checkpoint(config: CompareConfig, sampler: str, policy: str) -> Path:
-    """The policy's checkpoint for a sampler; trains it if it is missing, or goes on with an interrupted training.
+def training_file(config: CompareConfig, sampler: str, policy: str) -> Path:
+    """The configuration of train.py by which a policy is trained for a sampler."""
+    return Path(config.training_config.format(policy=policy, sampler=sampler))
+
+
+def training_configuration(config: CompareConfig, sampler: str, policy: str) -> Any:
+    """What is in it.
 
     Raises:
-        ValueError: there is no training configuration for them, or it cannot be read, or it has changed since the
-            checkpoint was made.
+        ValueError: it does not exist, or is not YAML.
+    """
+    path = training_file(config, sampler, policy)
+    if not path.is_file():
+        raise ValueError(f"{policy} reads a checkpoint, and {path}, its training for {sampler}, does not exist.")
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())}).") from None
+
+
+def checkpoint(config: CompareConfig, sampler: str, policy: str, weights: ModelFingerprint) -> Path:
+    """The policy's checkpoint for a sampler; trains it if it is missing, or goes on with an interrupted training.
+
+    Args:
+        weights: those that `config.model` holds.
+
+    Raises:
+        ValueError: there is no training configuration for them, or it cannot be read, or it or the weights have changed
+            since the checkpoint was made.
         KeyboardInterrupt: the training was interrupted; it goes on at the next call.
     """
+    from hgc_learn.cli import read_checkpoint, train
+
     folder = Path(config.output) / "trained" / sampler / policy
-    ckpt_path, done = folder / "last.ckpt", folder / "trained.json"
-    training = Path(config.training_config.format(policy=policy, sampler=sampler))
-    if not training.is_file():
-        raise ValueError(f"{policy} reads a checkpoint, and {training}, its training for {sampler}, does not exist.")
-    try:
-        configuration = yaml.safe_load(training.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{training} is not YAML ({' '.join(str(error).split())}).") from None
-    if done.is_file() and ckpt_path.is_file():
-        if read_json(done).get("configuration") != configuration:
+    ckpt_path, record = folder / "last.ckpt", folder / "trained.json"
+    training = training_file(config, sampler, policy)
+    configuration = training_configuration(config, sampler, policy)
+    resumed = ckpt_path.is_file()
+    if resumed:
+        trained = read_json(record) if record.is_file() else {"configuration": configuration}
+        if trained.get("configuration") != configuration:
             raise ValueError(
                 f"{ckpt_path} was trained by another configuration than {training} is now. Remove {folder} to train "
                 "anew, or undo the change."
             )
-        return ckpt_path
-    from hgc_learn.cli import train
-
-    done.unlink(missing_ok=True)  # an earlier training's, whose checkpoint is gone
+        of = read_checkpoint(ckpt_path).get("fingerprint")
+        if of and (difference := ModelFingerprint.from_dict(of).difference(weights, SAME_NORM_TOLERANCE)):
+            raise ValueError(
+                f"{ckpt_path} was trained for other weights than {config.model} holds now ({', '.join(difference)}). "
+                f"Remove {folder} to train anew."
+            )
+        if "minutes" in trained:
+            return ckpt_path
+    row = {"training": str(training), "configuration": configuration}
+    save_json(record, row)
     arguments = ["fit", f"--config={training}", f"--model.model={config.model}", f"--checkpoint.dirpath={folder}"]
     arguments.append(f"--trainer.default_root_dir={folder}")
-    resumed = ckpt_path.is_file()
     if resumed:
         arguments.append(f"--ckpt_path={ckpt_path}")
     start = time.monotonic()
@@ -49,6 +78,5 @@ def checkpoint(config: CompareConfig, sampler: str, policy: str) -> Path:
     except SystemExit as error:  # how the command line says that it does not like a setting
         raise ValueError(f"{training} is not a configuration of train.py; what is wrong is printed above.") from error
     minutes = round((time.monotonic() - start) / 60, 2)
-    row = {"training": str(training), "configuration": configuration, "minutes": minutes, "resumed": resumed}
-    save_json(done, row)
+    save_json(record, {**row, "minutes": minutes, "resumed": resumed})
     return ckpt_path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from hgc_learn.comparison.run import Selection, read_cell
 from hgc_learn.comparison.samples import claim, full_samples, read_batches
 from hgc_learn.comparison.trained import checkpoint
 from hgc_learn.evaluation import Samples
+from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.macs import BudgetError
 from hgc_learn.policies import POLICIES, Policy
+from hgc_learn.rollout import load_pipeline
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.training import RouterModule
@@ -248,8 +251,14 @@ def test_two_processes_share_the_cells_and_find_the_same(settings: dict[str, Any
 
 def test_a_checkpoint_is_trained_once_and_resumed(settings: dict[str, Any], teacher: Path, tmp_path: Path) -> None:
     config = CompareConfig(**read_config(write(settings, tmp_path)).__dict__)
+    pipe = load_pipeline(str(teacher), config.sampling(SAMPLER))
+    weights = ModelFingerprint.of(pipe.unet, pipe.controlnet)
+
+    def get() -> Path:
+        return checkpoint(config, SAMPLER, "learned", weights)
+
     with pytest.raises(ValueError, match=r"learned-UniPC-5\.yaml.*does not exist"):
-        checkpoint(config, SAMPLER, "learned")
+        get()
     training = {
         "model": {
             "model": str(teacher),
@@ -262,18 +271,23 @@ def test_a_checkpoint_is_trained_once_and_resumed(settings: dict[str, Any], teac
     }
     configuration = tmp_path / f"learned-{SAMPLER}.yaml"
     configuration.write_text(yaml.safe_dump(training))
-    path = checkpoint(config, SAMPLER, "learned")
+    path = get()
     made = path.stat().st_mtime_ns
-    assert checkpoint(config, SAMPLER, "learned") == path
+    assert get() == path
     assert path.stat().st_mtime_ns == made
     done = path.with_name("trained.json")
     assert json.loads(done.read_text())["resumed"] is False
-    done.unlink()  # as if the training had been interrupted
-    checkpoint(config, SAMPLER, "learned")
-    assert json.loads(done.read_text())["resumed"] is True
+    interrupted = {name: value for name, value in json.loads(done.read_text()).items() if name != "minutes"}
+    done.write_text(json.dumps(interrupted))
     configuration.write_text(yaml.safe_dump(training | {"seed_everything": 1}))
     with pytest.raises(ValueError, match="trained by another configuration than"):
-        checkpoint(config, SAMPLER, "learned")
+        get()
+    configuration.write_text(yaml.safe_dump(training))
+    get()
+    assert json.loads(done.read_text())["resumed"] is True
+    doubled = {model: {name: 2 * norm for name, norm in norms.items()} for model, norms in weights.norms.items()}
+    with pytest.raises(ValueError, match=r"last\.ckpt was trained for other weights than .*Remove .*to train anew"):
+        checkpoint(config, SAMPLER, "learned", replace(weights, norms=doubled))
     configuration.write_text("model: [")
     with pytest.raises(ValueError, match=r"learned-UniPC-5\.yaml is not YAML"):
-        checkpoint(config, SAMPLER, "learned")
+        get()

@@ -97,3 +97,15 @@ def test_how_hard_a_cell_was_tuned_is_told_where_it_may_have_mattered(
     cell: dict[str, Any] = {"sampler": SAMPLER, "protocol": protocol(config, SAMPLER)}
     cell["protocol"]["tuning"] |= then
     assert tuned_otherwise(config, cell | ({"tuning": record} if record else {})) == how
+
+
+def test_a_cell_of_another_training_is_told(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["training_config"] = str(tmp_path / "{policy}-{sampler}.yaml")
+    config = read_config(write(settings, tmp_path))
+    cell = {"sampler": SAMPLER, "policy": "learned", "protocol": protocol(config, SAMPLER), "training": {"a": 1}}
+    training = tmp_path / f"learned-{SAMPLER}.yaml"
+    for text, is_other in (("a: 1", False), ("a: 2", True)):
+        training.write_text(text)
+        assert bool(tuned_otherwise(config, cell)) == is_other
+    training.unlink()
+    assert tuned_otherwise(config, cell) == f"a training by another {training} than is there now"
