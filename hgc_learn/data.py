@@ -5,6 +5,7 @@ A batch is a dict: `text` (list of B prompts), `conditioning_image` [B, 3, heigh
 
 from __future__ import annotations
 
+import glob
 import itertools
 import random
 from collections.abc import Sequence, Sized
@@ -174,12 +175,12 @@ def _load(name: str, split: str, streaming: bool) -> Any:
     if any(folder.rglob("metadata.*")):
         return _load_pictures(name, split, streaming)
     if any(folder.rglob("*.parquet")):
-        return datasets.load_dataset("parquet", data_dir=name, split=split, streaming=streaming)
+        return datasets.load_dataset("parquet", data_dir=glob.escape(name), split=split, streaming=streaming)
     raise ValueError("there is neither a metadata.jsonl nor a parquet file in this folder")
 
 
 def _load_pictures(name: str, split: str, streaming: bool, **options: Any) -> Any:
-    options |= {"data_dir": name, "split": split, "streaming": streaming}
+    options |= {"data_dir": glob.escape(name), "split": split, "streaming": streaming}
     rows = datasets.load_dataset("imagefolder", **options)
     features = rows.features or {}
     pictures = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]

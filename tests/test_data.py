@@ -85,6 +85,12 @@ def test_splits_have_their_own_rows_and_seeds(tmp_path: Path) -> None:
     assert sorted(batch["text"][0] for batch in data.val_dataloader()) == ["picture 0", "picture 1", "picture 2"]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_are_no_patterns(tmp_path: Path, streaming: bool) -> None:
+    data = ready(write_folder(tmp_path / "my [best] pictures *", 4), num_train=2, num_val=2, streaming=streaming)
+    assert len(list(data.train_dataloader())) > 0
+
+
 def test_training_rows_are_drawn_from_all(folder: Path) -> None:
     """The first rows of a folder are often alike: moments of one video, pictures of one class."""
 
