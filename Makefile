@@ -38,5 +38,5 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --no-compile -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[train,canny,metrics,policies,dev]"
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[train,canny,policies,dev]"
 	touch $@

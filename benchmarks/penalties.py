@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from hgc_learn.cli import train
 from hgc_learn.comparison.samples import draw_batches
 from hgc_learn.evaluation import picture_psnr, render
 from hgc_learn.export import load_run
 from hgc_learn.files import save_json
 from hgc_learn.hard import HardSchedule
+from hgc_learn.lightning_cli import train
 from hgc_learn.macs import BudgetError
 from hgc_learn.objectives import L2C
 from hgc_learn.training import RouterModule

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from hgc_learn.cli import train
 from hgc_learn.comparison.samples import draw_batches
 from hgc_learn.comparison.statistics import mean_interval
 from hgc_learn.evaluation import picture_psnr, render
 from hgc_learn.export import decide, load_run
 from hgc_learn.files import save_json
 from hgc_learn.hard import HardSchedule
+from hgc_learn.lightning_cli import train
 from hgc_learn.training import RouterModule
 
 

@@ -30,7 +30,7 @@ from hgc_learn.demo.teacher import build_tokenizer
 from hgc_learn.files import save_json
 from hgc_learn.objectives import Rollout
 from hgc_learn.random_pipeline import random_pipeline
-from hgc_learn.rollout import SamplingConfig
+from hgc_learn.sampling import SamplingConfig
 from hgc_learn.training import RouterModule
 
 

@@ -23,7 +23,7 @@ from hgc_learn.comparison.samples import draw_batches
 from hgc_learn.comparison.statistics import mean_interval, paired_difference
 from hgc_learn.evaluation import picture_psnr, render
 from hgc_learn.files import save_json
-from hgc_learn.rollout import load_pipeline
+from hgc_learn.sampling import load_pipeline
 from hgc_learn.schedule import HGCSchedule
 
 OFFSET = 50_000

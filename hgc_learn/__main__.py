@@ -78,7 +78,7 @@ def guarded(run: Callable[[], object]) -> int:
         if package in ("", "hgc_learn"):
             raise
         print(
-            f"hgc_learn: this needs {package}, which is not installed: pip install '.[train,canny,metrics,policies]' "
+            f"hgc_learn: this needs {package}, which is not installed: pip install '.[train,canny,policies]' "
             "brings all that any command needs.",
             file=sys.stderr,
         )

@@ -20,7 +20,7 @@ from hgc_learn.forwards import RoutedForwards
 from hgc_learn.graph import Graph, build_graph
 from hgc_learn.plan import StepPlan
 from hgc_learn.program import compile_program
-from hgc_learn.rollout import generate, scheduled
+from hgc_learn.sampling import generate, scheduled
 from hgc_learn.setting import Draft, Setting
 
 MAX_HISTORY_BYTES = 4 * 2**30

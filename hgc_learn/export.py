@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,17 @@ from rich.progress import Progress
 from torch.utils.data import DataLoader, Subset
 
 from hgc_learn import fills, specialise
-from hgc_learn.cli import read_checkpoint, rebuild
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import gate_heatmap, save_figure
-from hgc_learn.fills import Report
 from hgc_learn.hard import HardSchedule
-from hgc_learn.learning import ALL, Learning
-from hgc_learn.rollout import default_device
+from hgc_learn.learning import ALL, Learning, OnUpdate
+from hgc_learn.lightning_cli import read_checkpoint, rebuild
+from hgc_learn.sampling import default_device
 from hgc_learn.schedule import HGCSchedule, check_output
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sharing import FILE_NAME
 from hgc_learn.strict import ScheduleError
 from hgc_learn.training import RouterModule
-
-
-@dataclass(frozen=True)
-class Reports:
-    """Called as each part of `Learning` goes on."""
-
-    specialise: Report = lambda _: None
-    fills: Report = lambda _: None
 
 
 def export(
@@ -67,7 +58,7 @@ def export(
         learning = replace(learning, specialise_updates=0, fill_updates=0)
     with Progress() as progress:
 
-        def reporter(description: str, total: int) -> Report:
+        def reporter(description: str, total: int) -> OnUpdate:
             task = progress.add_task(description, total=total, visible=total > 0)
 
             def report(log_error: float) -> None:
@@ -75,11 +66,15 @@ def export(
 
             return report
 
-        reports = Reports(
-            reporter("specialising the router", learning.specialise_updates),
-            reporter("learning to fill in", learning.fill_updates),
+        hard, draft = decide(
+            module,
+            data,
+            budget,
+            learning,
+            max_patterns=max_patterns,
+            on_specialise=reporter("specialising the router", learning.specialise_updates),
+            on_fill=reporter("learning to fill in", learning.fill_updates),
         )
-        hard, draft = decide(module, data, budget, learning, max_patterns=max_patterns, reports=reports)
         progress.add_task("measuring on validation samples", total=None)
         fidelity = measure_fidelity(module, data, draft)
         if not fidelity:
@@ -119,7 +114,8 @@ def decide(
     learning: Learning = ALL,
     *,
     max_patterns: int | None = None,
-    reports: Reports = Reports(),
+    on_specialise: OnUpdate = lambda _: None,
+    on_fill: OnUpdate = lambda _: None,
 ) -> tuple[HardSchedule, Draft]:
     """The gates of a trained router at a budget, and the draft that they make with fill-ins learned; all learns from
     the first samples of the training's own data. The router itself stays as it is.
@@ -132,14 +128,14 @@ def decide(
     try:
         learned = batches(learning.learning_samples, specialise.BATCH_SIZE) if learning.specialise_updates else []
         hard = specialise.specialise(
-            module, budget, learned, learning.specialise_updates, max_patterns=max_patterns, report=reports.specialise
+            module, budget, learned, learning.specialise_updates, max_patterns=max_patterns, on_update=on_specialise
         )
     finally:
         module.router.load_state_dict(trained)
     hard = replace(hard, compute=hard.compute | module.router.dead(hard.compute))  # not in the file's rows
     learned = batches(learning.learning_samples, fills.BATCH_SIZE) if learning.fill_updates else []
     at_once = data.train_dataloader().batch_size  # where memory is short, no more than the training needed
-    return hard, fills.learn_fills(module, hard, learned, learning.fill_updates, at_once=at_once, report=reports.fills)
+    return hard, fills.learn_fills(module, hard, learned, learning.fill_updates, at_once=at_once, on_update=on_fill)
 
 
 def training_batches(module: RouterModule, data: Any, learning_samples: int, batch_size: int) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ else is computed or read by nothing: there are few numbers to learn, and every r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +14,10 @@ import torch
 from hgc_learn.data import hold_out
 from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import apply_schedule
+from hgc_learn.learning import OnUpdate
 from hgc_learn.plan import row_of
 from hgc_learn.predictors.fitted_per_channel import FITTED_PER_CHANNEL
-from hgc_learn.rollout import generate
+from hgc_learn.sampling import generate
 from hgc_learn.setting import Draft
 
 if TYPE_CHECKING:
@@ -28,9 +29,6 @@ LEARNING_RATES = {"scale": 0.006, "reach": 0.03}
 BATCH_SIZE = 4
 """More and noisier updates do better than fewer of larger batches, for the same number of samples."""
 
-Report = Callable[[float], None]
-"""Called after every update with the mean log squared error of the outcome on its batch."""
-
 
 def learn_fills(
     module: RouterModule,
@@ -39,7 +37,7 @@ def learn_fills(
     num_updates: int,
     *,
     at_once: int = BATCH_SIZE,
-    report: Report = lambda _: None,
+    on_update: OnUpdate = lambda _: None,
 ) -> Draft:
     """The schedule filled in by `fitted_per_channel`, whose scales and reaches lower the mean log error of the outcome;
     the schedule as it is where samples that were not learned from do not confirm that.
@@ -78,7 +76,7 @@ def learn_fills(
             if all(t.grad is None or t.grad.isfinite().all() for t in tensors.values()):  # else a trajectory is lost
                 optimizer.step()
             decay.step()
-            report(loss)
+            on_update(loss)
     after = Draft(start.sites, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
     drafts = [after, module.draft(schedule)]
     return min(drafts, key=lambda draft: module.log_error(judges, draft))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+
+OnUpdate = Callable[[float], None]
+"""Called after every update of what is learned with the mean log squared error of the outcome on its batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

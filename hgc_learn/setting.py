@@ -15,7 +15,7 @@ from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.graph import Graph
 from hgc_learn.macs import NodeCost
 from hgc_learn.plan import COMPUTE, Plan, compile_plan
-from hgc_learn.rollout import SamplingConfig
+from hgc_learn.sampling import SamplingConfig
 from hgc_learn.schedule import HGCSchedule
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ class Setting:
         sampling: how pictures are made.
         timesteps: the scheduler's timestep of each model call.
         pipe: the pipeline itself; None where only an architecture is known.
-        batches: samples to measure on, as for `hgc_learn.rollout.generate`.
+        batches: samples to measure on, as for `hgc_learn.sampling.generate`.
         memo: what has been measured, for policies to share between their knobs.
     """
 

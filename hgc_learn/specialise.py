@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hgc_learn.data import hold_out
-from hgc_learn.fills import Report
 from hgc_learn.hard import HardSchedule
+from hgc_learn.learning import OnUpdate
 from hgc_learn.objectives import Rollout
 from hgc_learn.patterns import cap
 
@@ -34,7 +34,7 @@ def specialise(
     num_updates: int,
     *,
     max_patterns: int | None = None,
-    report: Report = lambda _: None,
+    on_update: OnUpdate = lambda _: None,
 ) -> HardSchedule:
     """The hard schedule of the router at a budget, after more updates for it, or rounded as it is, if samples that were
     not learned from like that better. The router's own logits and reaches are moved.
@@ -67,7 +67,7 @@ def specialise(
             router.check_gradients()
             optimizer.step()
             router.clamp()
-            report(float(logs["loss"].clamp_min(1e-30).log()))
+            on_update(float(logs["loss"].clamp_min(1e-30).log()))
     finally:
         router.temperature = temperature
     end = _rounded(module, budget, max_patterns)

@@ -23,7 +23,7 @@ from hgc_learn.macs import flop_counter
 Setup = Callable[[], AbstractContextManager[ScheduleHandle | None]]
 """Sets the pipeline up for one run, and back."""
 
-SETTING = ("machine", "arch", "size", "dtype", "compiled", "num_inference_steps", "guidance_scale", "schedule")
+KEY = ("machine", "arch", "size", "dtype", "compiled", "num_inference_steps", "guidance_scale", "schedule")
 """What a row is about; all else in it are figures."""
 
 
@@ -73,7 +73,7 @@ def compile_blocks(pipe: Any) -> None:
 
 
 def row(
-    setting: dict[str, Any], of_plain: RunCost, cost: RunCost, pairs: Sequence[tuple[float, float]]
+    about: dict[str, Any], of_plain: RunCost, cost: RunCost, pairs: Sequence[tuple[float, float]]
 ) -> dict[str, Any]:
     """Figures of one candidate: medians over rounds of the ratios to the plain pipeline's run of the same round, with
     95 % bootstrap intervals of these (`<figure>_interval`).
@@ -84,11 +84,11 @@ def row(
     plain_seconds, seconds = np.array(pairs).T
     speedups = plain_seconds / seconds
     macs_ratio = of_plain.macs / cost.macs
-    result = dict(setting)
+    result = dict(about)
     result |= {"macs_ratio": round(macs_ratio, 4), "macs": cost.macs}
     result |= {"plain_macs": of_plain.macs}
     result |= _median("speedup", speedups) | _median("efficiency", speedups / macs_ratio)
-    if setting["schedule"].startswith("all-compute"):
+    if about["schedule"].startswith("all-compute"):
         result |= _median("overhead", 1 / speedups - 1)
     known = of_plain.peak_bytes and cost.peak_bytes
     result["peak_memory_ratio"] = round(cost.peak_bytes / of_plain.peak_bytes, 4) if known else None
@@ -112,7 +112,7 @@ def read_rows(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     """
     try:
         rows = json.loads(path.read_text()) if path.is_file() else []
-        return {tuple(row[name] for name in SETTING): row for row in rows}
+        return {tuple(row[name] for name in KEY): row for row in rows}
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path}: exists, and is no file of hgc_learn bench. Name another one.") from None
 
@@ -128,9 +128,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     parts = []
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in SETTING[:-1]), []).append(row)
-    for setting, group in groups.items():
-        machine, arch, size, dtype, compiled, steps, guidance_scale = setting
+        groups.setdefault(tuple(row[name] for name in KEY[:-1]), []).append(row)
+    for key, group in groups.items():
+        machine, arch, size, dtype, compiled, steps, guidance_scale = key
         dtype += ", compiled block by block" * compiled
         parts += [f"{arch}, {size} px, {steps} steps, guidance scale {guidance_scale:g}, {dtype}. {machine}.", ""]
         parts += [

@@ -20,8 +20,8 @@ from hgc_learn.graph import build_graph
 from hgc_learn.hard import HardSchedule
 from hgc_learn.objectives import Objective, Rollout
 from hgc_learn.probe import ProbedForwards
-from hgc_learn.rollout import SamplingConfig, generate, load_pipeline, scheduled
 from hgc_learn.router import Router
+from hgc_learn.sampling import SamplingConfig, generate, load_pipeline, scheduled
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import select_sites, to_lay_open
 

@@ -13,7 +13,7 @@ from hgc_learn import speed
 from hgc_learn.__main__ import main
 from hgc_learn.commands.bench import _adapted
 from hgc_learn.inference import apply_schedule
-from hgc_learn.rollout import SamplingConfig
+from hgc_learn.sampling import SamplingConfig
 from hgc_learn.setting import Setting
 
 ROOT = Path(__file__).parent.parent
@@ -112,7 +112,7 @@ def test_where_the_peak_of_memory_cannot_be_read_all_else_is_measured(monkeypatc
         raise OSError(name)
 
     monkeypatch.setattr(speed.ctypes, "CDLL", absent)
-    setting = dict.fromkeys(speed.SETTING, "") | {"guidance_scale": 7.5, "compiled": False, "schedule": "a"}
+    setting = dict.fromkeys(speed.KEY, "") | {"guidance_scale": 7.5, "compiled": False, "schedule": "a"}
     ran: list[bool] = []
     peak = speed._peak_memory(lambda: ran.append(True), torch.device("cpu"))
     assert ran

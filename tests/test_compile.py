@@ -15,7 +15,7 @@ from hgc_learn.inference import apply_schedule
 from hgc_learn.objectives import L2C, Rollout
 from hgc_learn.plan import compile_plan
 from hgc_learn.policies import POLICIES
-from hgc_learn.rollout import SamplingConfig
+from hgc_learn.sampling import SamplingConfig
 from hgc_learn.setting import Setting
 from hgc_learn.specialise import specialise
 from hgc_learn.training import RouterModule

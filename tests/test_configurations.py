@@ -12,8 +12,8 @@ import yaml
 from test_data import write_folder
 from training_fixtures import save_tiny_models
 
-from hgc_learn.cli import train
 from hgc_learn.comparison.config import read_config
+from hgc_learn.lightning_cli import train
 
 ROOT = Path(__file__).parent.parent
 CONFIGURATIONS = [

@@ -17,7 +17,7 @@ from hgc_learn.effects import Choices
 from hgc_learn.hard import HardSchedule
 from hgc_learn.objectives import DEFAULT_SITES
 from hgc_learn.predictors import BY_CODE
-from hgc_learn.rollout import generate
+from hgc_learn.sampling import generate
 from hgc_learn.training import RouterModule
 
 Weights = dict[int, float]

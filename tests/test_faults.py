@@ -24,7 +24,7 @@ from hgc_learn.export import export
 from hgc_learn.files import read_json
 from hgc_learn.inference import apply_schedule
 from hgc_learn.learning import Learning
-from hgc_learn.rollout import generate, load_pipeline
+from hgc_learn.sampling import generate, load_pipeline
 from hgc_learn.schedule import HGCSchedule, tensor_path
 from hgc_learn.training import RouterModule
 

@@ -9,8 +9,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_fixtures import fit, fit_arguments, save_tiny_teacher
 
-from hgc_learn.cli import train
 from hgc_learn.figures import gate_heatmap
+from hgc_learn.lightning_cli import train
 
 
 @pytest.mark.filterwarnings(

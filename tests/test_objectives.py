@@ -19,7 +19,7 @@ from hgc_learn.objectives import L2C, HarmoniCa
 from hgc_learn.objectives.blend import BlendedForwards
 from hgc_learn.objectives.l2c import add_noise, ddim_step
 from hgc_learn.policies import POLICIES
-from hgc_learn.rollout import SamplingConfig, generate, load_pipeline
+from hgc_learn.sampling import SamplingConfig, generate, load_pipeline
 from hgc_learn.setting import Setting
 from hgc_learn.training import RouterModule
 

@@ -17,7 +17,7 @@ from hgc_learn.evaluation import decode, unclamped_pictures
 from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import apply_schedule
 from hgc_learn.objectives import Rollout
-from hgc_learn.rollout import SamplingConfig, generate, load_pipeline
+from hgc_learn.sampling import SamplingConfig, generate, load_pipeline
 from hgc_learn.setting import Draft
 from hgc_learn.training import RouterModule
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from hgc_learn.graph import build_graph
 from hgc_learn.inference import apply_exact_savings, apply_schedule, remove_schedule
 from hgc_learn.policies import POLICIES
-from hgc_learn.rollout import SamplingConfig
+from hgc_learn.sampling import SamplingConfig
 from hgc_learn.setting import Setting
 from hgc_learn.sites import list_sites
 from hgc_learn.speed import watched_cache

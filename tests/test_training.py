@@ -18,15 +18,15 @@ from test_data import write_folder
 from training_fixtures import BUDGET, SAMPLING, changed, fit, fit_arguments, random_schedule
 
 from hgc_learn.__main__ import guarded, main
-from hgc_learn.cli import train
 from hgc_learn.evaluation import decode
 from hgc_learn.export import export, load_run, measure_fidelity
 from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import HGCSchedule, apply_schedule
 from hgc_learn.learning import Learning
+from hgc_learn.lightning_cli import train
 from hgc_learn.objectives import HarmoniCa, Rollout
 from hgc_learn.plan import compile_plan
-from hgc_learn.rollout import SamplingConfig, generate
+from hgc_learn.sampling import SamplingConfig, generate
 from hgc_learn.training import RouterModule
 
 

@@ -20,7 +20,7 @@ from transformers import CLIPTextModelWithProjection
 
 from hgc_learn.demo.teacher import HIDDEN_SIZE, build_text_encoder, build_tokenizer
 from hgc_learn.hard import HardSchedule
-from hgc_learn.rollout import SamplingConfig
+from hgc_learn.sampling import SamplingConfig
 
 if TYPE_CHECKING:
     from hgc_learn.setting import Draft
@@ -146,7 +146,7 @@ def fit_arguments(teacher: Path, folder: Path, max_steps: int, *more: str) -> li
 
 def fit(teacher: Path, folder: Path, max_steps: int, *more: str) -> Path:
     """Trains through the command line's own code; returns the last checkpoint."""
-    from hgc_learn.cli import train
+    from hgc_learn.lightning_cli import train
 
     train(fit_arguments(teacher, folder, max_steps, *more))
     return folder / "checkpoints" / "last.ckpt"

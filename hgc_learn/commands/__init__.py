@@ -10,7 +10,7 @@ from hgc_learn.demo import TEACHER_DIR
 
 if TYPE_CHECKING:
     from hgc_learn.architectures import Architecture
-    from hgc_learn.rollout import SamplingConfig
+    from hgc_learn.sampling import SamplingConfig
 
 
 def add_architecture(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -52,7 +52,7 @@ def load_weights(args: argparse.Namespace, sampling: SamplingConfig) -> Any:
     Raises:
         ValueError: as of `load_pipeline`.
     """
-    from hgc_learn.rollout import load_pipeline
+    from hgc_learn.sampling import load_pipeline
 
     dtype = args.dtype or "float32"
     return load_pipeline(args.model, sampling, controlnet=args.controlnet_model, variant=args.variant, dtype=dtype)

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     from hgc_learn import speed
     from hgc_learn.files import check_writable
     from hgc_learn.random_pipeline import random_arguments, random_pipeline
-    from hgc_learn.rollout import SamplingConfig
+    from hgc_learn.sampling import SamplingConfig
     from hgc_learn.setting import Setting
 
     if args.rounds < 1 or args.steps < 2:
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
         pipe(**call)
 
     about = {name: common | {"schedule": name} for name in candidates}
-    keys = {name: tuple(setting[field] for field in speed.SETTING) for name, setting in about.items()}
+    keys = {name: tuple(row[field] for field in speed.KEY) for name, row in about.items()}
     pairs = {name: [*map(tuple, rows[key]["pairs"])] if key in rows else [] for name, key in keys.items()}
     known = {name: speed.read_costs(rows[key]) for name, key in keys.items() if key in rows}
     new = {name: candidate for name, candidate in candidates.items() if name not in known}

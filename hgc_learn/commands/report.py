@@ -21,7 +21,7 @@ from hgc_learn.demo import TEACHER_DIR
 
 if TYPE_CHECKING:
     from hgc_learn.architectures import Architecture
-    from hgc_learn.rollout import SamplingConfig
+    from hgc_learn.sampling import SamplingConfig
     from hgc_learn.schedule import HGCSchedule
 
 
@@ -86,7 +86,7 @@ def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture
 
     from hgc_learn.architectures import Architecture
     from hgc_learn.evaluation import decode, picture_psnr
-    from hgc_learn.rollout import generate, scheduled
+    from hgc_learn.sampling import generate, scheduled
     from hgc_learn.timesteps import steps_for_calls
 
     if args.model is None:
@@ -116,7 +116,7 @@ def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture
 
 def _sampling(schedule: HGCSchedule) -> SamplingConfig:
     """That of the uncached pipeline that the schedule was made for."""
-    from hgc_learn.rollout import SamplingConfig
+    from hgc_learn.sampling import SamplingConfig
 
     return SamplingConfig(
         guidance_scale=schedule.guidance_scale,

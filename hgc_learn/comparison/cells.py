@@ -22,7 +22,7 @@ from hgc_learn.files import read_json
 from hgc_learn.fingerprint import SAME_NORM_TOLERANCE, ModelFingerprint
 from hgc_learn.macs import BudgetError
 from hgc_learn.policies import Policy
-from hgc_learn.rollout import load_pipeline
+from hgc_learn.sampling import load_pipeline
 from hgc_learn.schedule import tensor_path
 from hgc_learn.setting import Setting
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hgc_learn.demo.scenes import IMAGE_SIZE
-from hgc_learn.rollout import SamplingConfig
+from hgc_learn.sampling import SamplingConfig
 
 
 @dataclass

@@ -19,7 +19,7 @@ from hgc_learn.comparison.samples import read_batches
 from hgc_learn.evaluation import render
 from hgc_learn.figures import picture_grid, save_figure
 from hgc_learn.files import save_json, write_atomically
-from hgc_learn.rollout import load_pipeline
+from hgc_learn.sampling import load_pipeline
 from hgc_learn.schedule import HGCSchedule
 
 

@@ -22,7 +22,7 @@ from hgc_learn.data import ControlDataModule
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.evaluation import Samples, render
 from hgc_learn.files import write_atomically
-from hgc_learn.rollout import SamplingConfig
+from hgc_learn.sampling import SamplingConfig
 
 FIRST_SEEDS = {"train": 0, "validation": 1_000_000, "test": 2_000_000}  # of the noise, where samples have no seeds
 

@@ -14,7 +14,7 @@ from hgc_learn.comparison.run import Selection
 from hgc_learn.comparison.samples import read_batches
 from hgc_learn.evaluation import timed
 from hgc_learn.files import save_json
-from hgc_learn.rollout import SamplingConfig, load_pipeline
+from hgc_learn.sampling import SamplingConfig, load_pipeline
 from hgc_learn.schedule import HGCSchedule
 
 NUM_PAIRS = 3

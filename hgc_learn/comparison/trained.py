@@ -44,7 +44,7 @@ def checkpoint(config: CompareConfig, sampler: str, policy: str, weights: ModelF
             since the checkpoint was made.
         KeyboardInterrupt: the training was interrupted; it goes on at the next call.
     """
-    from hgc_learn.cli import read_checkpoint, train
+    from hgc_learn.lightning_cli import read_checkpoint, train
 
     folder = Path(config.output) / "trained" / sampler / policy
     ckpt_path, record = folder / "last.ckpt", folder / "trained.json"

@@ -24,7 +24,7 @@ from hgc_learn.demo.teacher import GUIDANCE_SCALE
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import save_figure
 from hgc_learn.files import save_json
-from hgc_learn.rollout import SamplingConfig, generate
+from hgc_learn.sampling import SamplingConfig, generate
 
 BATCH_SIZE = 32
 NUM_ROWS = 8  # of the grid

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from hgc_learn.cli import train
 from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.evaluation import closeness, side_by_side
@@ -24,7 +23,8 @@ from hgc_learn.figures import picture_grid, save_figure
 from hgc_learn.files import save_json
 from hgc_learn.inference import HGCSchedule
 from hgc_learn.learning import ALL, Learning
-from hgc_learn.rollout import SamplingConfig, default_device
+from hgc_learn.lightning_cli import train
+from hgc_learn.sampling import SamplingConfig, default_device
 
 EVALUATION_BATCH_SIZE = 16
 NUM_SHOWN = 8

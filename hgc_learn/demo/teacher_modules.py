@@ -23,7 +23,7 @@ from hgc_learn.demo.metrics import scene_metrics
 from hgc_learn.demo.scenes import COLORS, IMAGE_SIZE, KINDS, label_map_to_conditioning
 from hgc_learn.demo.teacher import GUIDANCE_SCALE, SCHEDULER_CONFIG, build_pipeline, tokenize
 from hgc_learn.evaluation import picture_psnr
-from hgc_learn.rollout import SamplingConfig, generate
+from hgc_learn.sampling import SamplingConfig, generate
 
 
 def warmup_stable_decay(step: int, *, num_steps: int, num_warmup_steps: int, decay_share: float) -> float:

@@ -54,7 +54,7 @@ from hgc_learn.demo.teacher_data import (
 from hgc_learn.demo.teacher_modules import AutoencoderModule, DenoiserModule
 from hgc_learn.figures import picture_grid, save_figure
 from hgc_learn.files import read_json, save_json
-from hgc_learn.rollout import SamplingConfig, generate
+from hgc_learn.sampling import SamplingConfig, generate
 
 NUM_SHOWN = 8
 MAY_DIFFER = ("output", "num_processes", "validation_interval")
@@ -101,7 +101,7 @@ class TeacherArguments:
     seed: int = 0
 
     @property
-    def kept(self) -> Path:
+    def arguments_file(self) -> Path:
         """File of the arguments that a training was begun with."""
         return self.output / "checkpoints" / "arguments.json"
 
@@ -121,9 +121,9 @@ class TeacherArguments:
         return PhotographMaterial(train, held_out)
 
 
-def keep_arguments(args: TeacherArguments) -> None:
+def save_arguments(args: TeacherArguments) -> None:
     """Beside the checkpoints, for :func:`check_arguments`."""
-    save_json(args.kept, _decisive(args))
+    save_json(args.arguments_file, _decisive(args))
 
 
 def check_arguments(args: TeacherArguments) -> None:
@@ -131,7 +131,7 @@ def check_arguments(args: TeacherArguments) -> None:
     Raises:
         ValueError: the training in `args.output` was begun with others. One of an earlier version does not say.
     """
-    begun = read_json(args.kept) if args.kept.is_file() else {}
+    begun = read_json(args.arguments_file) if args.arguments_file.is_file() else {}
     for name, value in _decisive(args).items():
         if name in begun and begun[name] != value:
             raise ValueError(
@@ -340,7 +340,7 @@ def train_denoiser(args: TeacherArguments) -> None:
 
 def train_teacher(args: TeacherArguments) -> None:
     """Run all stages that are not done yet."""
-    keep_arguments(args)
+    save_arguments(args)
     L.seed_everything(args.seed)
     args.material.prepare(args.scenes, args.num_scenes)
     train_text_encoder(args)

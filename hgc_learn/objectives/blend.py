@@ -18,7 +18,7 @@ from hgc_learn.forwards import RoutedForwards
 from hgc_learn.graph import Graph, Node, run_graph
 from hgc_learn.objectives.base import Objective
 from hgc_learn.plan import live_step
-from hgc_learn.rollout import SamplingConfig, generate
+from hgc_learn.sampling import SamplingConfig, generate
 
 if TYPE_CHECKING:
     from hgc_learn.training import RouterModule

@@ -25,7 +25,7 @@ from hgc_learn.evaluation import Samples
 from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.macs import BudgetError
 from hgc_learn.policies import POLICIES, Policy
-from hgc_learn.rollout import load_pipeline
+from hgc_learn.sampling import load_pipeline
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.training import RouterModule

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from hgc_learn.demo import train_teacher
 from hgc_learn.demo.photographs import PhotographDataset, Photographs, cut_photographs
 from hgc_learn.demo.teacher import build_caption_tokenizer, tokenize
-from hgc_learn.rollout import SamplingConfig, generate
+from hgc_learn.sampling import SamplingConfig, generate
 
 pytestmark = [  # other libraries' warnings about each other
     pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec:FutureWarning"),  # lightning, torch

@@ -27,7 +27,7 @@ from hgc_learn.demo.teacher import (
 )
 from hgc_learn.demo.teacher_modules import warmup_stable_decay
 from hgc_learn.evaluation import picture_psnr
-from hgc_learn.rollout import SamplingConfig, generate
+from hgc_learn.sampling import SamplingConfig, generate
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -129,7 +129,7 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_training_does_not_go_on_with_other_arguments(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_teacher.keep_arguments(train_teacher.TeacherArguments(tmp_path))
+    train_teacher.save_arguments(train_teacher.TeacherArguments(tmp_path))
     with pytest.raises(SystemExit) as end:
         train_teacher.main(["--output", str(tmp_path), *options])
     assert end.value.code == 2
@@ -137,7 +137,7 @@ def test_a_training_does_not_go_on_with_other_arguments(
 
 
 def test_a_training_goes_on_elsewhere_with_as_many_processes_as_one_likes(tmp_path: Path) -> None:
-    train_teacher.keep_arguments(train_teacher.TeacherArguments(tmp_path / "here"))
+    train_teacher.save_arguments(train_teacher.TeacherArguments(tmp_path / "here"))
     (tmp_path / "here").rename(tmp_path / "there")
     there = train_teacher.TeacherArguments(tmp_path / "there", num_processes=1, validation_interval=5)
     train_teacher.check_arguments(there)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hgc_learn.inference import apply_schedule
 from hgc_learn.policies import POLICIES
-from hgc_learn.rollout import SamplingConfig
+from hgc_learn.sampling import SamplingConfig
 from hgc_learn.setting import Setting
 
 NUM_STEPS = 12

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from training_fixtures import SAMPLING, save_tiny_teacher
 
 from hgc_learn.demo.scenes import SceneDataset
-from hgc_learn.rollout import load_pipeline
+from hgc_learn.sampling import load_pipeline
 from hgc_learn.setting import Setting
 
 

@@ -13,7 +13,7 @@ from hgc_learn.calibration import SiteStatistics, mean_psnr, reference_pictures,
 from hgc_learn.comparison.tune import count_rollouts
 from hgc_learn.inference import HGCSchedule, apply_schedule, remove_schedule
 from hgc_learn.policies import POLICIES
-from hgc_learn.rollout import generate
+from hgc_learn.sampling import generate
 from hgc_learn.setting import Draft
 from hgc_learn.sites import ControlNetLayers, layer_sites
 

@@ -21,7 +21,7 @@ from hgc_learn.architectures import build_architecture
 from hgc_learn.inference import apply_schedule
 from hgc_learn.policies import POLICIES
 from hgc_learn.policies.deepcache import quadratic_steps
-from hgc_learn.rollout import SamplingConfig
+from hgc_learn.sampling import SamplingConfig
 from hgc_learn.setting import Setting
 from hgc_learn.sites import decoder_inputs
 

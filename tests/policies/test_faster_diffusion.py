@@ -13,7 +13,7 @@ from unmeasured import unmeasured_setting
 from hgc_learn.inference import apply_schedule
 from hgc_learn.policies import POLICIES
 from hgc_learn.policies.faster_diffusion import PAPER_KEYS, key_steps
-from hgc_learn.rollout import SamplingConfig
+from hgc_learn.sampling import SamplingConfig
 from hgc_learn.setting import Setting
 
 FASTER_DIFFUSION = POLICIES["faster_diffusion"]

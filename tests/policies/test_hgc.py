@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from unmeasured import unmeasured_setting
 
 from hgc_learn.policies import POLICIES
-from hgc_learn.rollout import SamplingConfig
+from hgc_learn.sampling import SamplingConfig
 from hgc_learn.setting import Setting
 from hgc_learn.sites import select_sites
 

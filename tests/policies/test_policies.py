@@ -16,7 +16,7 @@ from unmeasured import unmeasured_setting
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.inference import HGCSchedule, apply_schedule
 from hgc_learn.policies import POLICIES
-from hgc_learn.rollout import SamplingConfig, generate, load_pipeline, scheduled
+from hgc_learn.sampling import SamplingConfig, generate, load_pipeline, scheduled
 from hgc_learn.setting import Setting
 
 NUM_STEPS = SAMPLING.num_inference_steps

@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil
 from hgc_learn.evaluation import picture_psnr, render, timed
 from hgc_learn.inference import apply_schedule
 from hgc_learn.policies import POLICIES
-from hgc_learn.rollout import generate, load_pipeline
+from hgc_learn.sampling import generate, load_pipeline
 from hgc_learn.setting import Setting
 
 
@@ -56,7 +56,7 @@ def test_several_controlnets_are_refused(teacher: Path, tmp_path: Path) -> None:
 
 
 def test_pipelines_are_put_on_the_default_device(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hgc_learn.rollout.default_device", lambda: torch.device("meta"))
+    monkeypatch.setattr("hgc_learn.sampling.default_device", lambda: torch.device("meta"))
     assert load_pipeline(str(teacher), SAMPLING).device.type == "meta"
 
 
