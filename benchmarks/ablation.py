@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ import torch
 from seeds import Recipe
 from torch import Tensor
 
+from hgc_learn.__main__ import guarded
 from hgc_learn.comparison.samples import draw_batches
 from hgc_learn.effects import Choices, Effects
 from hgc_learn.evaluation import picture_psnr, render
@@ -209,4 +211,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     torch.set_flush_denormal(True)
-    main()
+    sys.exit(guarded(main))

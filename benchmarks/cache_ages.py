@@ -10,6 +10,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from hgc_learn.__main__ import guarded
 from hgc_learn.architectures import load_architecture
 from hgc_learn.demo import TEACHER_DIR
 from hgc_learn.graph import build_graph
@@ -29,9 +30,13 @@ def ages(path: Path) -> dict[str, list[int]]:
     return dict(found)
 
 
-if __name__ == "__main__":
+def main() -> None:
     print("| schedule | kind | loads | mean age | oldest |\n|---|---|---|---|---|")
     for file in map(Path, sys.argv[1:]):
         for kind, values in sorted(ages(file).items()):
             name = "/".join(file.parts[-3:]).removesuffix(".schedule.json")
             print(f"| {name} | {kind} | {len(values)} | {sum(values) / len(values):.1f} | {max(values)} |")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

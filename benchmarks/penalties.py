@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from hgc_learn.__main__ import guarded
 from hgc_learn.comparison.samples import draw_batches
 from hgc_learn.evaluation import picture_psnr, render
 from hgc_learn.export import load_run
@@ -84,4 +86,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     torch.set_flush_denormal(True)
-    main()
+    sys.exit(guarded(main))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ablation import holding
 from seeds import Recipe
 from ten_minutes import judge
 
+from hgc_learn.__main__ import guarded
 from hgc_learn.comparison.config import read_config
 from hgc_learn.comparison.ranking import collect
 from hgc_learn.files import save_json
@@ -55,4 +57,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     torch.set_flush_denormal(True)
-    main()
+    sys.exit(guarded(main))

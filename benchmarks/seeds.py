@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from hgc_learn.__main__ import guarded
 from hgc_learn.comparison.samples import draw_batches
 from hgc_learn.comparison.statistics import mean_interval
 from hgc_learn.evaluation import picture_psnr, render
@@ -116,4 +118,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     torch.set_flush_denormal(True)
-    main()
+    sys.exit(guarded(main))

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from hgc_learn.__main__ import guarded
 from hgc_learn.comparison.config import CompareConfig, read_config
 from hgc_learn.comparison.metrics import Obedience
 from hgc_learn.comparison.ranking import collect
@@ -106,4 +107,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     torch.set_flush_denormal(True)
-    main()
+    sys.exit(guarded(main))

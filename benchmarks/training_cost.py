@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from typing import Any, cast
 
 import torch
 
+from hgc_learn.__main__ import guarded
 from hgc_learn.comparison.samples import draw_batches
 from hgc_learn.export import decide, training_batches
 from hgc_learn.files import save_json
@@ -146,4 +148,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     torch.set_flush_denormal(True)
-    main()
+    sys.exit(guarded(main))

@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 import resource
+import sys
 import tempfile
 import time
 import weakref
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from hgc_learn.__main__ import guarded
 from hgc_learn.architectures import build_architecture
 from hgc_learn.demo.teacher import build_tokenizer
 from hgc_learn.files import save_json
@@ -189,4 +191,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

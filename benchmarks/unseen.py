@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from rich.progress import track
 
+from hgc_learn.__main__ import guarded
 from hgc_learn.comparison.cells import cell_files
 from hgc_learn.comparison.config import CompareConfig, read_config
 from hgc_learn.comparison.ranking import Ranking, collect
@@ -82,4 +84,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     torch.set_flush_denormal(True)
-    main()
+    sys.exit(guarded(main))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from hgc_learn.__main__ import guarded
 from hgc_learn.demo import TEACHER_DIR
 from hgc_learn.demo.metrics import scene_metrics
 from hgc_learn.demo.scenes import IMAGE_SIZE, SceneDataset
@@ -144,4 +146,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

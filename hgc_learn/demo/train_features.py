@@ -6,6 +6,7 @@ It looks at drawn scenes of the training split and tells, for every shape, its c
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import trange
 
+from hgc_learn.__main__ import guarded
 from hgc_learn.demo.features import ABSENT, FEATURES_FILE, SceneRecogniser, save_recogniser
 from hgc_learn.demo.scenes import SceneDataset
 
@@ -101,4 +103,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))
