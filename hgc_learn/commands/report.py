@@ -81,12 +81,10 @@ def _find_architecture(model: str | None, controlnet: str | None, schedule: HGCS
 def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture, dict[str, Any]]:
     """The pipeline's architecture, and pictures with and without the schedule: those without take all steps of the
     setting that it was made for, which may be more than its own (`fewer_steps`)."""
-    import torch
     from rich.progress import track
 
     from hgc_learn.architectures import Architecture
-    from hgc_learn.evaluation import decode, picture_psnr
-    from hgc_learn.sampling import generate, scheduled
+    from hgc_learn.evaluation import picture_psnr, render
     from hgc_learn.timesteps import steps_for_calls
 
     if args.model is None:
@@ -101,11 +99,7 @@ def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture
         sampling = replace(sampling, num_inference_steps=steps or schedule.num_steps)
     pictures: dict[str, Any] = {"text": [], "control": [], "full": [], "cached": [], "psnr_db": []}
     for batch in track(batches, description="making pictures"):
-        with scheduled(pipe, sampling, schedule) as own_sampling:
-            cached = generate(pipe, own_sampling, batch)
-        latents = generate(pipe, sampling, batch), cached
-        with torch.no_grad():
-            full, cached = (decode(pipe, each).cpu() for each in latents)
+        full, cached = (render(pipe, sampling, [batch], each).pictures for each in (None, schedule))
         pictures["text"] += batch["text"]
         pictures["control"] += batch["conditioning_image"]
         pictures["full"] += full
