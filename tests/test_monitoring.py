@@ -21,7 +21,11 @@ from hgc_learn.lightning_cli import train
 def test_curves_heatmaps_and_pictures_are_there_and_a_checkpoint_is_judged_alike(tmp_path: Path) -> None:
     save_tiny_teacher(tmp_path / "teacher")
     more = ("--trainer.limit_val_batches=1", "--model.budgets=[0.5]", "--model.objective.num_warm_start_batches=1")
-    ckpt_path = fit(tmp_path / "teacher", tmp_path / "run", 2, *more)
+    loggers = []
+    for kind in ("CSVLogger", "TensorBoardLogger"):  # the board need not be the first
+        loggers += [f"--trainer.logger+=lightning.pytorch.loggers.{kind}"]
+        loggers += [f"--trainer.logger.save_dir={tmp_path / 'run'}"]
+    ckpt_path = fit(tmp_path / "teacher", tmp_path / "run", 2, *more, *loggers)
     (events,) = (tmp_path / "run").rglob("events.out.tfevents*")
     board = EventAccumulator(str(events)).Reload()
     tags = board.Tags()

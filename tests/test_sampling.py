@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionControlNetPipeline
+from diffusers import StableDiffusionControlNetImg2ImgPipeline, StableDiffusionControlNetPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from training_fixtures import SAMPLING
 from transformers import CLIPConfig, CLIPImageProcessorPil
@@ -52,6 +52,14 @@ def test_several_controlnets_are_refused(teacher: Path, tmp_path: Path) -> None:
     parts = {**pipe.components, "controlnet": [pipe.controlnet, pipe.controlnet]}
     StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="several ControlNets"):
+        load_pipeline(str(tmp_path), SAMPLING)
+
+
+def test_pipelines_that_start_from_a_picture_are_refused(teacher: Path, tmp_path: Path) -> None:
+    parts = load_pipeline(str(teacher), SAMPLING).components
+    pipe = StableDiffusionControlNetImg2ImgPipeline(**parts, requires_safety_checker=False)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is a StableDiffusionControlNetImg2ImgPipeline, which starts from a picture"):
         load_pipeline(str(tmp_path), SAMPLING)
 
 

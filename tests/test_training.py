@@ -392,6 +392,10 @@ def test_checkpoint_of_another_version_is_refused(tmp_path: Path, capsys: pytest
             "sites: unet:guidance is the difference that guidance makes",
         ),
         ("--model.controlnet={teacher}/controlnet", "has a ControlNet already, and"),
+        ("--trainer.max_time=00:00:10:00", "trainer.max_time would stop before learning rate and temperature"),
+        ("--trainer.overfit_batches=1", "Set limit_train_batches, or data.num_train"),
+        ("--model.sampling.guidance_scale=.nan", "guidance_scale is nan; it must be a finite number"),
+        ("--model.sampling.controlnet_conditioning_scale=.inf", "controlnet_conditioning_scale is inf"),
     ],
 )
 def test_training_refuses_in_one_line(

@@ -33,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hgc_learn.comparison.cells import cell_files
+    from hgc_learn.comparison.cells import Selection, cell_files
     from hgc_learn.comparison.config import read_config
     from hgc_learn.comparison.report import write_report
-    from hgc_learn.comparison.run import Selection, run_comparison
+    from hgc_learn.comparison.run import run_comparison
     from hgc_learn.comparison.timing import time_cells
 
     config = read_config(args.config, args.overrides)

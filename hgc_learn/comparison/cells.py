@@ -1,33 +1,22 @@
-"""One cell: a policy with a sampler at a budget. Tunes its knobs, judges it on the test set, keeps all of it."""
+"""Cells: a policy with a sampler at a budget. Where each is kept, what its figures depend on, which are asked for."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import Any, TypeVar
 
 from hgc_learn.comparison.config import CompareConfig
-from hgc_learn.comparison.metrics import Obedience, SceneFID, closeness_figures, optional_metric
-from hgc_learn.comparison.samples import full_samples, read_batches
-from hgc_learn.comparison.trained import checkpoint, training_configuration
-from hgc_learn.comparison.tune import Candidate, Candidates, best, count_rollouts, list_candidates, plain, shortlist
-from hgc_learn.evaluation import Samples, closeness, picture_psnr, render
+from hgc_learn.comparison.trained import training_configuration, training_file
+from hgc_learn.comparison.tune import plain
 from hgc_learn.files import read_json
 from hgc_learn.fingerprint import SAME_NORM_TOLERANCE, ModelFingerprint
-from hgc_learn.macs import BudgetError
-from hgc_learn.policies import Policy
-from hgc_learn.sampling import load_pipeline
 from hgc_learn.schedule import tensor_path
-from hgc_learn.setting import Setting
 
-Say = Callable[[str], None]
-DIGITS = 6
+T = TypeVar("T", str, float)
+JUDGED = ("num_calibration", "tolerance")
+"""What a cell's figures depend on of the settings for tuning, besides how hard it is tuned."""
 
 
 @dataclass(frozen=True)
@@ -103,197 +92,86 @@ def check_weights(config: CompareConfig, sampler: str, held: ModelFingerprint | 
                 )
 
 
-class Bench:
-    """A sampler's pipeline and samples, which its cells share; what is expensive is made when it is first used."""
+@dataclass(frozen=True)
+class Selection:
+    """The cells that a process is to run."""
 
-    def __init__(self, config: CompareConfig, sampler: str):
-        """Raises ValueError where a cell that is there was made with other weights."""
-        self.config, self.sampler = config, sampler
-        self.sampling = config.sampling(sampler)
-        self.pipe = load_pipeline(config.model, self.sampling)
-        calibration = read_batches(config, "train", config.tuning.num_calibration, config.batch_size)
-        self.setting = Setting.of_pipeline(self.pipe, self.sampling, calibration)
-        check_weights(config, sampler, self.setting.fingerprint)
-        self.test = read_batches(
-            config, "test", config.samplers[sampler].num_test, config.batch_size, config.test_offset
+    samplers: Sequence[str]
+    policies: Sequence[str]
+    budgets: Sequence[float]
+
+    @classmethod
+    def of(
+        cls,
+        config: CompareConfig,
+        samplers: Sequence[str] | None = None,
+        policies: Sequence[str] | None = None,
+        budgets: Sequence[float] | None = None,
+    ) -> Selection:
+        """All cells of the configuration, or those that are named.
+
+        Raises:
+            ValueError: a name that the configuration does not have.
+        """
+        return cls(
+            _known("sampler", samplers, list(config.samplers)),
+            _known("policy", policies, config.policy_names),
+            _known("budget", budgets, config.budgets),
         )
-        (self.tuning,) = read_batches(config, "validation", config.tuning.num_scenes, config.tuning.num_scenes)
-        self.optional = {name: optional_metric(name) for name in config.optional_metrics}
 
-    def _full(self, name: str, split: str, batches: list[dict[str, Any]]) -> Samples:
-        path = Path(self.config.output) / "references" / f"{self.sampler}-{name}.safetensors"
-        weights = self.setting.fingerprint.to_dict()
-        return full_samples(path, self.pipe, self.sampling, split, batches, weights=weights)
-
-    @cached_property
-    def test_full(self) -> Samples:
-        return self._full("test", "test", self.test)
-
-    @cached_property
-    def tuning_full(self) -> Samples:
-        return self._full("tuning", "validation", self._tuning_batches(range(self.config.tuning.num_scenes)))
-
-    def make_references(self) -> None:
-        for samples in (self.tuning_full, self.test_full):
-            assert len(samples)
-
-    @cached_property
-    def fid(self) -> SceneFID:
-        return SceneFID(torch.cat([batch["image"] for batch in self.test]) / 2 + 0.5)
-
-    @cached_property
-    def full_obedience(self) -> Obedience:
-        return Obedience.of(self.test_full.pictures, self.test)
-
-    @cached_property
-    def full_figures(self) -> dict[str, Any]:
-        """Of the uncached pictures themselves."""
-        figures = self.full_obedience.figures(self.full_obedience)
-        return {
-            "control_miou": figures["control_miou"],
-            "color_accuracy": figures["color_accuracy"],
-            "fid": self.fid(self.test_full.pictures),
-        }
-
-    def scene_figures(self, pictures: Tensor) -> dict[str, Any]:
-        """Obedience and realism, which only drawn scenes have a measure of: their shapes and colours are known."""
-        if self.config.data is not None:
-            return {}
-        figures = Obedience.of(pictures, self.test).figures(self.full_obedience)
-        return figures | {"fid": self.fid(pictures), "fid_num_samples": len(pictures), "full": self.full_figures}
-
-    def tuning_psnr(self, candidate: Candidate, policy: Policy, scenes: range) -> list[float]:
-        """PSNR on each of these tuning scenes."""
-        schedule = policy.file(self.setting, candidate.draft, plain(candidate.knobs))
-        samples = render(self.pipe, self.sampling, self._tuning_batches(scenes), schedule)
-        psnr: list[float] = picture_psnr(samples.pictures, self.tuning_full.pictures[_slice(scenes)]).tolist()
-        return psnr
-
-    def _tuning_batches(self, scenes: range) -> list[dict[str, Any]]:
-        """Of some tuning scenes, no more at once than the configuration says."""
-        size = self.config.batch_size
-        parts = [scenes[start : start + size] for start in range(0, len(scenes), size)]
-        return [{name: values[_slice(part)] for name, values in self.tuning.items()} for part in parts]
+    def cells(self) -> Iterator[tuple[str, str, float]]:
+        for sampler in self.samplers:
+            for policy in self.policies:
+                for budget in self.budgets:
+                    yield sampler, policy, budget
 
 
-class PolicyBench:
-    """A policy on a bench: the candidates that do not depend on the budget are written once for all budgets."""
-
-    def __init__(self, bench: Bench, policy: Policy, say: Say):
-        self.bench, self.policy, self.say = bench, policy, say
-
-    @property
-    def needs_checkpoint(self) -> bool:
-        return "ckpt_path" in self.policy.knobs
-
-    @cached_property
-    def ckpt_path(self) -> str:
-        bench = self.bench
-        return str(checkpoint(bench.config, bench.sampler, self.policy.name, bench.setting.fingerprint))
-
-    @cached_property
-    def _candidates_at_any_budget(self) -> Candidates:
-        return list_candidates(self.policy, self.bench.setting, self._fixed())
-
-    def _fixed(self) -> dict[str, Any]:
-        fixed = self.bench.config.fixed.get(self.policy.name, {})
-        return {**fixed, "ckpt_path": self.ckpt_path} if self.needs_checkpoint else fixed
-
-    def candidates(self, budget: float) -> Candidates:
-        if "budget" in self.policy.knobs:
-            return list_candidates(self.policy, self.bench.setting, {**self._fixed(), "budget": budget})
-        return self._candidates_at_any_budget
-
-    def run(self, budget: float) -> dict[str, Any]:
-        """Tunes and judges one cell, writes its schedule; returns its figures, or the reason why there are
-        none."""
-        bench, config = self.bench, self.bench.config
-        files = cell_files(config, bench.sampler, self.policy.name, budget)
-        row: dict[str, Any] = {"policy": self.policy.name, "sampler": bench.sampler, "budget": budget}
-        row["protocol"] = protocol(config, bench.sampler)
-        row["fixed"] = plain(config.fixed.get(self.policy.name, {}))
-        if self.needs_checkpoint:
-            row["training"] = training_configuration(config, bench.sampler, self.policy.name)
-        bench.make_references()  # shared by all cells: not part of what tuning costs
-
-        start = time.monotonic()
-        with count_rollouts(bench.setting) as rollouts:
-            self.say("writing candidates")
-            offered = self.candidates(budget)
-            shortlisted = shortlist(offered.found, budget, config.tuning)
-            if not shortlisted:
-                return row | {"reason": _reason(offered), "num_candidates": offered.num_candidates}
-
-            trial = 0
-
-            def judge(candidate: Candidate, scenes: range) -> list[float]:
-                nonlocal trial
-                trial += 1
-                self.say(f"trial {trial}, {len(shortlisted)} candidates")
-                return bench.tuning_psnr(candidate, self.policy, scenes)
-
-            chosen, num_tried = best(shortlisted, config.tuning, judge)
-        row["tuning"] = {
-            "num_candidates": offered.num_candidates,
-            "num_refused": len(offered.refused),
-            "num_tried": num_tried,
-            "sample_rollouts": round(rollouts.num_samples, 1),
-            "seconds": round(time.monotonic() - start, 1),
-        }
-        return row | self._judge(chosen, files)
-
-    def _judge(self, chosen: Candidate, files: CellFiles) -> dict[str, Any]:
-        bench = self.bench
-        self.say("test set")
-        schedule = self.policy.file(bench.setting, chosen.draft, plain(chosen.knobs))
-        samples = render(bench.pipe, bench.sampling, bench.test, schedule)
-        if not samples.latents.isfinite().all():
-            raise ValueError("what the chosen schedule makes of the test scenes is not finite")
-        per_sample = closeness(samples, bench.test_full)
-        figures: dict[str, Any] = closeness_figures(per_sample)
-        figures |= bench.scene_figures(samples.pictures)
-        prompts = [prompt for batch in bench.test for prompt in batch["text"]]
-        figures |= {name: metric(samples, bench.test_full, prompts) for name, metric in bench.optional.items()}
-        figures = _rounded(figures)
-
-        fidelity = {name: figures[name] for name in ("psnr_db", "ssim", "latent_rel_l2")}
-        fidelity |= {"num_samples": len(samples), "split": "test"}
-        replace(schedule, fidelity=fidelity).save(files.schedule)
-        attention = schedule.macs["cached_attention"] / schedule.macs["full_attention"]
-        return {
-            "kept_macs": round(chosen.kept, DIGITS),
-            "kept_macs_attention": round(attention, DIGITS),
-            "num_samples": len(samples),
-            **figures,
-            "settings": plain({**self.policy.knobs, **chosen.knobs}),
-            "samples": {name: _rounded(values.tolist()) for name, values in per_sample.items()},
-        }
+def _known(what: str, asked: Sequence[T] | None, known: Sequence[T]) -> Sequence[T]:
+    for name in asked or ():
+        if name not in known:
+            raise ValueError(f"The configuration has no {what} {name}; it has {', '.join(map(str, known))}.")
+    return asked or known
 
 
-def _reason(offered: Candidates) -> str:
-    """Why no candidate meets the budget.
+def read_cell(config: CompareConfig, sampler: str, policy: str, budget: float) -> dict[str, Any] | None:
+    """What is known of a cell: figures, `reason` or `error`; None if it has not been run.
 
     Raises:
-        ValueError: the policy refused every candidate, and none for the budget.
+        ValueError: it was run with other settings than now, but for those of `tuned_otherwise`.
     """
-    if offered.found:
-        least = min(offered.found, key=lambda candidate: candidate.kept)
-        knobs = ", ".join(f"{name}={value}" for name, value in plain(least.knobs).items())
-        return f"keeps at least {least.kept:.4f} of the MACs, at {knobs or 'its only setting'}"
-    for refusal in offered.refused:
-        if isinstance(refusal, BudgetError):
-            return str(refusal)
-    words = f"; the first: {offered.refused[0]}" if offered.refused else ""
-    raise ValueError(f"none of its {offered.num_candidates} candidates could be written{words}")
+    path = cell_files(config, sampler, policy, budget).figures
+    if not path.is_file():
+        return None
+    cell = read_json(path)
+    fixed = plain(config.fixed.get(policy, {}))
+    if "fixed" in cell or "settings" not in cell:
+        other_knobs = cell.get("fixed", fixed) != fixed
+    else:  # earlier cells say what was chosen alone
+        other_knobs = any(cell["settings"].get(name) != value for name, value in fixed.items())
+    if _what_is_judged(cell["protocol"]) != _what_is_judged(protocol(config, sampler)) or other_knobs:
+        raise ValueError(
+            f"{path} was made with other settings than those asked for now. Set another output (-- --output=DIR), or "
+            "run all cells of the comparison again (--redo)."
+        )
+    return cell
 
 
-def _slice(scenes: range) -> slice:
-    return slice(scenes.start, scenes.stop)
+def _what_is_judged(protocol: dict[str, Any]) -> dict[str, Any]:
+    """A protocol without how hard knobs were tuned: another effort gives other knobs, not figures of another kind."""
+    tuning = {name: protocol["tuning"].get(name) for name in JUDGED}
+    return protocol | {"tuning": tuning}
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(entry) for entry in value]
-    return round(value, DIGITS) if isinstance(value, float) else value
+def tuned_otherwise(config: CompareConfig, cell: dict[str, Any]) -> str:
+    """How a cell was tuned or its policy trained where that is not what is asked for now, as in `max_candidates 24
+    instead of 96`; empty if it is, and where tuning made no difference: at most one candidate was within the budget."""
+    if "training" in cell:
+        which = config, cell["sampler"], cell["policy"]
+        if not (path := training_file(*which)).is_file() or cell["training"] != training_configuration(*which):
+            return f"a training by another {path} than is there now"
+    record = cell.get("tuning", {"num_tried": 0, "num_candidates": 0})
+    then, now = cell["protocol"]["tuning"], protocol(config, cell["sampler"])["tuning"]
+    if not record["num_tried"] and not then.get("max_candidates") == 1 < record["num_candidates"]:
+        return ""
+    names = [name for name in {**now, **then} if name not in JUDGED and then.get(name) != now.get(name)]
+    return ", ".join(f"{name} {then.get(name, 'none')} instead of {now.get(name, 'none')}" for name in names)

@@ -8,9 +8,9 @@ from textwrap import fill
 from typing import Any
 
 from hgc_learn.comparison import OURS
+from hgc_learn.comparison.cells import tuned_otherwise
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.ranking import Ranking, Row, public_rows
-from hgc_learn.comparison.run import tuned_otherwise
 from hgc_learn.comparison.statistics import Interval
 from hgc_learn.files import read_json
 from hgc_learn.policies import POLICIES

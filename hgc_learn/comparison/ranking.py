@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hgc_learn.comparison.cells import cell_files, check_weights
+from hgc_learn.comparison.cells import Selection, cell_files, check_weights, read_cell
 from hgc_learn.comparison.config import CompareConfig
-from hgc_learn.comparison.run import Selection, read_cell
 from hgc_learn.comparison.statistics import Interval, paired_difference
 from hgc_learn.files import read_json
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from hgc_learn.comparison.cells import cell_files
+from hgc_learn.comparison.cells import Selection, cell_files
 from hgc_learn.comparison.config import CompareConfig
-from hgc_learn.comparison.run import Selection
 from hgc_learn.comparison.samples import read_batches
 from hgc_learn.evaluation import timed
 from hgc_learn.files import save_json

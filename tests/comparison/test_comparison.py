@@ -16,9 +16,8 @@ from processes import run_python, start
 from small_comparison import SAMPLER, rows, write
 
 from hgc_learn.__main__ import main
-from hgc_learn.comparison.cells import cell_files
+from hgc_learn.comparison.cells import Selection, cell_files, read_cell
 from hgc_learn.comparison.config import CompareConfig, read_config
-from hgc_learn.comparison.run import Selection, read_cell
 from hgc_learn.comparison.samples import claim, full_samples, read_batches
 from hgc_learn.comparison.trained import checkpoint
 from hgc_learn.evaluation import Samples

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from hgc_learn.comparison.cells import Selection
 from hgc_learn.comparison.config import read_config
 from hgc_learn.comparison.ranking import Ranking
-from hgc_learn.comparison.run import Selection
 from hgc_learn.policies import POLICIES
 
 ROOT = Path(__file__).parent.parent.parent

@@ -10,9 +10,8 @@ import pytest
 from small_comparison import SAMPLER, rows, write
 
 from hgc_learn.__main__ import main
-from hgc_learn.comparison.cells import cell_files, protocol
+from hgc_learn.comparison.cells import Selection, cell_files, protocol, tuned_otherwise
 from hgc_learn.comparison.config import read_config
-from hgc_learn.comparison.run import Selection, tuned_otherwise
 
 
 def test_cells_made_with_other_settings_are_refused_until_redone(
