@@ -152,6 +152,10 @@ def test_the_chosen_point_is_in_the_panel_of_its_sampler() -> None:
     assert (y - low[1]) / (high[1] - low[1]) == pytest.approx(0.15, abs=0.01)
     assert low[1] > high[1]  # more decibels are further up
 
+    of_twenty = replace(SCHEDULE, producer={"settings": {"sampling": {"num_inference_steps": 20}}})  # fewer_steps
+    drawn = {panel["sampler"]: panel for panel in panels(rows, of_twenty)}
+    assert [name for name, panel in drawn.items() if panel["chosen"]] == ["UniPC-20"]
+
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")  # of KDPM2
 @pytest.mark.parametrize("scheduler", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler"])
