@@ -290,7 +290,7 @@ def test_the_core_install_is_enough_for_commands(tmp_path: Path) -> None:
 def test_the_core_install_is_enough_to_run_a_schedule_and_to_name_what_else_is_needed() -> None:
     needed = {
         "jsonargparse": "export --ckpt_path last.ckpt --output x",
-        "torchmetrics": "compare --config configs/compare/demo.yaml",
+        "matplotlib": "compare --config configs/compare/demo.yaml",
         "rich": "report examples/demo_schedule.json --output x --model hgc_learn/demo/teacher --num_pictures 1",
     }
     program = """if True:
