@@ -194,9 +194,6 @@ def reference_pictures(setting: Setting) -> list[Tensor]:
     return setting.once("reference_pictures", make)
 
 
-# What the policies share
-
-
 def progress(items: Sequence[T], description: str) -> Iterable[T]:
     """The items, with a bar on the terminal."""
     from rich.progress import track

@@ -17,7 +17,7 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import Tensor
 
 from hgc_learn.inference import HGCSchedule, apply_schedule
-from hgc_learn.timesteps import scheduler_for, steps_for_calls
+from hgc_learn.timesteps import SPACINGS, steps_for_calls, with_spacing
 
 
 @dataclass
@@ -178,7 +178,7 @@ def _controlnet(source: str, *, variant: str | None, dtype: torch.dtype) -> Cont
 @contextmanager
 def scheduled(pipe: Any, sampling: SamplingConfig, schedule: HGCSchedule | None) -> Iterator[SamplingConfig]:
     """The pipeline follows a schedule meanwhile, or none. Yields the sampling to run it with: that given, with as many
-    steps as the schedule is for. Its scheduler spaces the timesteps as the schedule has them.
+    steps as the schedule is for. Its scheduler spaces the timesteps as the settings in the file say, where they do.
 
     Raises:
         ValueError: the scheduler never makes as many model calls as the schedule has, or as of `apply_schedule`.
@@ -189,8 +189,9 @@ def scheduled(pipe: Any, sampling: SamplingConfig, schedule: HGCSchedule | None)
     num_steps = steps_for_calls(pipe.scheduler, schedule.num_steps)
     if num_steps is None:
         raise ValueError(f"{schedule.scheduler} never makes {schedule.num_steps} model calls.")
-    scheduler = pipe.scheduler
-    pipe.scheduler = scheduler_for(scheduler, schedule.timesteps, num_steps)
+    scheduler, timestep_spacing = pipe.scheduler, schedule.settings.get("timestep_spacing")
+    if timestep_spacing in SPACINGS:  # of `fewer_steps`
+        pipe.scheduler = with_spacing(scheduler, timestep_spacing)
     try:
         with apply_schedule(pipe, schedule):
             yield replace(sampling, num_inference_steps=num_steps)

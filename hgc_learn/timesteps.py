@@ -3,7 +3,6 @@ timesteps, and which is the last of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 SPACINGS = ("leading", "linspace", "trailing")
@@ -19,19 +18,6 @@ def with_spacing(scheduler: Any, timestep_spacing: str) -> Any:
     if "timestep_spacing" not in scheduler.config:
         raise ValueError(f"timestep_spacing: {type(scheduler).__name__} has no such setting; leave it `own`.")
     return type(scheduler).from_config(scheduler.config, timestep_spacing=timestep_spacing)
-
-
-def scheduler_for(scheduler: Any, timesteps: Sequence[float], num_steps: int) -> Any:
-    """The scheduler, if a run of `num_steps` visits these timesteps; else one like it with the spacing at which it
-    does, if there is any; else the scheduler."""
-
-    def visits(each: Any) -> bool:
-        each.set_timesteps(num_steps)
-        return bool(each.timesteps.tolist() == list(timesteps))
-
-    if "timestep_spacing" not in scheduler.config or visits(type(scheduler).from_config(scheduler.config)):
-        return scheduler
-    return next(filter(visits, (with_spacing(scheduler, name) for name in SPACINGS)), scheduler)
 
 
 def steps_for_calls(scheduler: Any, num_calls: int) -> int | None:

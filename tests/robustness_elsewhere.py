@@ -115,7 +115,7 @@ ELSEWHERE = [
         (
             "Ctrl-C, then on from the checkpoint",
             "the same router, bit for bit",
-            "test_training.test_interrupted_training_resumes_to_the_same_router",
+            "test_checkpoints.test_interrupted_training_resumes_to_the_same_router",
         ),
         (
             "kill -9 while a checkpoint is written, then on from the last one",

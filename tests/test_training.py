@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from lightning.pytorch import LightningDataModule
-from safetensors.torch import save
 from test_data import write_folder
-from training_fixtures import BUDGET, SAMPLING, changed, fit, fit_arguments, random_schedule
+from training_fixtures import BUDGET, SAMPLING, changed, fit, random_schedule
 
 from hgc_learn.__main__ import guarded, main
 from hgc_learn.evaluation import decode
@@ -23,11 +18,16 @@ from hgc_learn.export import export, load_run, measure_fidelity
 from hgc_learn.hard import HardSchedule
 from hgc_learn.inference import HGCSchedule, apply_schedule
 from hgc_learn.learning import Learning
-from hgc_learn.lightning_cli import train
 from hgc_learn.objectives import HarmoniCa, Rollout
 from hgc_learn.plan import compile_plan
 from hgc_learn.sampling import SamplingConfig, generate
 from hgc_learn.training import RouterModule
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The 'train_dataloader' does not have many workers",
+    "ignore:The 'val_dataloader' does not have many workers",
+    "ignore:You are trying to `self.log",
+)
 
 
 def test_the_price_is_the_lowest_that_keeps_to_the_budget(module: RouterModule) -> None:
@@ -94,94 +94,6 @@ def test_gradient_does_not_move_the_expected_macs(module: RouterModule, batch: d
         assert values.abs().sum() > 0
     assert abs(float(gradient.sum())) < 1e-3 * float(gradient.abs().sum())
     assert BUDGET - 0.1 < logs["sampled_macs"] <= BUDGET
-
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The 'train_dataloader' does not have many workers",
-    "ignore:The 'val_dataloader' does not have many workers",
-    "ignore:You are trying to `self.log",
-)
-
-
-@contextmanager
-def interrupted_at(step: int) -> Iterator[None]:
-    training_step = RouterModule.training_step
-
-    def interrupted(self: RouterModule, batch: dict[str, Any], batch_idx: int) -> None:
-        if self.global_step == step:
-            raise KeyboardInterrupt
-        training_step(self, batch, batch_idx)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RouterModule, "training_step", interrupted)
-        yield
-
-
-@pytest.mark.parametrize(
-    ("objective", "buffers"),
-    [
-        (["Rollout", "--model.objective.num_warm_start_batches=1"], {"warm_started"}),
-        (["L2C", "--model.objective.intervals=[2,3]", "--model.budgets=[0.7]"], set()),
-        (["HarmoniCa", "--model.objective.weight_interval=1"], {"weights", "weights_epoch"}),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_interrupted_training_resumes_to_the_same_router(
-    objective: list[str], buffers: set[str], teacher: Path, tmp_path: Path
-) -> None:
-    more = [f"--model.objective={objective[0]}", *objective[1:]]
-    whole = torch.load(fit(teacher, tmp_path / "whole", 4, *more), weights_only=True)
-    names = {"router.logits", "router.reach", *(f"objective.{name}" for name in buffers)}
-    assert set(whole["state_dict"]) == names  # no frozen model
-    assert list((tmp_path / "whole").rglob("events.out.tfevents*"))
-
-    with interrupted_at(3):
-        fit(teacher, tmp_path / "parts", 4, *more)
-    ckpt_path = tmp_path / "parts" / "checkpoints" / "last.ckpt"
-    assert torch.load(ckpt_path, weights_only=True)["global_step"] == 3
-    resumed = torch.load(fit(teacher, tmp_path / "parts", 4, *more, f"--ckpt_path={ckpt_path}"), weights_only=True)
-    assert resumed["global_step"] == 4
-    for name in names:
-        torch.testing.assert_close(resumed["state_dict"][name], whole["state_dict"][name], rtol=0, atol=0)
-
-
-def test_a_resumed_run_goes_on_where_epochs_end_early(teacher: Path, tmp_path: Path) -> None:
-    """Four batches, of which an epoch takes three: after the fourth step one of the second epoch is done."""
-    more = ["--data.batch_size=1", "--trainer.limit_train_batches=3"]
-    whole = torch.load(fit(teacher, tmp_path / "whole", 6, *more), weights_only=True)
-    with interrupted_at(4):
-        fit(teacher, tmp_path / "parts", 6, *more)
-    ckpt_path = tmp_path / "parts" / "checkpoints" / "last.ckpt"
-    resumed = torch.load(fit(teacher, tmp_path / "parts", 6, *more, f"--ckpt_path={ckpt_path}"), weights_only=True)
-    assert resumed["global_step"] == whole["global_step"] == 6
-    assert torch.equal(resumed["state_dict"]["router.logits"], whole["state_dict"]["router.logits"])
-
-
-def test_epochs_may_have_another_length_when_resumed_from_the_end_of_one(teacher: Path, tmp_path: Path) -> None:
-    """Four batches of one sample an epoch, then two of two: what is left of the training is what the epochs say."""
-    more = ["--trainer.max_epochs=4", "--trainer.max_steps=-1"]
-    seen: list[float] = []
-
-    def fit_and_watch(*arguments: str) -> Path:
-        with pytest.MonkeyPatch.context() as patch:
-            update = RouterModule.update_router
-            patch.setattr(RouterModule, "update_router", lambda self, lr: (seen.append(lr), update(self, lr)))
-            return fit(teacher, tmp_path, -1, *more, *arguments)
-
-    with interrupted_at(4):  # the first step of the second epoch
-        fit_and_watch("--data.batch_size=1")
-    ckpt_path = tmp_path / "checkpoints" / "last.ckpt"
-    fit_and_watch("--data.batch_size=2", f"--ckpt_path={ckpt_path}")
-    done = [i / 16 for i in range(4)] + [i / 8 for i in range(2, 8)]
-    assert seen == pytest.approx([0.1 * (1 - share) for share in done])
-
-    with interrupted_at(2):
-        fit_and_watch("--data.batch_size=1")
-    before = ckpt_path.read_bytes()
-    for others in (["--data.batch_size=2"], ["--data.batch_size=2", "--data.num_train=8"]):  # of which is as long
-        with pytest.raises(ValueError, match="after 2 of the 4 batches of an epoch, of 4 samples with batch_size 1 on"):
-            fit_and_watch(*others, f"--ckpt_path={ckpt_path}")
-        assert ckpt_path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -270,105 +182,6 @@ def test_export_misses_its_folder_at_once_and_does_without_validation(
         assert "nothing has been measured" in capsys.readouterr().out
     module, _ = load_run(of_scenes)
     assert measure_fidelity(module, LightningDataModule(), module.draft(module.hard_schedule(0.9))) == {}
-
-
-def test_what_is_asked_for_holds_on_resuming(teacher: Path, tmp_path: Path) -> None:
-    """Lightning would take the checkpoint's settings without a word."""
-    ckpt_path = fit(teacher, tmp_path, 1)
-    fit(
-        teacher, tmp_path, 2, f"--ckpt_path={ckpt_path}", "--model.gradient_checkpointing=true", "--model.budgets=[0.7]"
-    )
-    checkpoint = torch.load(ckpt_path, weights_only=True)
-    assert checkpoint["global_step"] == 2
-    assert checkpoint["hyper_parameters"]["gradient_checkpointing"] is True
-    assert checkpoint["hyper_parameters"]["budgets"] == [0.7]
-    for other in ("--model.sampling.num_inference_steps=4", "--model.sites=[unet:eps]", "--model.objective=HarmoniCa"):
-        with pytest.raises(ValueError, match="ckpt_path: the router was trained with"):
-            fit(teacher, tmp_path, 3, f"--ckpt_path={ckpt_path}", other)
-
-
-def test_a_new_run_keeps_the_checkpoint_that_was_there(teacher: Path, tmp_path: Path) -> None:
-    ckpt_path = fit(teacher, tmp_path, 3)
-    for num_steps in (2, 1):
-        assert fit(teacher, tmp_path, num_steps) == ckpt_path
-    names = "last.ckpt", "previous-1.ckpt", "previous.ckpt"
-    steps = [torch.load(ckpt_path.with_name(name), weights_only=True)["global_step"] for name in names]
-    assert steps == [1, 2, 3]
-    kept = ckpt_path.with_name("previous.ckpt")  # going on from another run than that of the folder
-    fit(teacher, tmp_path, 4, f"--ckpt_path={kept}")
-    assert [path.name for path in sorted(ckpt_path.parent.iterdir())] == [
-        names[0],
-        names[1],
-        "previous-2.ckpt",
-        names[2],
-    ]
-    steps = [
-        torch.load(ckpt_path.with_name(name), weights_only=True)["global_step"]
-        for name in ("last.ckpt", "previous-2.ckpt")
-    ]
-    assert steps == [4, 1]
-    fit(teacher, tmp_path, 5, f"--ckpt_path={ckpt_path}")
-    assert len([*ckpt_path.parent.iterdir()]) == 4
-
-
-def test_a_new_run_keeps_every_checkpoint_that_was_there(teacher: Path, tmp_path: Path) -> None:
-    more = ["--checkpoint.save_last=true", "--checkpoint.filename={step}", "--checkpoint.save_top_k=-1"]
-    for num_steps in (2, 1):
-        last = fit(teacher, tmp_path, num_steps, *more)
-    kept = {path.name: torch.load(path, weights_only=True)["global_step"] for path in last.parent.iterdir()}
-    assert kept == {"step=2.ckpt": 2, "step=1.ckpt": 1, "last.ckpt": 1, "previous.ckpt": 2}
-
-
-def test_a_router_of_an_earlier_version_is_refused(
-    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It held two weights of every gate."""
-    ckpt_path = fit(teacher, tmp_path, 1)
-    checkpoint = torch.load(ckpt_path, weights_only=True)
-    reach = checkpoint["state_dict"].pop("router.reach")
-    checkpoint["state_dict"]["router.weights"] = torch.stack([torch.ones_like(reach), reach])
-    torch.save(checkpoint, ckpt_path)
-    assert guarded(lambda: fit(teacher, tmp_path, 2, f"--ckpt_path={ckpt_path}")) == 2
-    assert main(["export", "--ckpt_path", str(ckpt_path), "--output", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.count("its router is one of an earlier version of hgc_learn") == 2
-
-
-def test_a_router_stays_with_its_models(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = shutil.copytree(teacher, tmp_path / "model", ignore=shutil.ignore_patterns("trained"))
-    ckpt_path = fit(model, tmp_path / "run", 1)
-    unet = UNet2DConditionModel.from_pretrained(model / "unet")
-    unet.conv_out.weight.data *= 2
-    unet.save_pretrained(model / "unet")
-    assert guarded(lambda: fit(model, tmp_path / "run", 2, f"--ckpt_path={ckpt_path}")) == 2
-    assert "ckpt_path: the router was trained for another model" in capsys.readouterr().err
-    assert main(["export", "--ckpt_path", str(ckpt_path), "--output", str(tmp_path / "out")]) == 2
-    assert "last.ckpt: the router was trained for another model" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("content", ["text", "half", "tensors"])
-def test_files_that_are_no_checkpoint_are_refused_by_name(
-    teacher: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, whole = tmp_path / "some.ckpt", io.BytesIO()
-    torch.save({"config": "a: 1", "state_dict": {"router.logits": torch.zeros(100)}}, whole)
-    contents = {"text": b"no checkpoint", "half": whole.getvalue()[: len(whole.getvalue()) // 2]}
-    path.write_bytes(contents.get(content) or save({"a": torch.zeros(3)}))
-    assert main(["export", "--ckpt_path", str(path), "--output", str(tmp_path / "out")]) == 2
-    arguments = [*fit_arguments(teacher, tmp_path, 1), f"--ckpt_path={path}"]
-    for subcommand in ("fit", "validate"):
-        assert guarded(lambda subcommand=subcommand: train([subcommand, *arguments[1:]])) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert sum("some.ckpt: not a checkpoint written by" in line for line in lines) == 3
-
-
-def test_checkpoint_of_another_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "old.ckpt"
-    torch.save({"config": "model:\n  model: anything\n  predictors: [hold]\n", "state_dict": {}}, path)
-    assert main(["export", "--ckpt_path", str(path), "--output", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert "old.ckpt: its configuration is not one of this version" in error
-    assert "predictors" in error
-    assert len(error.strip().splitlines()) < 6
 
 
 @pytest.mark.parametrize(

@@ -209,9 +209,9 @@ def test_fewer_steps_takes_the_samplers_own_timesteps(setting: Setting) -> None:
     trailing = POLICIES["fewer_steps"].write(setting, num_steps=3, timestep_spacing="trailing")
     assert trailing.timesteps == (999, 666, 332)
     assert setting.pipe.scheduler.timesteps.tolist() == list(draft.timesteps)
-    own, other = (POLICIES["fewer_steps"].file(setting, each, {}) for each in (draft, trailing))
     visited = []
-    for schedule in (own, other):
+    for knobs in ({}, {"timestep_spacing": "trailing"}):
+        schedule = POLICIES["fewer_steps"].schedule(setting, num_steps=3, **knobs)
         with scheduled(setting.pipe, setting.sampling, schedule) as sampling:
             setting.pipe.scheduler.set_timesteps(sampling.num_inference_steps)
             visited.append(tuple(setting.pipe.scheduler.timesteps.tolist()))
