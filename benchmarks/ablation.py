@@ -26,16 +26,16 @@ from torch import Tensor
 
 from hgc_learn.__main__ import guarded
 from hgc_learn.comparison.samples import draw_batches
-from hgc_learn.effects import Choices, Effects
 from hgc_learn.evaluation import picture_psnr, render
-from hgc_learn.export import decide, load_run
+from hgc_learn.export.export import decide, load_run
+from hgc_learn.export.learning import ALL, Learning
 from hgc_learn.files import save_json
-from hgc_learn.hard import HardSchedule
-from hgc_learn.learning import ALL, Learning
-from hgc_learn.objectives import Rollout
-from hgc_learn.router import Router
 from hgc_learn.setting import Draft
-from hgc_learn.training import RouterModule
+from hgc_learn.training.effects import Choices, Effects
+from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.module import RouterModule
+from hgc_learn.training.objectives import Rollout
+from hgc_learn.training.router import Router
 
 WHOLE = "the whole recipe"
 

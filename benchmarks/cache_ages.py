@@ -11,9 +11,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from hgc_learn.__main__ import guarded
-from hgc_learn.architectures import load_architecture
 from hgc_learn.demo import TEACHER_DIR
-from hgc_learn.graph import build_graph
+from hgc_learn.models.architectures import load_architecture
+from hgc_learn.models.graph import build_graph
 from hgc_learn.plan import compile_plan
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.sites import to_lay_open

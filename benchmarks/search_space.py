@@ -24,8 +24,8 @@ from ten_minutes import judge
 from hgc_learn.__main__ import guarded
 from hgc_learn.comparison.config import read_config
 from hgc_learn.comparison.ranking import collect
+from hgc_learn.export.learning import Learning
 from hgc_learn.files import save_json
-from hgc_learn.learning import Learning
 
 SITES = ("unet.*s.?:out", "*.attn?:out", "*:control", "unet:eps", "unet:guidance")
 

@@ -21,11 +21,11 @@ from hgc_learn.__main__ import guarded
 from hgc_learn.comparison.samples import draw_batches
 from hgc_learn.comparison.statistics import mean_interval
 from hgc_learn.evaluation import picture_psnr, render
-from hgc_learn.export import decide, load_run
+from hgc_learn.export.export import decide, load_run
 from hgc_learn.files import save_json
-from hgc_learn.hard import HardSchedule
-from hgc_learn.lightning_cli import train
-from hgc_learn.training import RouterModule
+from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.lightning_cli import train
+from hgc_learn.training.module import RouterModule
 
 
 def soft_and_hard(module: RouterModule, budget: float, num_scenes: int = 16, num_draws: int = 4) -> dict[str, float]:

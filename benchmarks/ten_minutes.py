@@ -26,9 +26,9 @@ from hgc_learn.comparison.ranking import collect
 from hgc_learn.comparison.samples import draw_batches
 from hgc_learn.comparison.statistics import mean_interval, paired_difference
 from hgc_learn.evaluation import picture_psnr, render
-from hgc_learn.export import decide, load_run
+from hgc_learn.export.export import decide, load_run
+from hgc_learn.export.learning import Learning
 from hgc_learn.files import save_json
-from hgc_learn.learning import Learning
 
 ROUNDING = Learning(specialise_updates=0, fill_updates=0)
 # Adam moves a logit by the learning rate per update: of half as many updates each moves farther, by the root of two.

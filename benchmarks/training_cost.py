@@ -25,12 +25,12 @@ import torch
 
 from hgc_learn.__main__ import guarded
 from hgc_learn.comparison.samples import draw_batches
-from hgc_learn.export import decide, training_batches
+from hgc_learn.export.export import decide, training_batches
+from hgc_learn.export.learning import Learning
 from hgc_learn.files import save_json
-from hgc_learn.learning import Learning
-from hgc_learn.lightning_cli import RouterCLI, train
-from hgc_learn.macs import flop_counter
+from hgc_learn.models.macs import flop_counter
 from hgc_learn.sampling import generate
+from hgc_learn.training.lightning_cli import RouterCLI, train
 
 L2C_UPDATES, L2C_BATCH_SIZE, L2C_INTERVAL = 50_000, 64, 2
 FEW, MORE = 4, 8  # updates of a training that are run; a multiple of the number of budgets

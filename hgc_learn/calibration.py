@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hgc_learn import ops
-from hgc_learn.forwards import RoutedForwards
-from hgc_learn.graph import Graph, build_graph
+from hgc_learn.models import ops
+from hgc_learn.models.graph import Graph, build_graph
 from hgc_learn.plan import StepPlan
-from hgc_learn.program import compile_program
+from hgc_learn.runtime.forwards import RoutedForwards
+from hgc_learn.runtime.program import compile_program
 from hgc_learn.sampling import generate, scheduled
 from hgc_learn.setting import Draft, Setting
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from hgc_learn.demo.scenes import SceneDataset
-from hgc_learn.distributed import num_processes, rank
+from hgc_learn.training.distributed import num_processes, rank
 
 T = TypeVar("T")
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from hgc_learn.fingerprint import ModelFingerprint
-from hgc_learn.forwards import RoutedForwards, routed_models
-from hgc_learn.graph import build_graph
+from hgc_learn.models.fingerprint import ModelFingerprint
+from hgc_learn.models.graph import build_graph
 from hgc_learn.plan import Plan
-from hgc_learn.runtime import Runtime, RuntimeOptions
+from hgc_learn.runtime.forwards import RoutedForwards, routed_models
+from hgc_learn.runtime.runtime import Runtime, RuntimeOptions
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.sites import to_lay_open
 from hgc_learn.strict import ScheduleError

@@ -23,8 +23,8 @@ from hgc_learn.predictors import BY_CODE
 from hgc_learn.sites import enclosing_module, is_inside
 
 if TYPE_CHECKING:
-    from hgc_learn.graph import Graph
-    from hgc_learn.macs import NodeCost
+    from hgc_learn.models.graph import Graph
+    from hgc_learn.models.macs import NodeCost
 
 COMPUTE = "C"
 """The character of a row at steps that compute the site."""

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hgc_learn.files import check_writable, to_json, write_atomically
-from hgc_learn.fingerprint import ModelFingerprint
+from hgc_learn.models.fingerprint import ModelFingerprint
 from hgc_learn.plan import COMPUTE, check_codes
 from hgc_learn.predictors import BY_CODE
 from hgc_learn.sharing import CARD_NAME, FILE_NAME, find_schedule, is_own_card, model_card, upload_folder

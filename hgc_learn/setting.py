@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from hgc_learn import __version__
-from hgc_learn.architectures import Architecture
-from hgc_learn.fingerprint import ModelFingerprint
-from hgc_learn.graph import Graph
-from hgc_learn.macs import NodeCost
+from hgc_learn.models.architectures import Architecture
+from hgc_learn.models.fingerprint import ModelFingerprint
+from hgc_learn.models.graph import Graph
+from hgc_learn.models.macs import NodeCost
 from hgc_learn.plan import COMPUTE, Plan, compile_plan
 from hgc_learn.sampling import SamplingConfig
 from hgc_learn.schedule import HGCSchedule

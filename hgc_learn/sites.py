@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from hgc_learn.graph import Graph
+    from hgc_learn.models.graph import Graph
 
 KINDS = {
     "out": "a module's output; all that only feeds it becomes dead",

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from hgc_learn.files import save_json, write_atomically
-from hgc_learn.forwards import routed_models
 from hgc_learn.inference import ScheduleHandle
-from hgc_learn.macs import flop_counter
+from hgc_learn.models.macs import flop_counter
+from hgc_learn.runtime.forwards import routed_models
 
 Setup = Callable[[], AbstractContextManager[ScheduleHandle | None]]
 """Sets the pipeline up for one run, and back."""

@@ -14,7 +14,7 @@ from training_fixtures import BUDGET, SAMPLING, save_tiny_teacher
 from hgc_learn.inference import remove_schedule
 
 if TYPE_CHECKING:
-    from hgc_learn.training import RouterModule
+    from hgc_learn.training.module import RouterModule
 
 torch.set_num_threads(1)  # models this small only lose by more
 
@@ -104,8 +104,8 @@ def deep_module(shared_deep_module: RouterModule) -> RouterModule:
 
 
 def build_module(teacher: Path) -> RouterModule:
-    from hgc_learn.objectives import DEFAULT_SITES
-    from hgc_learn.training import RouterModule
+    from hgc_learn.training.module import RouterModule
+    from hgc_learn.training.objectives import DEFAULT_SITES
 
     return RouterModule(str(teacher), SAMPLING, budgets=[BUDGET], sites=[*DEFAULT_SITES, "unet:guidance"])
 

@@ -13,8 +13,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor
 
-from hgc_learn import ops
-from hgc_learn.graph import build_graph, controlnet_list
+from hgc_learn.models import ops
+from hgc_learn.models.graph import build_graph, controlnet_list
 
 History = dict[tuple[str, int | None], list[tuple[int, Tensor]]]
 """Values by site and half of the batch (None: both in one), with their step, the latest first."""

@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["hgc_learn.lightning_cli", "hgc_learn.comparison.run"])
+FORKS.set_forkserver_preload(["hgc_learn.training.lightning_cli", "hgc_learn.comparison.run"])
 
 
 def start(

@@ -20,8 +20,8 @@ from tiny_models import (
 )
 from torch import Tensor
 
-from hgc_learn.fingerprint import ModelFingerprint
-from hgc_learn.graph import build_graph
+from hgc_learn.models.fingerprint import ModelFingerprint
+from hgc_learn.models.graph import build_graph
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.sites import list_sites
 

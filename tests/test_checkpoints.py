@@ -16,8 +16,8 @@ from safetensors.torch import save
 from training_fixtures import fit, fit_arguments
 
 from hgc_learn.__main__ import guarded, main
-from hgc_learn.lightning_cli import train
-from hgc_learn.training import RouterModule
+from hgc_learn.training.lightning_cli import train
+from hgc_learn.training.module import RouterModule
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The 'train_dataloader' does not have many workers",

@@ -13,7 +13,7 @@ from test_data import write_folder
 from training_fixtures import save_tiny_models
 
 from hgc_learn.comparison.config import read_config
-from hgc_learn.lightning_cli import train
+from hgc_learn.training.lightning_cli import train
 
 ROOT = Path(__file__).parent.parent
 CONFIGURATIONS = [

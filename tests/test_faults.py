@@ -20,13 +20,13 @@ from training_fixtures import SAMPLING, fit
 
 from hgc_learn.__main__ import guarded
 from hgc_learn.data import ControlDataModule
-from hgc_learn.export import export
+from hgc_learn.export.export import export
+from hgc_learn.export.learning import Learning
 from hgc_learn.files import read_json
 from hgc_learn.inference import apply_schedule
-from hgc_learn.learning import Learning
 from hgc_learn.sampling import generate, load_pipeline
 from hgc_learn.schedule import HGCSchedule, tensor_path
-from hgc_learn.training import RouterModule
+from hgc_learn.training.module import RouterModule
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The 'train_dataloader' does not have many workers",

@@ -9,11 +9,11 @@ import pytest
 import torch
 from training_fixtures import random_schedule
 
-from hgc_learn import fills
-from hgc_learn.fills import learn_fills, per_channel
-from hgc_learn.hard import HardSchedule
+from hgc_learn.export import fills
+from hgc_learn.export.fills import learn_fills, per_channel
 from hgc_learn.setting import Draft
-from hgc_learn.training import RouterModule
+from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.module import RouterModule
 
 NUM_UPDATES = 24
 

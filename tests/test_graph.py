@@ -10,8 +10,8 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from tiny_models import SHAPES, UNET_CONFIGS, build_models, conditioning
 
-from hgc_learn import ops
-from hgc_learn.graph import build_graph, meta_copy, run_graph
+from hgc_learn.models import ops
+from hgc_learn.models.graph import build_graph, meta_copy, run_graph
 from hgc_learn.sites import KINDS, list_sites, select_sites, to_lay_open
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hgc_learn.grouped import GroupedAdam
 from hgc_learn.sites import enclosing_block
-from hgc_learn.training import RouterModule
+from hgc_learn.training.grouped import GroupedAdam
+from hgc_learn.training.module import RouterModule
 
 RATE = 0.1
 

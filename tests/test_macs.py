@@ -23,9 +23,9 @@ from tiny_models import (
     shared_pipeline,
 )
 
-from hgc_learn.architectures import ARCHITECTURES, Architecture, build_architecture
 from hgc_learn.inference import apply_schedule, remove_schedule
-from hgc_learn.macs import NodeCost, flop_counter, measure_costs
+from hgc_learn.models.architectures import ARCHITECTURES, Architecture, build_architecture
+from hgc_learn.models.macs import NodeCost, flop_counter, measure_costs
 from hgc_learn.plan import compile_plan
 from hgc_learn.speed import watched_cache
 

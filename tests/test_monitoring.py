@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_fixtures import fit, fit_arguments, save_tiny_teacher
 
 from hgc_learn.figures import gate_heatmap
-from hgc_learn.lightning_cli import train
+from hgc_learn.training.lightning_cli import train
 
 
 @pytest.mark.filterwarnings(

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import NUM_TOKENS, SHAPES, UNET_CONFIGS, build_models
 
-from hgc_learn.graph import Graph
-from hgc_learn.macs import NodeCost, measure_costs
+from hgc_learn.models.graph import Graph
+from hgc_learn.models.macs import NodeCost, measure_costs
 from hgc_learn.plan import ExpectedMacs, Flips, Plan, compile_plan, live_step
 from hgc_learn.sites import list_sites, select_sites
 

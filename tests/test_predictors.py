@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from tiny_models import NUM_STEPS, TinyPipeline
 from torch import Tensor
 
-from hgc_learn.cache import Cache
-from hgc_learn.graph import build_graph
 from hgc_learn.inference import HGCSchedule, ScheduleError, apply_schedule
+from hgc_learn.models.graph import build_graph
 from hgc_learn.plan import Load, compile_plan
 from hgc_learn.predictors import BY_CODE, PREDICTORS
 from hgc_learn.predictors.per_channel import CHOICES
+from hgc_learn.runtime.cache import Cache
 from hgc_learn.schedule import tensor_path
 
 EPS, TOKENS = "unet:eps", "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2:out"

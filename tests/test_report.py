@@ -19,8 +19,8 @@ from test_schedule import SCHEDULE
 from tiny_models import NUM_STEPS, TinyPipeline, build_pipeline
 
 from hgc_learn.__main__ import main
-from hgc_learn.architectures import Architecture
 from hgc_learn.inference import HGCSchedule, apply_schedule
+from hgc_learn.models.architectures import Architecture
 from hgc_learn.plan import compile_plan
 from hgc_learn.report.pareto import panels
 from hgc_learn.report.strips import strips

@@ -14,8 +14,8 @@ import pytest
 import torch
 from tiny_models import TinyPipeline, build_pipeline, random_rows, shared_pipeline
 
-from hgc_learn.fingerprint import ModelFingerprint
 from hgc_learn.inference import apply_schedule
+from hgc_learn.models.fingerprint import ModelFingerprint
 from hgc_learn.schedule import MAX_FILE_BYTES, VERSION, HGCSchedule
 from hgc_learn.strict import ScheduleError
 

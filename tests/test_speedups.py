@@ -17,8 +17,8 @@ from tiny_models import NUM_STEPS, TinyPipeline, build_pipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from hgc_learn.graph import build_graph
 from hgc_learn.inference import apply_exact_savings, apply_schedule, remove_schedule
+from hgc_learn.models.graph import build_graph
 from hgc_learn.policies import POLICIES
 from hgc_learn.sampling import SamplingConfig
 from hgc_learn.setting import Setting

@@ -18,8 +18,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from hgc_learn.fingerprint import ModelFingerprint
-from hgc_learn.graph import build_graph
+from hgc_learn.models.fingerprint import ModelFingerprint
+from hgc_learn.models.graph import build_graph
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.sites import list_sites
 

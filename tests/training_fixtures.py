@@ -19,12 +19,12 @@ from tiny_models import UNET_CONFIGS, build_models
 from transformers import CLIPTextModelWithProjection
 
 from hgc_learn.demo.teacher import HIDDEN_SIZE, build_text_encoder, build_tokenizer
-from hgc_learn.hard import HardSchedule
 from hgc_learn.sampling import SamplingConfig
+from hgc_learn.training.hard import HardSchedule
 
 if TYPE_CHECKING:
     from hgc_learn.setting import Draft
-    from hgc_learn.training import RouterModule
+    from hgc_learn.training.module import RouterModule
 
 BUDGET = 0.5
 SAMPLING = SamplingConfig(num_inference_steps=5, guidance_scale=3.0, height=64, width=64)
@@ -146,7 +146,7 @@ def fit_arguments(teacher: Path, folder: Path, max_steps: int, *more: str) -> li
 
 def fit(teacher: Path, folder: Path, max_steps: int, *more: str) -> Path:
     """Trains through the command line's own code; returns the last checkpoint."""
-    from hgc_learn.lightning_cli import train
+    from hgc_learn.training.lightning_cli import train
 
     train(fit_arguments(teacher, folder, max_steps, *more))
     return folder / "checkpoints" / "last.ckpt"
@@ -154,10 +154,10 @@ def fit(teacher: Path, folder: Path, max_steps: int, *more: str) -> Path:
 
 def learn(module: RouterModule, batch: dict[str, Any]) -> Draft:
     """One of everything that a training by `Rollout` and its export do, where module and batch are."""
-    from hgc_learn.fills import learn_fills
-    from hgc_learn.objectives import Rollout
-    from hgc_learn.patterns import cap
-    from hgc_learn.specialise import specialise
+    from hgc_learn.export.fills import learn_fills
+    from hgc_learn.export.patterns import cap
+    from hgc_learn.export.specialise import specialise
+    from hgc_learn.training.objectives import Rollout
 
     objective = module.objective
     assert isinstance(objective, Rollout)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hgc_learn.demo import TEACHER_DIR
 
 if TYPE_CHECKING:
-    from hgc_learn.architectures import Architecture
+    from hgc_learn.models.architectures import Architecture
     from hgc_learn.sampling import SamplingConfig
 
 
@@ -29,7 +29,7 @@ def named_architecture(args: argparse.Namespace) -> Architecture:
     Raises:
         ValueError: an unknown name, a folder that cannot be used, or a ControlNet without --model.
     """
-    from hgc_learn.architectures import build_architecture, load_architecture
+    from hgc_learn.models.architectures import build_architecture, load_architecture
 
     check_controlnet_model(args)
     return build_architecture(args.arch) if args.arch else load_architecture(args.model, args.controlnet_model)

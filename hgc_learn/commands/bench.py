@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
 
     from hgc_learn import speed
     from hgc_learn.files import check_writable
-    from hgc_learn.random_pipeline import random_arguments, random_pipeline
+    from hgc_learn.models.random_pipeline import random_arguments, random_pipeline
     from hgc_learn.sampling import SamplingConfig
     from hgc_learn.setting import Setting
 

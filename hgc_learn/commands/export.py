@@ -14,7 +14,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from hgc_learn.learning import Learning
+from hgc_learn.export.learning import Learning
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hgc_learn.export import export
+    from hgc_learn.export.export import export
 
     path = export(args.ckpt_path, args.output, args.budget, learning(args), args.max_patterns)
     print(f"wrote {path}")

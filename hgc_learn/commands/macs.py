@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hgc_learn.commands import add_architecture, named_architecture
 
 if TYPE_CHECKING:
-    from hgc_learn.architectures import Architecture
+    from hgc_learn.models.architectures import Architecture
     from hgc_learn.schedule import HGCSchedule
 
 CONVENTIONS = {

@@ -20,7 +20,7 @@ from hgc_learn.commands import add_data, add_weights, check_controlnet_model, lo
 from hgc_learn.demo import TEACHER_DIR
 
 if TYPE_CHECKING:
-    from hgc_learn.architectures import Architecture
+    from hgc_learn.models.architectures import Architecture
     from hgc_learn.sampling import SamplingConfig
     from hgc_learn.schedule import HGCSchedule
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _find_architecture(model: str | None, controlnet: str | None, schedule: HGCSchedule) -> Architecture:
     """Raises ValueError if it is not the one that the schedule was made for, or none is known."""
-    from hgc_learn.architectures import ARCHITECTURES, build_architecture, load_architecture
+    from hgc_learn.models.architectures import ARCHITECTURES, build_architecture, load_architecture
 
     if model is not None:
         architecture = load_architecture(model, controlnet)
@@ -83,8 +83,8 @@ def _draw(args: argparse.Namespace, schedule: HGCSchedule) -> tuple[Architecture
     setting that it was made for, which may be more than its own (`fewer_steps`)."""
     from rich.progress import track
 
-    from hgc_learn.architectures import Architecture
     from hgc_learn.evaluation import picture_psnr, render
+    from hgc_learn.models.architectures import Architecture
     from hgc_learn.timesteps import steps_for_calls
 
     if args.model is None:

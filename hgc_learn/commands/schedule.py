@@ -88,7 +88,7 @@ def add_knobs(parser: argparse.ArgumentParser, policy: Policy) -> None:
 
 def write(policy: Policy, args: argparse.Namespace) -> None:
     """Loads the pipeline, lets the policy write, saves the file and prints what is left of the MACs."""
-    from hgc_learn.architectures import Architecture
+    from hgc_learn.models.architectures import Architecture
     from hgc_learn.sampling import SamplingConfig
     from hgc_learn.schedule import check_output
     from hgc_learn.setting import Setting

@@ -19,6 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hgc_learn.lightning_cli import train
+    from hgc_learn.training.lightning_cli import train
 
     train([args.subcommand, *args.arguments])

@@ -11,7 +11,7 @@ from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.trained import training_configuration, training_file
 from hgc_learn.comparison.tune import plain
 from hgc_learn.files import read_json
-from hgc_learn.fingerprint import SAME_NORM_TOLERANCE, ModelFingerprint
+from hgc_learn.models.fingerprint import SAME_NORM_TOLERANCE, ModelFingerprint
 from hgc_learn.schedule import tensor_path
 
 T = TypeVar("T", str, float)

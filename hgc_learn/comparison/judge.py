@@ -19,7 +19,7 @@ from hgc_learn.comparison.samples import full_samples, read_batches
 from hgc_learn.comparison.trained import checkpoint, training_configuration
 from hgc_learn.comparison.tune import Candidate, Candidates, best, count_rollouts, list_candidates, plain, shortlist
 from hgc_learn.evaluation import Samples, closeness, picture_psnr, render
-from hgc_learn.macs import BudgetError
+from hgc_learn.models.macs import BudgetError
 from hgc_learn.policies import Policy
 from hgc_learn.sampling import load_pipeline
 from hgc_learn.setting import Setting

@@ -10,7 +10,7 @@ import yaml
 
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.files import read_json, save_json
-from hgc_learn.fingerprint import SAME_NORM_TOLERANCE, ModelFingerprint
+from hgc_learn.models.fingerprint import SAME_NORM_TOLERANCE, ModelFingerprint
 
 
 def training_file(config: CompareConfig, sampler: str, policy: str) -> Path:
@@ -44,7 +44,7 @@ def checkpoint(config: CompareConfig, sampler: str, policy: str, weights: ModelF
             since the checkpoint was made.
         KeyboardInterrupt: the training was interrupted; it goes on at the next call.
     """
-    from hgc_learn.lightning_cli import read_checkpoint, train
+    from hgc_learn.training.lightning_cli import read_checkpoint, train
 
     folder = Path(config.output) / "trained" / sampler / policy
     ckpt_path, record = folder / "last.ckpt", folder / "trained.json"

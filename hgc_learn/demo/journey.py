@@ -18,13 +18,13 @@ from torchmetrics import Metric
 from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.evaluation import closeness, side_by_side
-from hgc_learn.export import check_folder, export
+from hgc_learn.export.export import check_folder, export
+from hgc_learn.export.learning import ALL, Learning
 from hgc_learn.figures import picture_grid, save_figure
 from hgc_learn.files import save_json
 from hgc_learn.inference import HGCSchedule
-from hgc_learn.learning import ALL, Learning
-from hgc_learn.lightning_cli import train
 from hgc_learn.sampling import SamplingConfig, default_device
+from hgc_learn.training.lightning_cli import train
 
 EVALUATION_BATCH_SIZE = 16
 NUM_SHOWN = 8

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hgc_learn.calibration import mean_psnr
-from hgc_learn.graph import Graph
-from hgc_learn.macs import BudgetError
+from hgc_learn.models.graph import Graph
+from hgc_learn.models.macs import BudgetError
 from hgc_learn.plan import COMPUTE, live_step
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting

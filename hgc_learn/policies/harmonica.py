@@ -1,4 +1,4 @@
-"""HarmoniCa's recipe (`hgc_learn.objectives.harmonica`)."""
+"""HarmoniCa's recipe (`hgc_learn.training.objectives.harmonica`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def harmonica(setting: Setting, *, ckpt_path: str = "", budget: float = 0.5) -> 
         ckpt_path: checkpoint of `train.py fit` with the objective `HarmoniCa`.
         budget: fraction of the full MACs to keep.
     """
-    from hgc_learn.export import load_trained
+    from hgc_learn.export.export import load_trained
 
     module, _ = load_trained(setting, ckpt_path, "harmonica")
     return module.draft(module.hard_schedule(budget))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hgc_learn.graph import Graph
+from hgc_learn.models.graph import Graph
 from hgc_learn.plan import row_of
 from hgc_learn.policies.registry import Grid, register
 from hgc_learn.setting import Draft, Setting

@@ -1,8 +1,8 @@
-"""The learned router, trained on the student's own hard trajectories (`hgc_learn.objectives.rollout`)."""
+"""The learned router, trained on the student's own hard trajectories (`hgc_learn.training.objectives.rollout`)."""
 
 from __future__ import annotations
 
-from hgc_learn.learning import Learning
+from hgc_learn.export.learning import Learning
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
 
@@ -26,7 +26,7 @@ def learned(
         specialise_updates: of the router, for this budget alone; 0 for none.
         fill_updates: steps of learning how the schedule fills in what it skips; 0 for none.
     """
-    from hgc_learn.export import decide, load_trained
+    from hgc_learn.export.export import decide, load_trained
 
     learning = Learning(
         learning_samples=learning_samples, specialise_updates=specialise_updates, fill_updates=fill_updates

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import random as chance
 
-from hgc_learn.macs import BudgetError
+from hgc_learn.models.macs import BudgetError
 from hgc_learn.plan import COMPUTE, row_of
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting

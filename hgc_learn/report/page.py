@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from hgc_learn.files import printable, write_atomically
-from hgc_learn.graph import Graph
-from hgc_learn.macs import NodeCost
+from hgc_learn.models.graph import Graph
+from hgc_learn.models.macs import NodeCost
 from hgc_learn.report import pareto
 from hgc_learn.report.strips import strips
 from hgc_learn.schedule import HGCSchedule

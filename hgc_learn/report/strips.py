@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hgc_learn.graph import Graph
-from hgc_learn.macs import NodeCost
+from hgc_learn.models.graph import Graph
+from hgc_learn.models.macs import NodeCost
 from hgc_learn.plan import Plan, compile_plan
 from hgc_learn.predictors import BY_CODE
 from hgc_learn.schedule import HGCSchedule

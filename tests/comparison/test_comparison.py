@@ -21,13 +21,13 @@ from hgc_learn.comparison.config import CompareConfig, read_config
 from hgc_learn.comparison.samples import claim, full_samples, read_batches
 from hgc_learn.comparison.trained import checkpoint
 from hgc_learn.evaluation import Samples
-from hgc_learn.fingerprint import ModelFingerprint
-from hgc_learn.macs import BudgetError
+from hgc_learn.models.fingerprint import ModelFingerprint
+from hgc_learn.models.macs import BudgetError
 from hgc_learn.policies import POLICIES, Policy
 from hgc_learn.sampling import load_pipeline
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.setting import Draft, Setting
-from hgc_learn.training import RouterModule
+from hgc_learn.training.module import RouterModule
 
 ROOT = Path(__file__).parent.parent.parent
 

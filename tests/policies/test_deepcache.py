@@ -17,8 +17,8 @@ from tiny_models import GUIDANCE_SCALE, IMAGE_SIZE, NUM_STEPS, TinyPipeline, bui
 from torch import Tensor
 from unmeasured import unmeasured_setting
 
-from hgc_learn.architectures import build_architecture
 from hgc_learn.inference import apply_schedule
+from hgc_learn.models.architectures import build_architecture
 from hgc_learn.policies import POLICIES
 from hgc_learn.policies.deepcache import quadratic_steps
 from hgc_learn.sampling import SamplingConfig

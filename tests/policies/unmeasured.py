@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from hgc_learn.architectures import build_architecture
+from hgc_learn.models.architectures import build_architecture
 from hgc_learn.sampling import SamplingConfig
 from hgc_learn.setting import Setting
 

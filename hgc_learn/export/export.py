@@ -1,0 +1,214 @@
+"""From a trained router to a static schedule file: what is learned for its budget alone, and measuring."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from rich.progress import Progress
+from torch.utils.data import DataLoader, Subset
+
+from hgc_learn.evaluation import picture_psnr
+from hgc_learn.export import fills, specialise
+from hgc_learn.export.learning import ALL, Learning, OnUpdate
+from hgc_learn.figures import gate_heatmap, save_figure
+from hgc_learn.sampling import default_device
+from hgc_learn.schedule import HGCSchedule, check_output
+from hgc_learn.setting import Draft, Setting
+from hgc_learn.sharing import FILE_NAME
+from hgc_learn.strict import ScheduleError
+from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.lightning_cli import read_checkpoint, rebuild
+from hgc_learn.training.module import RouterModule
+
+
+def export(
+    ckpt_path: Path,
+    output: Path,
+    budget: float = 0.5,
+    learning: Learning = ALL,
+    max_patterns: int | None = None,
+) -> Path:
+    """Writes `hgc_schedule.json` and a picture of it.
+
+    Args:
+        ckpt_path: checkpoint of `train.py fit`.
+        output: folder to write to.
+        budget: fraction of the full MACs to keep.
+        learning: what is learned for this budget alone.
+        max_patterns: how many different steps the schedule may have, for `torch.compile` makes one graph for each.
+
+    Raises:
+        ValueError: the checkpoint cannot be found or read, the budget cannot be met, or the folder holds the schedule
+            of another budget.
+        OSError: the folder cannot be made.
+    """
+    check_folder(output, budget)
+    module, data = load_run(ckpt_path)
+    module.router.check_budget(budget)
+    check_output(output / FILE_NAME)  # rather now than after all has been learned
+    if not module.objective.is_specialised:
+        learning = replace(learning, specialise_updates=0, fill_updates=0)
+    with Progress() as progress:
+
+        def reporter(description: str, total: int) -> OnUpdate:
+            task = progress.add_task(description, total=total, visible=total > 0)
+
+            def report(log_error: float) -> None:
+                progress.update(task, advance=1, description=f"{description}, error {math.exp(log_error):.2e}")
+
+            return report
+
+        hard, draft = decide(
+            module,
+            data,
+            budget,
+            learning,
+            max_patterns=max_patterns,
+            on_specialise=reporter("specialising the router", learning.specialise_updates),
+            on_fill=reporter("learning to fill in", learning.fill_updates),
+        )
+        progress.add_task("measuring on validation samples", total=None)
+        fidelity = measure_fidelity(module, data, draft)
+        if not fidelity:
+            progress.console.print("There are no validation samples (data.num_val is 0): nothing has been measured.")
+    settings = {
+        "ckpt_path": ckpt_path.name,
+        "budget": budget,
+        **asdict(learning),
+        "max_patterns": max_patterns,
+        **module.hparams,
+    }
+    schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
+    path = output / FILE_NAME
+    schedule.save(path)
+    dead = module.router.dead(hard.compute)
+    figure = gate_heatmap(hard.compute, module.router.sites, f"budget {budget:g}", dead)
+    save_figure(figure, output / "hgc_schedule.png", dpi=150)
+    return path
+
+
+def check_folder(output: Path, budget: float) -> None:
+    """Raises ValueError where an export at a budget would replace the schedule of another one."""
+    path = output / FILE_NAME
+    with suppress(ScheduleError):  # nothing that anyone could load
+        other = HGCSchedule.load(path).settings.get("budget", budget)
+        if other != budget:
+            raise ValueError(
+                f"{path} is the schedule of another budget, {other}. Export every budget to a folder of its own, or "
+                "delete that one."
+            )
+
+
+def decide(
+    module: RouterModule,
+    data: Any,
+    budget: float,
+    learning: Learning = ALL,
+    *,
+    max_patterns: int | None = None,
+    on_specialise: OnUpdate = lambda _: None,
+    on_fill: OnUpdate = lambda _: None,
+) -> tuple[HardSchedule, Draft]:
+    """The gates of a trained router at a budget, and the draft that they make with fill-ins learned; all learns from
+    the first samples of the training's own data. The router itself stays as it is.
+
+    Raises:
+        BudgetError: it cannot be met.
+    """
+    batches = partial(training_batches, module, data)
+    trained = {name: value.clone() for name, value in module.router.state_dict().items()}
+    try:
+        learned = batches(learning.learning_samples, specialise.BATCH_SIZE) if learning.specialise_updates else []
+        hard = specialise.specialise(
+            module, budget, learned, learning.specialise_updates, max_patterns=max_patterns, on_update=on_specialise
+        )
+    finally:
+        module.router.load_state_dict(trained)
+    hard = replace(hard, compute=hard.compute | module.router.dead(hard.compute))  # not in the file's rows
+    learned = batches(learning.learning_samples, fills.BATCH_SIZE) if learning.fill_updates else []
+    at_once = data.train_dataloader().batch_size  # where memory is short, no more than the training needed
+    return hard, fills.learn_fills(module, hard, learned, learning.fill_updates, at_once=at_once, on_update=on_fill)
+
+
+def training_batches(module: RouterModule, data: Any, learning_samples: int, batch_size: int) -> list[dict[str, Any]]:
+    """The first samples of the training's own data, all if there are fewer, on the module's device."""
+    dataset = data.train_dataloader().dataset
+    first = Subset(dataset, range(min(learning_samples, len(dataset))))
+    return [module.transfer_batch_to_device(batch, module.device, 0) for batch in DataLoader(first, batch_size)]
+
+
+def load_trained(setting: Setting, ckpt_path: str, policy: str) -> tuple[RouterModule, Any]:
+    """A training run for a policy to write from, on the setting's own pipeline; as for `load_run`.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it belongs to another policy, sampler or model.
+    """
+    if not ckpt_path:
+        raise ValueError(f"{policy} needs ckpt_path, a checkpoint of train.py fit (see configs/compare/train).")
+    module, data = setting.once(("load_trained", ckpt_path), lambda: load_run(Path(ckpt_path)))
+    if module.objective.policy != policy:
+        raise ValueError(f"{ckpt_path}: trained for the policy {module.objective.policy}, not for {policy}.")
+    if (module.sampling, module.timesteps) != (setting.sampling, setting.timesteps):
+        raise ValueError(f"{ckpt_path}: trained for {module.sampling}; here it is {setting.sampling}.")
+    if setting.pipe is not None and module.pipe is not setting.pipe:
+        if difference := setting.fingerprint.difference(module.setting.fingerprint):
+            raise ValueError(f"{ckpt_path}: trained for another model ({': '.join(difference)}).")
+        module.to(setting.pipe.device)
+        module.use_pipeline(setting.pipe)
+    return module, data
+
+
+def load_run(ckpt_path: Path) -> tuple[RouterModule, Any]:
+    """Rebuilds the module of a training run (with the checkpoint's router), on the default device, and its data."""
+    checkpoint = read_checkpoint(ckpt_path)
+    try:
+        cli = rebuild(checkpoint["config"])
+    except ArgumentError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{ckpt_path}: its configuration is not one of this version of hgc_learn ({reason}). Export it with the "
+            "version that it was trained with, or train anew."
+        ) from None
+    cli.model.check_model(checkpoint, str(ckpt_path))
+    try:
+        cli.model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise ValueError(f"{ckpt_path}: its router is not one of its own configuration ({error}).") from None
+    cli.model.router.temperature = checkpoint.get("temperature", cli.model.router.temperature)
+    cli.datamodule.setup("fit")
+    cli.model.to(device := default_device())
+    cli.model.pipe.to(device)
+    return cli.model, cli.datamodule
+
+
+@torch.no_grad()
+def measure_fidelity(module: RouterModule, data: Any, draft: Draft) -> dict[str, Any]:
+    """Paired comparison with the uncached pipeline on the validation samples; empty if there are none.
+
+    Raises:
+        ValueError: pictures that are not finite.
+    """
+    psnr = []
+    loader = data.val_dataloader() if is_overridden("val_dataloader", data) else None
+    for batch in [] if loader is None else loader:
+        batch = module.transfer_batch_to_device(batch, module.device, 0)
+        full = module.rollout(batch, None, "pt")
+        cached = module.rollout(batch, draft, "pt")
+        psnr.append(picture_psnr(cached, full))
+    if not psnr:
+        return {}
+    values = torch.cat(psnr)
+    if not values.isfinite().all():
+        raise ValueError(
+            f"With this schedule {int((~values.isfinite()).sum())} of {len(values)} validation samples come out as NaN "
+            "or infinity. Export with a larger --budget, or train with --model.dtype=float32."
+        )
+    return {"psnr_db": round(float(values.mean()), 3), "num_samples": len(values), "split": "validation"}

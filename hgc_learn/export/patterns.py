@@ -1,0 +1,51 @@
+"""Few distinct steps: torch.compile makes one graph for every different set of nodes that run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from scipy.cluster.hierarchy import fcluster, linkage
+from torch import Tensor
+
+from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.router import Router
+
+
+def cap(router: Router, schedule: HardSchedule, budget: float, max_patterns: int) -> HardSchedule:
+    """The router's schedule for a budget, if it has no more than so many different steps, the first included; or one
+    that computes the highest logits that the budget allows, where steps that want nearly the same share their mean
+    logits.
+
+    Raises:
+        ValueError: a budget that cannot be met, or a cap below 2: the first step computes everything.
+    """
+    if max_patterns < 2:
+        raise ValueError(f"max_patterns is {max_patterns}; it must be at least 2: the first step computes everything.")
+    if count(router, schedule) <= max_patterns:
+        return schedule
+    logits = router.logits.detach()
+    wanted = torch.sigmoid(logits[1:] - router.price(budget))
+    tree = linkage(wanted.cpu().double().numpy(), method="ward")
+    for num_groups in range(max_patterns - 1, 0, -1):
+        groups = torch.from_numpy(fcluster(tree, num_groups, criterion="maxclust"))
+        members = [[1 + step for step in (groups == group).nonzero().flatten().tolist()] for group in groups.unique()]
+        shared = _shared(logits, members)
+        schedule = router.hard(shared >= router.price(budget, shared))
+        schedule = router.spend(schedule, budget, shared, members)
+        if count(router, schedule) <= max_patterns:
+            return schedule
+    raise AssertionError("one group and the first step are two patterns")
+
+
+def count(router: Router, schedule: HardSchedule) -> int:
+    """How many different steps a schedule has."""
+    return len({router.pattern(row) for row in schedule.compute.tolist()})
+
+
+def _shared(logits: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+    """Every step's logits [steps, sites] replaced by the mean of its group."""
+    result = logits.clone()
+    for steps in groups:
+        result[steps] = logits[steps].mean(0)
+    return result

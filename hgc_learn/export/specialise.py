@@ -1,0 +1,87 @@
+"""Specialises a trained router in one budget: more updates at that budget alone, from ever colder draws.
+
+Training shares its updates among all budgets, and one set of logits holds a schedule for each. What is exported is one
+of them, which gains when the updates go on for it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hgc_learn.data import hold_out
+from hgc_learn.export.learning import OnUpdate
+from hgc_learn.export.patterns import cap
+from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.objectives import Rollout
+
+if TYPE_CHECKING:
+    from hgc_learn.training.module import RouterModule
+
+TEMPERATURES = 0.5, 0.1
+"""At the start and at the end. Training has explored: most gates are decided."""
+
+BATCH_SIZE = 1
+"""As in training: the gates drawn vary more than the samples."""
+
+
+def specialise(
+    module: RouterModule,
+    budget: float,
+    batches: Sequence[dict[str, Any]],
+    num_updates: int,
+    *,
+    max_patterns: int | None = None,
+    on_update: OnUpdate = lambda _: None,
+) -> HardSchedule:
+    """The hard schedule of the router at a budget, after more updates for it, or rounded as it is, if samples that were
+    not learned from like that better. The router's own logits and reaches are moved.
+
+    Args:
+        budget: fraction of the full MACs to keep.
+        batches: training batches; a quarter of them, the last, judge.
+        num_updates: of Adam, each on one batch; the batches are taken in turns.
+        max_patterns: how many different steps the schedule may have (`hgc_learn.export.patterns`).
+
+    Raises:
+        ValueError: a budget that cannot be met, or a gradient that is not finite.
+    """
+    objective, router = module.objective, module.router
+    start = _rounded(module, budget, max_patterns)
+    if not num_updates:
+        return start
+    assert isinstance(objective, Rollout)
+    learned, judges = hold_out(batches)
+    temperature, (first, last) = router.temperature, TEMPERATURES
+    optimizer = objective.optimizer(router)
+    module.generator = torch.Generator(module.device).manual_seed(0)  # whenever it is asked for, the same schedule
+    try:
+        for update in range(num_updates):
+            progress = update / num_updates
+            router.temperature = first * (last / first) ** progress
+            for group in optimizer.param_groups:
+                group["lr"] = objective.learning_rate * (1 - progress)
+            logs = objective.gradients(module, learned[update % len(learned)], budget)
+            router.check_gradients()
+            optimizer.step()
+            router.clamp()
+            on_update(float(logs["loss"].clamp_min(1e-30).log()))
+    finally:
+        router.temperature = temperature
+    end = _rounded(module, budget, max_patterns)
+    return min([end, start], key=lambda schedule: module.log_error(judges, schedule))
+
+
+def _rounded(module: RouterModule, budget: float, max_patterns: int | None) -> HardSchedule:
+    schedule = module.hard_schedule(budget)
+    if max_patterns is None:
+        return schedule
+    capped = cap(module.router, schedule, budget, max_patterns)
+    if capped is not schedule and not module.objective.is_specialised:
+        raise ValueError(
+            f"max_patterns is {max_patterns}; the schedule of a router trained for {module.objective.policy} has more "
+            "different steps, and making them fewer would undo its rule. Leave max_patterns out."
+        )
+    return capped

@@ -1,0 +1,1 @@
+"""Runs a schedule inside a pipeline. `hgc_learn.inference` is its front."""

@@ -1,0 +1,1 @@
+"""Trains routers: the LightningModule, what it learns from, and `train.py`."""
