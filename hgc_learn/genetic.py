@@ -26,8 +26,9 @@ def search(
     population: int,
     generations: int,
     seed: int,
-) -> Genes:
-    """Minimises `error` among genes with `kept` at most `budget`; never ends worse than the best of the starts.
+) -> list[Genes]:
+    """Minimises `error` among genes with `kept` at most `budget`. Returns the last generation, the one with the least
+    error first, which is never worse than the best of the starts.
 
     Args:
         starts: where it begins, all within the budget; the best `population` of them survive.
@@ -41,8 +42,8 @@ def search(
     algorithm = GA(pop_size=population, sampling=flat, crossover=_StepCrossover(shape), mutation=vary)
     algorithm.setup(problem, termination=("n_gen", generations + 1), seed=seed, verbose=False)
     result = algorithm.run()
-    best: Genes = result.X.reshape(shape).astype(np.int64)
-    return best
+    last = sorted(result.pop, key=lambda individual: float(individual.F[0]))
+    return [individual.X.reshape(shape).astype(np.int64) for individual in last]
 
 
 class _Schedules(ElementwiseProblem):

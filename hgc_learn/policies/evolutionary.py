@@ -27,7 +27,7 @@ Alternative = Mapping[str, str]
 @register(
     "evolutionary",
     paper="in the manner of ECAD (arXiv 2506.15682): a genetic algorithm on measured quality",
-    grid={"budget": (0.5, 0.37, 0.25)},
+    grid={"budget": (0.5, 0.37, 0.25), "rank": tuple(range(16))},
 )
 def evolutionary(
     setting: Setting,
@@ -36,6 +36,7 @@ def evolutionary(
     population: int = 32,
     generations: int = 30,
     seed: int = 0,
+    rank: int = 0,
 ) -> Draft:
     """Evolves, per step, where the decoder starts from and whether ControlNet, guidance and attention are reused.
 
@@ -47,6 +48,8 @@ def evolutionary(
         population: schedules that survive a generation, and those tried in it.
         generations: after the one that the rules are.
         seed: of the search; the same seed finds the same schedule.
+        rank: of the schedule among those of the last generation, from 0, the best on the samples that it was judged on;
+            another one may be better on others.
     """
     setting.need_samples("evolutionary")
     encoding = Encoding(setting)
@@ -54,6 +57,17 @@ def evolutionary(
         raise BudgetError(f"budget is {budget}; with this model it can be {encoding.least_kept():.3f} to 1.")
     if population < 2 or generations < 0:
         raise ValueError(f"population is {population}, generations {generations}; at least 2 and 0 are needed.")
+    if not 0 <= rank < population:
+        raise ValueError(f"rank is {rank}; it can be 0 to {population - 1}, for the population is {population}.")
+    key = ("evolutionary", budget, population, generations, seed)
+    last = setting.once(key, lambda: _evolve(encoding, budget, population, generations, seed))
+    if rank >= len(last):  # few rules, and no generation after them
+        raise ValueError(f"rank is {rank}; the last generation has {len(last)} schedules.")
+    return encoding.draft(last[rank])
+
+
+def _evolve(encoding: Encoding, budget: float, population: int, generations: int, seed: int) -> list[Genes]:
+    """The last generation, the best first."""
     from rich.progress import Progress
 
     from hgc_learn.genetic import search
@@ -65,12 +79,12 @@ def evolutionary(
 
         def error(genes: Genes) -> float:
             nonlocal best
-            psnr = mean_psnr(setting, encoding.draft(genes))
+            psnr = mean_psnr(encoding.setting, encoding.draft(genes))
             best = max(best, psnr)
             bar.update(task, advance=1, description=f"evolving, {best:.2f} dB")
             return -psnr
 
-        genes = search(
+        last = search(
             error,
             encoding.kept,
             starts,
@@ -81,7 +95,7 @@ def evolutionary(
             seed=seed,
         )
         bar.update(task, completed=len(starts) + population * generations)
-    return encoding.draft(genes)
+    return last
 
 
 class Encoding:

@@ -78,6 +78,21 @@ def test_the_same_seed_finds_the_same_schedule_and_counts_its_rollouts() -> None
     assert drafts[0] == drafts[1]
 
 
+def test_ranks_are_those_of_one_search() -> None:
+    setting = single_sample_setting()
+    knobs = {"budget": 0.5, "population": 4, "generations": 1}
+    with count_rollouts(setting) as rollouts:
+        psnr = [mean_psnr(setting, evolutionary(setting, **knobs, rank=rank)) for rank in range(4)]
+    num_samples = sum(len(batch["seed"]) for batch in setting.batches)
+    assert psnr == sorted(psnr, reverse=True)
+    assert rollouts.num_samples <= num_samples * (1 + len(rules(Encoding(setting), 0.5)) + 4)
+    with pytest.raises(ValueError, match="rank is 4; it can be 0 to 3"):
+        evolutionary(setting, **knobs, rank=4)
+    num_rules = len(rules(Encoding(setting), 0.5))
+    with pytest.raises(ValueError, match=f"has {num_rules} schedules"):
+        evolutionary(setting, budget=0.5, population=num_rules + 1, generations=0, rank=num_rules)
+
+
 def test_the_search_finds_a_known_optimum_within_its_budget() -> None:
     """Steps that are reused cost their weight; half of the steps may be computed, so the heavier half should be."""
     weights = np.array([5.0, 1, 7, 2, 8, 3, 6, 4])
@@ -91,8 +106,10 @@ def test_the_search_finds_a_known_optimum_within_its_budget() -> None:
         return float(weights[genes[:, 0] > 0].sum())
 
     start = np.array([[0], [0], [0], [0], [1], [1], [1], [1]])
-    best = search(error, kept, [start], [2], budget=0.5, population=12, generations=20, seed=0)
-    assert best.ravel().tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
+    last = search(error, kept, [start], [2], budget=0.5, population=12, generations=20, seed=0)
+    assert last[0].ravel().tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
+    assert [error(genes) for genes in last] == sorted(error(genes) for genes in last)
+    assert len({genes.tobytes() for genes in last}) == len(last)
     assert max(evaluated) <= 0.5
 
 
