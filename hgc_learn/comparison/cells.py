@@ -143,12 +143,7 @@ def read_cell(config: CompareConfig, sampler: str, policy: str, budget: float) -
     if not path.is_file():
         return None
     cell = read_json(path)
-    fixed = plain(config.fixed.get(policy, {}))
-    if "fixed" in cell or "settings" not in cell:
-        other_knobs = cell.get("fixed", fixed) != fixed
-    else:  # earlier cells say what was chosen alone
-        other_knobs = any(cell["settings"].get(name) != value for name, value in fixed.items())
-    if _what_is_judged(cell["protocol"]) != _what_is_judged(protocol(config, sampler)) or other_knobs:
+    if _what_is_judged(cell["protocol"]) != _what_is_judged(protocol(config, sampler)):
         raise ValueError(
             f"{path} was made with other settings than those asked for now. Set another output (-- --output=DIR), or "
             "run all cells of the comparison again (--redo)."
@@ -169,6 +164,10 @@ def tuned_otherwise(config: CompareConfig, cell: dict[str, Any]) -> str:
         which = config, cell["sampler"], cell["policy"]
         if not (path := training_file(*which)).is_file() or cell["training"] != training_configuration(*which):
             return f"a training by another {path} than is there now"
+    fixed = [cell.get("fixed", {}), plain(config.fixed.get(cell["policy"], {}))]
+    if fixed[0] != fixed[1]:
+        then, now = (", ".join(f"{name}={value}" for name, value in knobs.items()) or "nothing" for knobs in fixed)
+        return f"{then} fixed instead of {now}"
     record = cell.get("tuning", {"num_tried": 0, "num_candidates": 0})
     then, now = cell["protocol"]["tuning"], protocol(config, cell["sampler"])["tuning"]
     if not record["num_tried"] and not then.get("max_candidates") == 1 < record["num_candidates"]:

@@ -20,14 +20,16 @@ def test_cells_made_with_other_settings_are_refused_until_redone(
     settings |= {"policies": ["uniform"], "budgets": [0.6]}
     path = write(settings, tmp_path)
     assert main(["compare", "--config", str(path)]) == 0
-    others = ["--fixed={uniform: {interval: 1}}", "--tuning.num_calibration=1", "--tuning.tolerance=0.1"]
+    others = ["--tuning.num_calibration=1", "--tuning.tolerance=0.1"]
     for override in [*others, f"--samplers.{SAMPLER}.num_test=2"]:
         assert main(["compare", "--config", str(path), "--", override]) == 2
         assert "--redo" in capsys.readouterr().err
-    assert main(["compare", "--config", str(path), "--redo", "--", others[1]]) == 0
-    assert main(["compare", "--config", str(path), "--", others[1]]) == 0
+    assert main(["compare", "--config", str(path), "--redo", "--", others[0]]) == 0
+    assert main(["compare", "--config", str(path), "--", others[0]]) == 0
     assert (tmp_path / "run" / "cells" / SAMPLER / "uniform" / "0.6.schedule.json").is_file()
     settings["fixed"] = {"uniform": {"interval": 1}}  # over the budget
+    assert main(["compare", "--config", str(write(settings, tmp_path)), "--", others[0]]) == 0
+    assert "1 cell was tuned with nothing fixed instead of interval=1; --redo runs it again" in capsys.readouterr().out
     assert main(["compare", "--config", str(write(settings, tmp_path)), "--redo"]) == 0
     assert "reason" in rows(settings)["uniform", 0.6]
     assert not [*(tmp_path / "run" / "cells" / SAMPLER / "uniform").glob("*schedule*")]
@@ -93,9 +95,17 @@ def test_how_hard_a_cell_was_tuned_is_told_where_it_may_have_mattered(
     settings: dict[str, Any], tmp_path: Path, record: dict[str, int] | None, then: dict[str, float], how: str
 ) -> None:
     config = read_config(write(settings, tmp_path))
-    cell: dict[str, Any] = {"sampler": SAMPLER, "protocol": protocol(config, SAMPLER)}
+    cell: dict[str, Any] = {"sampler": SAMPLER, "policy": "uniform", "protocol": protocol(config, SAMPLER)}
     cell["protocol"]["tuning"] |= then
     assert tuned_otherwise(config, cell | ({"tuning": record} if record else {})) == how
+
+
+def test_other_fixed_knobs_are_told(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = read_config(write(settings, tmp_path))
+    cell = {"sampler": SAMPLER, "policy": "evolutionary", "protocol": protocol(config, SAMPLER)}
+    assert not tuned_otherwise(config, cell)
+    cell["fixed"] = {"population": 16, "generations": 16}
+    assert tuned_otherwise(config, cell) == "population=16, generations=16 fixed instead of nothing"
 
 
 def test_a_cell_of_another_training_is_told(settings: dict[str, Any], tmp_path: Path) -> None:
