@@ -27,7 +27,7 @@ from hgc_learn.sites import KINDS
 from hgc_learn.strict import ScheduleError, check_finite, number, parse_json, read_bytes, take
 
 FORMAT = "hgc_schedule"
-VERSION = 4
+VERSION = 5
 
 MAX_FILE_BYTES = 16 * 2**20
 MAX_TENSOR_BYTES = 64 * 2**20

@@ -17,7 +17,7 @@ from hgc_learn.spacing import first_fulls, full_steps, intervals
     grid=lambda setting: {
         "interval": intervals(setting.num_steps, 20),
         "first_full": first_fulls(setting.num_steps),
-        "predictor": ("hold", "linear", "taylor2", "ab2", "bdf2", "foca"),
+        "predictor": ("hold", "linear", "taylor2", "taylor3", "taylor4", "ab2", "bdf2", "foca"),
     },
 )
 def uniform(
@@ -25,7 +25,7 @@ def uniform(
     *,
     interval: float = 2,
     first_full: int = 1,
-    predictor: Literal["hold", "linear", "taylor2", "ab2", "bdf2", "foca"] = "hold",
+    predictor: Literal["hold", "linear", "taylor2", "taylor3", "taylor4", "ab2", "bdf2", "foca"] = "hold",
 ) -> Draft:
     """Computes every `interval`-th step; between them the prediction is held or forecast.
 

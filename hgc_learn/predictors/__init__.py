@@ -11,10 +11,13 @@ from hgc_learn.predictors.linear import LINEAR
 from hgc_learn.predictors.mean import MEAN
 from hgc_learn.predictors.per_channel import PER_CHANNEL
 from hgc_learn.predictors.scale_shift import SCALE_SHIFT
-from hgc_learn.predictors.taylor2 import TAYLOR2
+from hgc_learn.predictors.taylor import TAYLOR2, TAYLOR3, TAYLOR4
 from hgc_learn.predictors.zero import ZERO
 
-_ALL = (HOLD, LINEAR, TAYLOR2, AB2, BDF2, FOCA, ZERO, MEAN, PER_CHANNEL, SCALE_SHIFT, FITTED, FITTED_PER_CHANNEL)
+_ALL = (
+    *(HOLD, LINEAR, TAYLOR2, TAYLOR3, TAYLOR4, AB2, BDF2, FOCA, ZERO, MEAN),
+    *(PER_CHANNEL, SCALE_SHIFT, FITTED, FITTED_PER_CHANNEL),
+)
 PREDICTORS: dict[str, Predictor] = {p.name: p for p in _ALL}
 BY_CODE: dict[str, Predictor] = {p.code: p for p in _ALL}
 

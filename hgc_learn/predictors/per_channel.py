@@ -13,7 +13,7 @@ from hgc_learn.predictors.bdf2 import BDF2
 from hgc_learn.predictors.foca import FOCA
 from hgc_learn.predictors.hold import HOLD
 from hgc_learn.predictors.linear import LINEAR
-from hgc_learn.predictors.taylor2 import TAYLOR2
+from hgc_learn.predictors.taylor import TAYLOR2
 
 CHOICES = (HOLD, LINEAR, TAYLOR2, AB2, BDF2, FOCA)
 """What the tensor `<site>/predictor` (uint8 [channels]) indexes. Part of the file format: append only."""
