@@ -160,35 +160,44 @@ class ObservedForwards(RoutedForwards):
 # Rollouts of drafts
 
 
-def mean_psnr(setting: Setting, draft: Draft) -> float:
-    """Mean PSNR, dB, of what a draft makes of the setting's samples, to the uncached pictures: what comparisons judge.
-    Minus infinity if a trajectory is lost."""
-    if not draft.tensors and draft.timesteps is None:
-        return setting.once(("mean_psnr", frozenset(draft.sites.items())), lambda: _mean_psnr(setting, draft))
-    return _mean_psnr(setting, draft)
+def mean_psnr(setting: Setting, draft: Draft, *, num_batches: int | None = None) -> float:
+    """Mean PSNR, dB, of what a draft makes of the setting's samples for searches, to the uncached pictures: what
+    comparisons judge. Minus infinity if a trajectory is lost. What is known already is not run again.
+
+    Args:
+        num_batches: those that come first; all if not given.
+    """
+    key = ("psnr", frozenset(draft.sites.items()))
+    has_key = not draft.tensors and draft.timesteps is None
+    known: dict[int, Tensor] = setting.once(key, dict) if has_key else {}
+    chosen = range(len(setting.search_batches))[:num_batches]
+    if missing := [index for index in chosen if index not in known]:
+        known |= _psnr(setting, draft, missing)
+    mean = float(torch.cat([known[index] for index in chosen]).mean())
+    return mean if math.isfinite(mean) else -math.inf
 
 
-def _mean_psnr(setting: Setting, draft: Draft) -> float:
+def _psnr(setting: Setting, draft: Draft, indices: Sequence[int]) -> dict[int, Tensor]:
+    """By index of the batch, PSNR [batch]."""
     from hgc_learn.evaluation import picture_psnr  # torchmetrics: not for those who only list policies
 
     references = reference_pictures(setting)
     schedule = setting.schedule(draft, policy="trial", settings={})
     with scheduled(setting.pipe, setting.sampling, schedule) as sampling:
-        psnr = [
-            picture_psnr(generate(setting.pipe, sampling, batch, output_type="pt").cpu(), reference)
-            for batch, reference in zip(setting.batches, references, strict=True)
-        ]
-    mean = float(torch.cat(psnr).mean())
-    return mean if math.isfinite(mean) else -math.inf
+        pictures = {
+            index: generate(setting.pipe, sampling, setting.search_batches[index], output_type="pt").cpu()
+            for index in indices
+        }
+    return {index: picture_psnr(made, references[index]) for index, made in pictures.items()}
 
 
 def reference_pictures(setting: Setting) -> list[Tensor]:
-    """The uncached pipeline's pictures of every batch, [batch, 3, height, width] in [0, 1], on the CPU."""
+    """The uncached pipeline's pictures of every batch for searches, [batch, 3, height, width] in [0, 1], on the CPU."""
 
     def make() -> list[Tensor]:
         return [
             generate(setting.pipe, setting.sampling, batch, output_type="pt").cpu()
-            for batch in progress(setting.batches, "uncached trajectories")
+            for batch in progress(setting.search_batches, "uncached trajectories")
         ]
 
     return setting.once("reference_pictures", make)

@@ -47,6 +47,8 @@ class Setting:
         timesteps: the scheduler's timestep of each model call.
         pipe: the pipeline itself; None where only an architecture is known.
         batches: samples to measure on, as for `hgc_learn.sampling.generate`.
+        search_batches: samples that a search tries schedules on; `batches` if not given. Those that do badly on the
+            first batch need not be tried on the others.
         memo: what has been measured, for policies to share between their knobs.
     """
 
@@ -56,7 +58,11 @@ class Setting:
     timesteps: tuple[float, ...]
     pipe: Any = None
     batches: Sequence[dict[str, Any]] = ()
+    search_batches: Sequence[dict[str, Any]] = ()
     memo: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.search_batches = self.search_batches or self.batches
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """What `make` gives; under the same key it is made only once."""
@@ -66,11 +72,16 @@ class Setting:
         return result
 
     @classmethod
-    def of_pipeline(cls, pipe: Any, sampling: SamplingConfig, batches: Sequence[dict[str, Any]] = ()) -> Setting:
+    def of_pipeline(
+        cls,
+        pipe: Any,
+        sampling: SamplingConfig,
+        batches: Sequence[dict[str, Any]] = (),
+        search_batches: Sequence[dict[str, Any]] = (),
+    ) -> Setting:
         graph, costs = Architecture.of(pipe).measure((sampling.height, sampling.width))
-        return cls(
-            graph, costs, sampling, scheduler_timesteps(pipe.scheduler, sampling.num_inference_steps), pipe, batches
-        )
+        timesteps = scheduler_timesteps(pipe.scheduler, sampling.num_inference_steps)
+        return cls(graph, costs, sampling, timesteps, pipe, batches, search_batches)
 
     @cached_property
     def fingerprint(self) -> ModelFingerprint:

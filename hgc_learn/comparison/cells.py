@@ -12,6 +12,7 @@ from hgc_learn.comparison.trained import training_configuration, training_file
 from hgc_learn.comparison.tune import plain
 from hgc_learn.files import read_json
 from hgc_learn.models.fingerprint import SAME_NORM_TOLERANCE, ModelFingerprint
+from hgc_learn.policies import POLICIES
 from hgc_learn.schedule import tensor_path
 
 T = TypeVar("T", str, float)
@@ -170,7 +171,10 @@ def tuned_otherwise(config: CompareConfig, cell: dict[str, Any]) -> str:
         return f"{then} fixed instead of {now}"
     record = cell.get("tuning", {"num_tried": 0, "num_candidates": 0})
     then, now = cell["protocol"]["tuning"], protocol(config, cell["sampler"])["tuning"]
+    compared = {*then, *now} - {*JUDGED, "num_search"}
     if not record["num_tried"] and not then.get("max_candidates") == 1 < record["num_candidates"]:
-        return ""
-    names = [name for name in {**now, **then} if name not in JUDGED and then.get(name) != now.get(name)]
+        compared = set()
+    if POLICIES[cell["policy"]].searches:
+        compared.add("num_search")
+    names = [name for name in {**now, **then} if name in compared and then.get(name) != now.get(name)]
     return ", ".join(f"{name} {then.get(name, 'none')} instead of {now.get(name, 'none')}" for name in names)

@@ -41,6 +41,7 @@ class TuningConfig:
         num_screening_scenes: validation scenes of the first round, if there are as many candidates.
         num_scenes: validation scenes of the last round.
         num_calibration: training scenes for policies that measure before they write a schedule.
+        num_search: training scenes that a search tries schedules on.
         tolerance: by how much, as a fraction of the full MACs, a schedule may exceed the budget.
     """
 
@@ -48,6 +49,7 @@ class TuningConfig:
     num_screening_scenes: int = 2
     num_scenes: int = 32
     num_calibration: int = 16
+    num_search: int = 32
     tolerance: float = 0.002
 
 

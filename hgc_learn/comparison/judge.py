@@ -26,6 +26,8 @@ from hgc_learn.setting import Setting
 
 Say = Callable[[str], None]
 DIGITS = 6
+SEARCH_BATCH_SIZE = 8
+"""Small, for a search drops most schedules after the first batch."""
 
 
 class Judge:
@@ -37,7 +39,8 @@ class Judge:
         self.sampling = config.sampling(sampler)
         self.pipe = load_pipeline(config.model, self.sampling)
         calibration = read_batches(config, "train", config.tuning.num_calibration, config.batch_size)
-        self.setting = Setting.of_pipeline(self.pipe, self.sampling, calibration)
+        search = read_batches(config, "train", config.tuning.num_search, min(SEARCH_BATCH_SIZE, config.batch_size))
+        self.setting = Setting.of_pipeline(self.pipe, self.sampling, calibration, search)
         check_weights(config, sampler, self.setting.fingerprint)
         self.test = read_batches(
             config, "test", config.samplers[sampler].num_test, config.batch_size, config.test_offset

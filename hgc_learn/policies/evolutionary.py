@@ -15,10 +15,16 @@ from hgc_learn.plan import COMPUTE, live_step
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import decoder_inputs, encoder_outputs, list_sites
-from hgc_learn.spacing import full_steps
+from hgc_learn.spacing import first_fulls, full_steps
 
 if TYPE_CHECKING:
     from hgc_learn.genetic import Genes
+
+FORECASTS = "-12A"
+"""Codes of the predictors of the prediction: hold, linear, taylor2, ab2."""
+
+CLEARLY = 1.0
+"""dB below the worst survivor on the first batch, with which a schedule is dropped."""
 
 Alternative = Mapping[str, str]
 """What a gene does at a step: the codes of the sites that it reuses."""
@@ -28,6 +34,7 @@ Alternative = Mapping[str, str]
     "evolutionary",
     paper="in the manner of ECAD (arXiv 2506.15682): a genetic algorithm on measured quality",
     grid={"budget": (0.5, 0.37, 0.25), "rank": tuple(range(16))},
+    searches=True,
 )
 def evolutionary(
     setting: Setting,
@@ -40,12 +47,14 @@ def evolutionary(
 ) -> Draft:
     """Evolves, per step, where the decoder starts from and whether ControlNet, guidance and attention are reused.
 
-    Maximises the mean PSNR of the pictures to the uncached ones, in real rollouts. It starts from all rules that do one
-    thing at all steps but full ones at regular intervals, at the budget.
+    Maximises the mean PSNR of the pictures to the uncached ones, in real rollouts. It starts from the best, on the
+    first batch of samples, of all rules that do one thing at all steps but full ones at the start and at regular
+    intervals, at the budget.
 
     Args:
         budget: fraction of the full MACs that must not be exceeded.
-        population: schedules that survive a generation, and those tried in it.
+        population: schedules that survive a generation, and those tried in it: on all samples, but for those that are
+            clearly worse than the survivors on the first batch.
         generations: after the one that the rules are.
         seed: of the search; the same seed finds the same schedule.
         rank: of the schedule among those of the last generation, from 0, the best on the samples that it was judged on;
@@ -73,29 +82,60 @@ def _evolve(encoding: Encoding, budget: float, population: int, generations: int
     from hgc_learn.genetic import search
 
     starts = rules(encoding, budget)
+    num_trials = len(starts) + population * generations
+    race = Race(encoding, population)
     with Progress() as bar:
-        task = bar.add_task("evolving", total=len(starts) + population * generations)
-        best = -float("inf")
+        task = bar.add_task("evolving", total=num_trials)
+
+        def first(genes: Genes) -> float:
+            bar.update(task, advance=1, description="trying rules")
+            return race.first(genes)
 
         def error(genes: Genes) -> float:
-            nonlocal best
-            psnr = mean_psnr(encoding.setting, encoding.draft(genes))
-            best = max(best, psnr)
-            bar.update(task, advance=1, description=f"evolving, {best:.2f} dB")
+            psnr = race.psnr(genes)
+            bar.update(task, advance=1, description=f"evolving, {race.survivors[0][0]:.2f} dB")
             return -psnr
 
+        best = sorted(starts, key=first, reverse=True)[:population]
+        bar.update(task, completed=len(starts) - len(best))
         last = search(
             error,
             encoding.kept,
-            starts,
+            best,
             encoding.sizes,
             budget=budget,
             population=population,
             generations=generations,
             seed=seed,
         )
-        bar.update(task, completed=len(starts) + population * generations)
+        bar.update(task, completed=num_trials)
     return last
+
+
+class Race:
+    """Tries schedules on all samples but those that are clearly worse than the survivors on the first batch of them.
+
+    Attributes:
+        survivors: PSNR on all samples and on the first batch, dB, of the best schedules so far, the best first.
+    """
+
+    def __init__(self, encoding: Encoding, population: int):
+        self.encoding, self.population = encoding, population
+        self.survivors: list[tuple[float, float]] = []
+
+    def first(self, genes: Genes) -> float:
+        return mean_psnr(self.encoding.setting, self.encoding.draft(genes), num_batches=1)
+
+    def psnr(self, genes: Genes) -> float:
+        """On all samples; where it is clearly below that of the worst survivor, as the first batch says."""
+        first = self.first(genes)
+        if len(self.survivors) == self.population:
+            worst, worst_first = self.survivors[-1]
+            if first < worst_first - CLEARLY:
+                return worst + first - worst_first
+        psnr = mean_psnr(self.encoding.setting, self.encoding.draft(genes))
+        self.survivors = sorted([*self.survivors, (psnr, first)], reverse=True)[: self.population]
+        return psnr
 
 
 class Encoding:
@@ -160,10 +200,10 @@ class Encoding:
 
 def trunk_alternatives(graph: Graph) -> list[Alternative]:
     """Compute all; hold the encoder (Faster-Diffusion); hold the decoder up to one of its layers (DeepCache); hold or
-    extrapolate the prediction."""
+    forecast the prediction."""
     encoder = [site for site in encoder_outputs(graph) if not site.endswith(":control")]
     deeper = [dict.fromkeys(sites, "-") for sites in decoder_inputs(graph) if len(sites) == 1]
-    return [{}, dict.fromkeys(encoder, "-"), *deeper, {graph.output: "-"}, {graph.output: "1"}]
+    return [{}, dict.fromkeys(encoder, "-"), *deeper, *({graph.output: code} for code in FORECASTS)]
 
 
 def guidance_alternatives(setting: Setting) -> list[Alternative]:
@@ -178,16 +218,17 @@ def _held(graph: Graph, suffix: str) -> list[Alternative]:
 
 
 def rules(encoding: Encoding, budget: float) -> list[Genes]:
-    """One alternative at every step but full ones, as many of them as the budget allows, at whole intervals or spread
-    evenly: for every combination of trunk, control and guidance (held)."""
+    """One alternative at every step but full ones, as many of them as the budget allows: a number of them at the start,
+    the others at whole intervals or spread evenly; for every combination of trunk, control and guidance (held)."""
     num_steps = encoding.setting.num_steps
     whole = [float(interval) for interval in range(1, num_steps + 1)]
     spread = [num_steps / number for number in range(num_steps, 0, -1)]
     choices = {"trunk": encoding.sizes[0], "control": 2, "guidance": 2}
+    combinations = itertools.product(*(range(choices.get(name, 1)) for name in encoding.genes))
     found: dict[str, Genes] = {}
-    for reused in itertools.product(*(range(choices.get(name, 1)) for name in encoding.genes)):
+    for reused, first_full in itertools.product(combinations, first_fulls(num_steps)):
         for intervals in (whole, spread):
-            tried = (_spaced(reused, full_steps(num_steps, interval), num_steps) for interval in intervals)
+            tried = (_spaced(reused, full_steps(num_steps, interval, first_full), num_steps) for interval in intervals)
             within = (genes for genes in tried if encoding.kept(genes) <= budget)
             for genes in itertools.islice(within, 1):
                 found.setdefault(str(encoding.draft(genes).sites), genes)

@@ -26,12 +26,14 @@ class Policy:
         paper: where it comes from.
         grid: values of its knobs that tuning tries, every combination of them; or several such grids, of which all are
             tried. May depend on the setting.
+        searches: whether it tries schedules on `Setting.search_batches`.
     """
 
     name: str
     write: Callable[..., Draft]
     paper: str
     grid: Callable[[Setting], Grid | Sequence[Grid]]
+    searches: bool
 
     @property
     def summary(self) -> str:
@@ -79,13 +81,17 @@ POLICIES: dict[str, Policy] = {}
 
 
 def register(
-    name: str, *, paper: str, grid: Grid | Callable[[Setting], Grid | Sequence[Grid]]
+    name: str,
+    *,
+    paper: str,
+    grid: Grid | Callable[[Setting], Grid | Sequence[Grid]],
+    searches: bool = False,
 ) -> Callable[[Callable[..., Draft]], Callable[..., Draft]]:
     """Registers the function below it as a policy. Its docstring's first line is what the list of policies shows."""
 
     def add(write: Callable[..., Draft]) -> Callable[..., Draft]:
         assert name not in POLICIES, name
-        POLICIES[name] = Policy(name, write, paper, grid if callable(grid) else lambda setting: grid)
+        POLICIES[name] = Policy(name, write, paper, grid if callable(grid) else lambda setting: grid, searches)
         return write
 
     return add

@@ -104,6 +104,9 @@ def test_other_fixed_knobs_are_told(settings: dict[str, Any], tmp_path: Path) ->
     config = read_config(write(settings, tmp_path))
     cell = {"sampler": SAMPLER, "policy": "evolutionary", "protocol": protocol(config, SAMPLER)}
     assert not tuned_otherwise(config, cell)
+    cell["protocol"]["tuning"].pop("num_search")
+    assert tuned_otherwise(config, cell) == "num_search none instead of 32"
+    assert not tuned_otherwise(config, cell | {"policy": "uniform"})
     cell["fixed"] = {"population": 16, "generations": 16}
     assert tuned_otherwise(config, cell) == "population=16, generations=16 fixed instead of nothing"
 

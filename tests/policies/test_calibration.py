@@ -140,6 +140,12 @@ def test_mean_psnr_is_that_of_the_applied_schedule() -> None:
         assert mean_psnr(setting, draft) == pytest.approx(sum(expected) / len(expected))
         assert rollouts.num_samples == 0
     assert mean_psnr(setting, Draft({})) == 120
+    num_first = len(setting.batches[0]["seed"])
+    assert mean_psnr(setting, draft, num_batches=1) == pytest.approx(sum(expected[:num_first]) / num_first)
+    with count_rollouts(setting) as rollouts:
+        other = replace(setting, search_batches=setting.batches[1:], memo={})
+        assert mean_psnr(other, draft) == pytest.approx(sum(expected[num_first:]) / (len(expected) - num_first))
+        assert rollouts.num_samples == pytest.approx(2 * (len(expected) - num_first))  # uncached and cached
 
 
 def test_layers_of_the_controlnet_are_chosen_by_the_knob() -> None:

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from measured import shared_setting, single_sample_setting
+from measured import measured_setting, shared_setting, single_sample_setting
 
 from hgc_learn.calibration import mean_psnr
 from hgc_learn.comparison.tune import count_rollouts
 from hgc_learn.genetic import Genes, search
 from hgc_learn.plan import compile_plan
 from hgc_learn.policies import POLICIES
-from hgc_learn.policies.evolutionary import Encoding, evolutionary, rules
+from hgc_learn.policies.evolutionary import CLEARLY, Encoding, Race, evolutionary, rules
 
 
 def random_genes(encoding: Encoding, seed: int) -> Genes:
@@ -76,6 +76,27 @@ def test_the_same_seed_finds_the_same_schedule_and_counts_its_rollouts() -> None
         num_samples = sum(len(batch["seed"]) for batch in setting.batches)
         assert num_samples < rollouts.num_samples <= num_samples * (1 + num_rules + 2 * 4)
     assert drafts[0] == drafts[1]
+
+
+def test_what_is_clearly_worse_than_the_survivors_on_the_first_batch_is_not_tried_on_the_others() -> None:
+    setting = measured_setting()
+    encoding = Encoding(setting)
+    race = Race(encoding, population=2)
+    full, held = random_genes(encoding, 0) * 0, random_genes(encoding, 0) * 0
+    held[:, 0] = encoding.sizes[0] - 4  # of the forecasts
+    near = full.copy()
+    near[-1] = held[-1]
+    num_samples = [len(batch["seed"]) for batch in setting.search_batches]
+    assert race.psnr(full) == 120
+    assert race.psnr(near) == mean_psnr(setting, encoding.draft(near))
+    assert len(race.survivors) == 2
+    with count_rollouts(setting) as rollouts:
+        psnr = race.psnr(held)
+    assert rollouts.num_samples <= num_samples[0]
+    first = [mean_psnr(setting, encoding.draft(genes), num_batches=1) for genes in (held, near)]
+    assert first[0] < first[1] - CLEARLY
+    assert psnr == pytest.approx(race.survivors[-1][0] + first[0] - first[1])
+    assert psnr < race.survivors[-1][0]
 
 
 def test_ranks_are_those_of_one_search() -> None:
