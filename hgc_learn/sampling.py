@@ -20,7 +20,7 @@ from hgc_learn.inference import HGCSchedule, apply_schedule
 from hgc_learn.timesteps import SPACINGS, steps_for_calls, with_spacing
 
 
-@dataclass
+@dataclass(frozen=True)
 class SamplingConfig:
     """How pictures are made; a schedule is valid for exactly this.
 

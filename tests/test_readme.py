@@ -43,6 +43,7 @@ MORE_ARGUMENTS: dict[str, list[str]] = {
         "--tuning.num_screening_scenes=1",
         "--tuning.num_scenes=1",
         "--tuning.num_calibration=1",
+        "--tuning.num_search=1",
         "--grid.num_pictures=2",
     ],
 }

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hgc_learn.comparison.cells import Selection, cell_files
+    from hgc_learn.comparison.cells import Selection
     from hgc_learn.comparison.config import read_config
     from hgc_learn.comparison.report import write_report
     from hgc_learn.comparison.run import run_comparison
@@ -43,11 +43,8 @@ def run(args: argparse.Namespace) -> None:
     selection = Selection.of(config, args.samplers, args.policies, args.budgets)
     if args.redo and (args.timing or args.report_only):
         raise ValueError("--redo runs cells again; --timing and --report_only run none. Give one of the three.")
-    if args.redo:
-        for cell in selection.cells():
-            cell_files(config, *cell).remove()
     if args.timing:
         time_cells(config, selection)
     elif not args.report_only:
-        run_comparison(config, selection)
+        run_comparison(config, selection, redo=args.redo)
     write_report(config, command=f"python -m hgc_learn compare --config {args.config}")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.trained import training_configuration, training_file
-from hgc_learn.comparison.tune import plain
+from hgc_learn.comparison.tune import combinations, plain
 from hgc_learn.files import read_json
 from hgc_learn.models.fingerprint import SAME_NORM_TOLERANCE, ModelFingerprint
 from hgc_learn.policies import POLICIES
+from hgc_learn.sampling import SamplingConfig, load_pipeline
 from hgc_learn.schedule import tensor_path
+from hgc_learn.setting import Setting
 
 T = TypeVar("T", str, float)
 JUDGED = ("num_calibration", "tolerance")
@@ -70,10 +73,16 @@ def protocol(config: CompareConfig, sampler: str) -> dict[str, Any]:
     )
 
 
-def check_weights(config: CompareConfig, sampler: str, held: ModelFingerprint | None = None) -> None:
+def check_weights(
+    config: CompareConfig,
+    sampler: str,
+    held: ModelFingerprint | None = None,
+    redone: Collection[tuple[str, str, float]] = (),
+) -> None:
     """
     Args:
         held: the weights that `config.model` holds; where they are not given, cells are compared with each other.
+        redone: cells that do not matter, for they are run again.
 
     Raises:
         ValueError: a cell was made with other weights.
@@ -82,7 +91,7 @@ def check_weights(config: CompareConfig, sampler: str, held: ModelFingerprint | 
     for policy in config.policy_names:
         for budget in config.budgets:
             files = cell_files(config, sampler, policy, budget)
-            if (weights := files.weights) is None:
+            if (sampler, policy, budget) in redone or (weights := files.weights) is None:
                 continue
             if held is None:
                 held, whose = weights, f"{files.figures} was made with"
@@ -161,20 +170,44 @@ def _what_is_judged(protocol: dict[str, Any]) -> dict[str, Any]:
 def tuned_otherwise(config: CompareConfig, cell: dict[str, Any]) -> str:
     """How a cell was tuned or its policy trained where that is not what is asked for now, as in `max_candidates 24
     instead of 96`; empty if it is, and where tuning made no difference: at most one candidate was within the budget."""
+    policy, sampler = POLICIES[cell["policy"]], cell["sampler"]
     if "training" in cell:
-        which = config, cell["sampler"], cell["policy"]
-        if not (path := training_file(*which)).is_file() or cell["training"] != training_configuration(*which):
+        path = training_file(config, sampler, policy.name)
+        if not path.is_file() or cell["training"] != training_configuration(config, sampler, policy.name):
             return f"a training by another {path} than is there now"
-    fixed = [cell.get("fixed", {}), plain(config.fixed.get(cell["policy"], {}))]
+    ways = []
+    fixed = [cell.get("fixed", {}), plain(config.fixed.get(policy.name, {}))]
     if fixed[0] != fixed[1]:
-        then, now = (", ".join(f"{name}={value}" for name, value in knobs.items()) or "nothing" for knobs in fixed)
-        return f"{then} fixed instead of {now}"
-    record = cell.get("tuning", {"num_tried": 0, "num_candidates": 0})
-    then, now = cell["protocol"]["tuning"], protocol(config, cell["sampler"])["tuning"]
+        before, today = (", ".join(f"{name}={value}" for name, value in knobs.items()) or "nothing" for knobs in fixed)
+        ways.append(f"{before} fixed instead of {today}")
+    num_tried, grid = cell.get("tuning", {}).get("num_tried", 0), _num_combinations(cell)
+    if grid and fixed[0] == fixed[1] and grid != (size := _grid_size(config, sampler, policy.name, cell["budget"])):
+        ways.append(f"a grid of {grid} instead of {size}")
+    then, now = cell["protocol"]["tuning"], protocol(config, sampler)["tuning"]
     compared = {*then, *now} - {*JUDGED, "num_search"}
-    if not record["num_tried"] and not then.get("max_candidates") == 1 < record["num_candidates"]:
+    if not num_tried and not then.get("max_candidates") == 1 < grid:
         compared = set()
-    if POLICIES[cell["policy"]].searches:
+    if policy.searches:
         compared.add("num_search")
     names = [name for name in {**now, **then} if name in compared and then.get(name) != now.get(name)]
-    return ", ".join(f"{name} {then.get(name, 'none')} instead of {now.get(name, 'none')}" for name in names)
+    ways += [f"{name} {then.get(name, 'none')} instead of {now.get(name, 'none')}" for name in names]
+    return ", ".join(ways)
+
+
+def _num_combinations(cell: dict[str, Any]) -> int:
+    """Of knobs, that there were; 0 if it is not known."""
+    number: int = cell.get("tuning", cell).get("num_candidates", 0)
+    return number
+
+
+def _grid_size(config: CompareConfig, sampler: str, policy: str, budget: float) -> int:
+    fixed = dict(config.fixed.get(policy, {}))
+    if "budget" in POLICIES[policy].knobs:
+        fixed["budget"] = budget
+    return len(combinations(POLICIES[policy], _unmeasured(config.model, config.sampling(sampler)), fixed))
+
+
+@cache
+def _unmeasured(model: str, sampling: SamplingConfig) -> Setting:
+    """What grids may depend on."""
+    return Setting.of_pipeline(load_pipeline(model, sampling), sampling)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -33,15 +33,15 @@ SEARCH_BATCH_SIZE = 8
 class Judge:
     """A sampler's pipeline and samples, which its cells share; what is expensive is made when it is first used."""
 
-    def __init__(self, config: CompareConfig, sampler: str):
-        """Raises ValueError where a cell that is there was made with other weights."""
+    def __init__(self, config: CompareConfig, sampler: str, redone: Collection[tuple[str, str, float]] = ()):
+        """Raises ValueError where a cell that is there, and is not `redone`, was made with other weights."""
         self.config, self.sampler = config, sampler
         self.sampling = config.sampling(sampler)
         self.pipe = load_pipeline(config.model, self.sampling)
         calibration = read_batches(config, "train", config.tuning.num_calibration, config.batch_size)
         search = read_batches(config, "train", config.tuning.num_search, min(SEARCH_BATCH_SIZE, config.batch_size))
         self.setting = Setting.of_pipeline(self.pipe, self.sampling, calibration, search)
-        check_weights(config, sampler, self.setting.fingerprint)
+        check_weights(config, sampler, self.setting.fingerprint, redone)
         self.test = read_batches(
             config, "test", config.samplers[sampler].num_test, config.batch_size, config.test_offset
         )

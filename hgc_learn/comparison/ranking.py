@@ -69,16 +69,19 @@ def collect(config: CompareConfig) -> tuple[list[Ranking], int]:
     return rankings, num_missing
 
 
+NOT_PUBLIC = ("samples", "protocol", "training")
+
+
 def public_rows(config: CompareConfig, ranking: Ranking) -> list[Row]:
-    """What the JSON file says of each cell: all but the figures of single samples."""
+    """What the JSON file says of each cell: all but the figures of single samples, and the settings."""
     rows = []
     for cell, (gap, interval) in zip(ranking.cells, ranking.gaps, strict=True):
-        row = {name: value for name, value in cell.items() if name not in ("samples", "protocol")}
+        row = {name: value for name, value in cell.items() if name not in NOT_PUBLIC}
         row |= {"gap_to_best_db": round(gap, 4), "gap_to_best_ci": [round(bound, 4) for bound in interval]}
         timing = cell_files(config, ranking.sampler, cell["policy"], ranking.budget).timing
         rows.append(row | (read_json(timing) if timing.is_file() else {}))
     for cell in ranking.others:
-        row = {name: value for name, value in cell.items() if name != "protocol"}
+        row = {name: value for name, value in cell.items() if name not in NOT_PUBLIC}
         rows.append(row | ({"error": cell["error"].strip().splitlines()[-1]} if "error" in cell else {}))
     return rows
 

@@ -24,11 +24,20 @@ from hgc_learn.files import save_json
 from hgc_learn.policies import POLICIES
 
 
-def run_comparison(config: CompareConfig, selection: Selection) -> None:
+def run_comparison(config: CompareConfig, selection: Selection, *, redo: bool = False) -> None:
     """Runs every selected cell that has no figures and no reason yet. An exception in a cell is kept in its file, told,
-    and tried again by the next run. Cells that were tuned with other settings are told and kept."""
+    and tried again by the next run. Cells that were tuned with other settings are told and kept.
+
+    Args:
+        redo: removes the selected cells first, when all that they need has been found.
+    """
     torch.set_flush_denormal(True)  # arithmetic with denormal numbers is many times slower on CPUs
     cells = list(selection.cells())
+    if redo:
+        for sampler in selection.samplers:
+            Judge(config, sampler, redone=cells)  # raises what would stop the run
+        for cell in cells:
+            cell_files(config, *cell).remove()
     total = len(cells)
 
     def num_done() -> int:
@@ -87,9 +96,11 @@ def _run_policy(
 
 
 def _attempt(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `action` returns, or its traceback as `error`. Ctrl-C passes."""
+    """What `action` returns, or its traceback as `error`. Ctrl-C passes, and that a package is not installed."""
     try:
         return action()
+    except ModuleNotFoundError:
+        raise
     except Exception:
         return {"error": traceback.format_exc()}
 

@@ -42,14 +42,18 @@ class Candidates:
     refused: list[ValueError] = field(default_factory=list)
 
 
+def combinations(policy: Policy, setting: Setting, fixed: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of knobs. A grid may vary what is fixed, the budget for one: such combinations are the same."""
+    grid = [{**knobs, **fixed} for knobs in policy.candidates(setting)]
+    return list({repr(sorted(knobs.items())): knobs for knobs in grid}.values())
+
+
 def list_candidates(policy: Policy, setting: Setting, fixed: dict[str, Any]) -> Candidates:
     """Writes and counts every candidate of a policy; `fixed` are knobs that are not tuned. No pictures are made but by
     policies that do so themselves."""
     result = Candidates()
     seen = set()
-    # A grid may vary what is fixed here, the budget for one: such combinations are the same.
-    grid = [{**knobs, **fixed} for knobs in policy.candidates(setting)]
-    for knobs in {repr(sorted(knobs.items())): knobs for knobs in grid}.values():
+    for knobs in combinations(policy, setting, fixed):
         result.num_candidates += 1
         try:
             draft = policy.write(setting, **knobs)

@@ -33,7 +33,7 @@ class Policy:
     write: Callable[..., Draft]
     paper: str
     grid: Callable[[Setting], Grid | Sequence[Grid]]
-    searches: bool
+    searches: bool = False
 
     @property
     def summary(self) -> str:

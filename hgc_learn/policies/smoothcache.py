@@ -25,7 +25,7 @@ LAYER_TYPES = {"attn1": "*.attn1:out", "attn2": "*.attn2:out", "ff": "*.ff:out",
     # The paper's max_skip is 3; a longer one is needed to reach few MACs.
     grid=lambda setting: {
         "alpha": sorted({ALPHA, *geometric(0.03, 3.0, 46)}),
-        "max_skip": (3, 6, setting.num_steps - 1),
+        "max_skip": sorted({3, 6, 9, 12, setting.num_steps - 1}),
         "grouping": ("type", "layer"),
         "controlnet": ("computed", "layers", "residuals"),
     },

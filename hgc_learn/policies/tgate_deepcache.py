@@ -15,11 +15,13 @@ from hgc_learn.spacing import full_steps
 
 def _grid(setting: Setting) -> Grid:
     """Few values of each, for only some of the candidates are tried; of the branches those that reuse most."""
+    num_steps = setting.num_steps  # a gate there is never reached
+    gates = {max(1, round(tenths / 10 * num_steps)) for tenths in range(1, 11)}
     return {
-        "gate": sorted({max(1, round(tenths / 10 * setting.num_steps)) for tenths in range(1, 10)}),
+        "gate": sorted({*gates, max(1, num_steps - 1)}),
         "self_attention_interval": (1, 5),
         "late_self_attention_interval": (1, 5),
-        "interval": (2, 3, 4, 5, 7, 10, setting.num_steps),
+        "interval": (2, 3, 4, 5, 7, 10, num_steps),
         "branch": range(min(4, len(decoder_inputs(setting.graph)))),
         "control": ("held", "fresh") if setting.graph.residuals else ("held",),
     }

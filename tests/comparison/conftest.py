@@ -23,6 +23,7 @@ def settings(teacher: Path, tmp_path: Path) -> dict[str, Any]:
             "num_scenes": 2,
             "max_candidates": 4,
             "num_calibration": 2,
+            "num_search": 2,
         },
         "training_config": str(tmp_path / "{policy}-{sampler}.yaml"),
         "grid": {"sampler": SAMPLER, "budget": 0.6, "num_pictures": 2},

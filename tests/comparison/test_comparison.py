@@ -156,6 +156,20 @@ def test_a_policy_that_fails_is_told_and_does_not_stop_the_others(
     assert rows(settings)["fragile", 0.6]["kept_macs"] == pytest.approx(0.6)
 
 
+def test_a_missing_package_is_told_and_no_failure_of_the_policy(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def clusters(setting: Setting) -> Draft:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn.cluster")
+
+    monkeypatch.setitem(POLICIES, "clusters", Policy("clusters", clusters, "none", lambda setting: {}))
+    settings |= {"policies": ["clusters"], "budgets": [0.6]}
+    assert main(["compare", "--config", str(write(settings, tmp_path))]) == 2
+    assert "this needs sklearn, which is not installed: pip install" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "cells" / SAMPLER / "clusters" / "0.6.json").exists()
+    assert not (tmp_path / "report").exists()
+
+
 def test_policies_that_refuse_everything(settings: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
     """A budget that a policy says it cannot meet is a reason; anything else that it refuses is a failure."""
 

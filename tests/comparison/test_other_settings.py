@@ -26,7 +26,8 @@ def test_cells_made_with_other_settings_are_refused_until_redone(
         assert "--redo" in capsys.readouterr().err
     assert main(["compare", "--config", str(path), "--redo", "--", others[0]]) == 0
     assert main(["compare", "--config", str(path), "--", others[0]]) == 0
-    assert (tmp_path / "run" / "cells" / SAMPLER / "uniform" / "0.6.schedule.json").is_file()
+    assert main(["compare", "--config", str(path), "--redo", "--", others[0], "--optional_metrics=[clip]"]) == 2
+    assert (tmp_path / "run" / "cells" / SAMPLER / "uniform" / "0.6.schedule.json").is_file()  # refused, not removed
     settings["fixed"] = {"uniform": {"interval": 1}}  # over the budget
     assert main(["compare", "--config", str(write(settings, tmp_path)), "--", others[0]]) == 0
     assert "1 cell was tuned with nothing fixed instead of interval=1; --redo runs it again" in capsys.readouterr().out
@@ -82,12 +83,16 @@ def test_cells_tuned_with_other_settings_are_kept_told_and_marked(
 @pytest.mark.parametrize(
     ("record", "then", "how"),
     [
-        ({"num_tried": 3, "num_candidates": 9}, {"max_candidates": 3}, "max_candidates 3 instead of 4"),
-        ({"num_tried": 3, "num_candidates": 9}, {"num_calibration": 9, "tolerance": 0.5}, ""),  # these are refused
-        ({"num_tried": 3, "num_candidates": 9}, {}, ""),
-        ({"num_tried": 0, "num_candidates": 9}, {"max_candidates": 3}, ""),  # one was within the budget
-        ({"num_tried": 0, "num_candidates": 9}, {"max_candidates": 1}, "max_candidates 1 instead of 4"),  # at least one
-        ({"num_tried": 0, "num_candidates": 1}, {"max_candidates": 1}, ""),
+        ({"num_tried": 3, "num_candidates": 160}, {"max_candidates": 3}, "max_candidates 3 instead of 4"),
+        ({"num_tried": 3, "num_candidates": 160}, {"num_calibration": 9, "tolerance": 0.5}, ""),  # these are refused
+        ({"num_tried": 3, "num_candidates": 160}, {}, ""),
+        ({"num_tried": 0, "num_candidates": 160}, {"max_candidates": 3}, ""),  # one was within the budget
+        (
+            {"num_tried": 0, "num_candidates": 160},
+            {"max_candidates": 1},
+            "max_candidates 1 instead of 4",
+        ),  # one or more
+        ({"num_tried": 0, "num_candidates": 9}, {"max_candidates": 1}, "a grid of 9 instead of 160"),
         (None, {"max_candidates": 3}, ""),  # none was
     ],
 )
@@ -95,18 +100,20 @@ def test_how_hard_a_cell_was_tuned_is_told_where_it_may_have_mattered(
     settings: dict[str, Any], tmp_path: Path, record: dict[str, int] | None, then: dict[str, float], how: str
 ) -> None:
     config = read_config(write(settings, tmp_path))
-    cell: dict[str, Any] = {"sampler": SAMPLER, "policy": "uniform", "protocol": protocol(config, SAMPLER)}
+    cell: dict[str, Any] = {"sampler": SAMPLER, "policy": "uniform", "budget": 0.6}
+    cell["protocol"] = protocol(config, SAMPLER)
     cell["protocol"]["tuning"] |= then
     assert tuned_otherwise(config, cell | ({"tuning": record} if record else {})) == how
 
 
 def test_other_fixed_knobs_are_told(settings: dict[str, Any], tmp_path: Path) -> None:
     config = read_config(write(settings, tmp_path))
-    cell = {"sampler": SAMPLER, "policy": "evolutionary", "protocol": protocol(config, SAMPLER)}
+    cell = {"sampler": SAMPLER, "policy": "evolutionary", "budget": 0.6, "protocol": protocol(config, SAMPLER)}
     assert not tuned_otherwise(config, cell)
     cell["protocol"]["tuning"].pop("num_search")
-    assert tuned_otherwise(config, cell) == "num_search none instead of 32"
+    assert tuned_otherwise(config, cell) == "num_search none instead of 2"
     assert not tuned_otherwise(config, cell | {"policy": "uniform"})
+    cell["protocol"] = protocol(config, SAMPLER)
     cell["fixed"] = {"population": 16, "generations": 16}
     assert tuned_otherwise(config, cell) == "population=16, generations=16 fixed instead of nothing"
 
