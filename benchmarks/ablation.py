@@ -30,11 +30,11 @@ from hgc_learn.evaluation import picture_psnr, render
 from hgc_learn.export.export import decide, load_run
 from hgc_learn.export.learning import ALL, Learning
 from hgc_learn.files import save_json
+from hgc_learn.objectives import Rollout
 from hgc_learn.setting import Draft
 from hgc_learn.training.effects import Choices, Effects
 from hgc_learn.training.hard import HardSchedule
 from hgc_learn.training.module import RouterModule
-from hgc_learn.training.objectives import Rollout
 from hgc_learn.training.router import Router
 
 WHOLE = "the whole recipe"

@@ -6,6 +6,7 @@ there, whatever its row says. Only schedules of the demonstration teacher, whose
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -31,8 +32,11 @@ def ages(path: Path) -> dict[str, list[int]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="schedules")
+    args = parser.parse_args()
     print("| schedule | kind | loads | mean age | oldest |\n|---|---|---|---|---|")
-    for file in map(Path, sys.argv[1:]):
+    for file in args.files:
         for kind, values in sorted(ages(file).items()):
             name = "/".join(file.parts[-3:]).removesuffix(".schedule.json")
             print(f"| {name} | {kind} | {len(values)} | {sum(values) / len(values):.1f} | {max(values)} |")

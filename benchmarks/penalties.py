@@ -23,10 +23,10 @@ from hgc_learn.evaluation import picture_psnr, render
 from hgc_learn.export.export import load_run
 from hgc_learn.files import save_json
 from hgc_learn.models.macs import BudgetError
+from hgc_learn.objectives import L2C
 from hgc_learn.training.hard import HardSchedule
 from hgc_learn.training.lightning_cli import train
 from hgc_learn.training.module import RouterModule
-from hgc_learn.training.objectives import L2C
 
 
 def trained(policy: str, sampler: str, penalty: float) -> Path:

@@ -31,9 +31,9 @@ from hgc_learn.demo.teacher import build_tokenizer
 from hgc_learn.files import save_json
 from hgc_learn.models.architectures import build_architecture
 from hgc_learn.models.random_pipeline import random_pipeline
+from hgc_learn.objectives import Rollout
 from hgc_learn.sampling import SamplingConfig
 from hgc_learn.training.module import RouterModule
-from hgc_learn.training.objectives import Rollout
 
 
 class LiveTensors(TorchDispatchMode):

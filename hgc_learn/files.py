@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+os.umask(UMASK := os.umask(0))  # the only way to read it, and not one that threads may use
+
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """The file appears under its name only when it is complete and on the disk, whatever happens in between. Its folder
@@ -18,7 +20,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
+            os.chmod(file.name, 0o666 & ~UMASK)
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)

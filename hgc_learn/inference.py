@@ -45,7 +45,8 @@ def apply_schedule(
         resample: run with any number of steps and any timesteps: each step does, with a warning, what the schedule
             does at the nearest timestep. Without it such runs are refused.
         exact_savings: compute once per run what does not change in it (the ControlNet's condition embedding, keys and
-            values of the prompt), and no ControlNet whose scale is 0.
+            values of the prompt), and no ControlNet whose scale is 0. Nothing is kept so under `torch.inference_mode`
+            or with gradients; diffusers' pipelines themselves run under `torch.no_grad`.
         max_steps_at_once: how many steps that do not depend on each other's latents may run as one batch; it takes
             the memory of so many decoders. 1 switches that off.
 
@@ -80,7 +81,8 @@ def apply_schedule(
 
 def apply_exact_savings(pipe: Any) -> ScheduleHandle:
     """Makes every later call of `pipe` compute once what does not change in it, and skip ControlNets while their scale
-    is 0: the same pictures for less, with any sampler and number of steps. `remove_schedule(pipe)` undoes it.
+    is 0: the same pictures for less, with any sampler and number of steps. Under `torch.inference_mode`, and with
+    gradients, only the ControlNets are skipped. `remove_schedule(pipe)` undoes it.
 
     Raises:
         ValueError: as of `apply_schedule`.

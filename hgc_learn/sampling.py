@@ -17,6 +17,7 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import Tensor
 
 from hgc_learn.inference import HGCSchedule, apply_schedule
+from hgc_learn.models.architectures import check_fits
 from hgc_learn.timesteps import SPACINGS, steps_for_calls, with_spacing
 
 
@@ -103,13 +104,7 @@ def load_pipeline(
                 "give none (null), or a model without one."
             )
         pipe = _load("model", AutoPipelineForText2Image.from_pretrained, model, controlnet=net, **how)
-        for name in ("cross_attention_dim", "block_out_channels"):
-            theirs, its = (torch.tensor(model.config[name]).tolist() for model in (pipe.unet, net))  # tuples, or lists
-            if theirs != its:
-                raise ValueError(
-                    f"controlnet: {controlnet!r} is for another kind of model than {model!r} (its {name} is {its}, the "
-                    f"UNet's {theirs})."
-                )
+        check_fits(net, pipe.unet, controlnet, model)
     takes = inspect.signature(type(pipe).__call__).parameters
     if "strength" in takes or "mask_image" in takes:
         raise ValueError(

@@ -237,14 +237,20 @@ class HGCSchedule:
         complete.
 
         Raises:
-            ValueError: another ending than `.json`, which that of the tensors' file takes the place of.
+            ValueError: another ending than `.json`, which that of the tensors' file takes the place of; or what `load`
+                would refuse.
             OSError: it cannot be written there.
         """
         path = Path(path)
         check_output(path)
-        content = to_json(self.to_dict())  # what cannot be written must not replace the tensors of what is there
-        if self.tensors:
-            write_atomically(tensor_path(path), self._tensor_bytes())
+        # What cannot be read again must not replace what is there.
+        content, tensors = to_json(self.to_dict()), self._tensor_bytes() if self.tensors else b""
+        for what, size, most in (("", len(content), MAX_FILE_BYTES), ("'s tensors", len(tensors), MAX_TENSOR_BYTES)):
+            if size > most:
+                raise ScheduleError(f"{path}: the schedule{what} would take {size} bytes; {most} are read at most.")
+        HGCSchedule.from_dict(parse_json(content), self.tensors)
+        if tensors:
+            write_atomically(tensor_path(path), tensors)
         write_atomically(path, content)
 
     @classmethod

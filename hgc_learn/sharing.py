@@ -31,8 +31,13 @@ def find_schedule(
     of which nothing but the schedule is downloaded.
 
     Raises:
-        ValueError: nothing is here by that name, nor on the hub.
+        ValueError: nothing is here by that name, nor on the hub, or `source` is no name.
     """
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise ValueError(
+            f"A schedule is given as an HGCSchedule or by its file, folder or hub id, not as {source!r:.80}. Of a dict "
+            "HGCSchedule.from_dict makes one, a handle has its own as handle.schedule."
+        )
     path = Path(source)
     if path.is_dir():
         return path / subfolder / FILE_NAME

@@ -104,8 +104,8 @@ def deep_module(shared_deep_module: RouterModule) -> RouterModule:
 
 
 def build_module(teacher: Path) -> RouterModule:
+    from hgc_learn.objectives import DEFAULT_SITES
     from hgc_learn.training.module import RouterModule
-    from hgc_learn.training.objectives import DEFAULT_SITES
 
     return RouterModule(str(teacher), SAMPLING, budgets=[BUDGET], sites=[*DEFAULT_SITES, "unet:guidance"])
 

@@ -16,9 +16,9 @@ from training_fixtures import BUDGET, SAMPLING, learn
 from hgc_learn.calibration import mean_psnr, site_statistics
 from hgc_learn.evaluation import closeness, side_by_side
 from hgc_learn.inference import apply_schedule
+from hgc_learn.objectives import DEFAULT_SITES, L2C, HarmoniCa, Objective, Rollout
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.training.module import RouterModule
-from hgc_learn.training.objectives import DEFAULT_SITES, L2C, HarmoniCa, Objective, Rollout
 
 
 def on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:

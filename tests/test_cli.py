@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_schedule import SCHEDULE, changed
@@ -92,6 +93,33 @@ def test_macs_of_a_folder_and_a_schedule(capsys: pytest.CaptureFixture[str], tmp
         assert handle.stats()["macs_cached"] < result["macs_cached"] * 1.2
     assert main(["macs", "--model", str(tmp_path), "--schedule", str(path)]) == 0
     assert "50.0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("tokenizer/tokenizer_config.json", {"model_max_length": None}, "json: model_max_length is None"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": "77"}, "json: model_max_length is '77'"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": -3}, "json: model_max_length is -3"),
+        ("vae/config.json", {"block_out_channels": 8}, "json: block_out_channels is 8"),
+        ("unet/config.json", {"sample_size": "16"}, "sample_size '16'"),
+        ("unet/config.json", {"sample_size": 0}, "sample_size 0"),
+        ("unet/config.json", {"sample_size": [16]}, r"sample_size [16]"),
+        (
+            "unet/config.json",
+            {"encoder_hid_dim_type": "text_image_proj", "encoder_hid_dim": 8},
+            "do not run on an image",
+        ),
+        ("controlnet/config.json", {"cross_attention_dim": 24}, "another kind of model"),
+    ],
+)
+def test_macs_of_a_folder_with_broken_configs(
+    file: str, change: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    save_configs(tmp_path)
+    path = tmp_path / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert message in refused(capsys, "macs", "--model", str(tmp_path))
 
 
 def test_macs_of_a_folder_and_a_controlnet_of_its_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

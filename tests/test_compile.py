@@ -13,12 +13,12 @@ from training_fixtures import BUDGET
 from hgc_learn.export import patterns
 from hgc_learn.export.specialise import specialise
 from hgc_learn.inference import apply_schedule
+from hgc_learn.objectives import L2C, Rollout
 from hgc_learn.plan import compile_plan
 from hgc_learn.policies import POLICIES
 from hgc_learn.sampling import SamplingConfig
 from hgc_learn.setting import Setting
 from hgc_learn.training.module import RouterModule
-from hgc_learn.training.objectives import L2C, Rollout
 
 ROWS = {"unet:guidance": "C-C-C-", "unet.up_blocks.1.attentions.0:out": "C-C-C-"}
 

@@ -14,9 +14,9 @@ import torch
 from processes import start
 from training_fixtures import fit
 
+from hgc_learn.objectives import Rollout
 from hgc_learn.training import distributed
 from hgc_learn.training.module import RouterModule
-from hgc_learn.training.objectives import Rollout
 
 NUM_STEPS = 2
 

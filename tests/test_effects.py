@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from training_fixtures import BUDGET, SAMPLING, changed, random_schedule
 
+from hgc_learn.objectives import DEFAULT_SITES
 from hgc_learn.predictors import BY_CODE
 from hgc_learn.sampling import generate
 from hgc_learn.training.effects import Choices
 from hgc_learn.training.hard import HardSchedule
 from hgc_learn.training.module import RouterModule
-from hgc_learn.training.objectives import DEFAULT_SITES
 
 Weights = dict[int, float]
 """Of a site's fresh values, by step."""

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from hgc_learn.export.learning import Learning
 from hgc_learn.files import read_json
 from hgc_learn.inference import apply_schedule
 from hgc_learn.sampling import generate, load_pipeline
-from hgc_learn.schedule import HGCSchedule, tensor_path
+from hgc_learn.schedule import HGCSchedule, ScheduleError, tensor_path
 from hgc_learn.training.module import RouterModule
 
 pytestmark = pytest.mark.filterwarnings(
@@ -56,6 +57,33 @@ def test_what_cannot_be_written_leaves_the_file_that_was_there(tmp_path: Path) -
     with pytest.raises(ValueError, match="not JSON compliant"):
         replace(WITH_TENSORS, tensors=tensors, producer={"note": float("nan")}).save(path)
     assert HGCSchedule.load(path).to_dict() == WITH_TENSORS.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"producer": {"note": 1e300}}, "producer"),
+        ({"producer": {"note": "x" * 17 * 2**20}}, "the schedule would take .* bytes; 16777216 are read at most"),
+        ({"tensors": {"unet:eps/scale": torch.ones(6, 2**22)}}, "the schedule's tensors would take .* bytes"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "schedule.json"
+    WITH_TENSORS.save(path)
+    broken = replace(WITH_TENSORS)
+    for name, value in change.items():
+        object.__setattr__(broken, name, value)
+    with pytest.raises(ScheduleError, match=message):
+        broken.save(path)
+    assert HGCSchedule.load(path) == WITH_TENSORS
+
+
+def test_files_have_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
+    for umask, mode in (("077", 0o600), ("022", 0o644)):
+        path = tmp_path / umask
+        code = f"from pathlib import Path; from hgc_learn.files import save_json; save_json(Path({str(path)!r}), 1)"
+        subprocess.run(["bash", "-c", f"umask {umask}; {sys.executable} -c {shlex.quote(code)}"], check=True)
+        assert path.stat().st_mode & 0o777 == mode
 
 
 def test_a_file_that_is_not_json_is_named(tmp_path: Path) -> None:

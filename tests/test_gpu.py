@@ -15,8 +15,8 @@ from training_fixtures import BUDGET, SAMPLING, learn
 
 from hgc_learn.evaluation import closeness, side_by_side
 from hgc_learn.inference import apply_exact_savings, apply_schedule, remove_schedule
+from hgc_learn.objectives import DEFAULT_SITES, Rollout
 from hgc_learn.training.module import RouterModule
-from hgc_learn.training.objectives import DEFAULT_SITES, Rollout
 
 pytestmark = [
     pytest.mark.gpu,

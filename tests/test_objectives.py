@@ -15,13 +15,13 @@ from training_fixtures import SAMPLING, fit
 
 from hgc_learn.data import SceneDataModule
 from hgc_learn.inference import apply_schedule
+from hgc_learn.objectives import L2C, HarmoniCa
+from hgc_learn.objectives.blend import BlendedForwards
+from hgc_learn.objectives.l2c import add_noise, ddim_step
 from hgc_learn.policies import POLICIES
 from hgc_learn.sampling import SamplingConfig, generate, load_pipeline
 from hgc_learn.setting import Setting
 from hgc_learn.training.module import RouterModule
-from hgc_learn.training.objectives import L2C, HarmoniCa
-from hgc_learn.training.objectives.blend import BlendedForwards
-from hgc_learn.training.objectives.l2c import add_noise, ddim_step
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The 'train_dataloader' does not have many workers",

@@ -15,11 +15,11 @@ from training_fixtures import BUDGET, SAMPLING, save_tiny_models
 
 from hgc_learn.evaluation import decode, unclamped_pictures
 from hgc_learn.inference import apply_schedule
+from hgc_learn.objectives import Rollout
 from hgc_learn.sampling import SamplingConfig, generate, load_pipeline
 from hgc_learn.setting import Draft
 from hgc_learn.training.hard import HardSchedule
 from hgc_learn.training.module import RouterModule
-from hgc_learn.training.objectives import Rollout
 
 
 @pytest.fixture(scope="module")

@@ -163,6 +163,12 @@ def test_what_is_nowhere_is_refused_in_one_line(source: str, message: str, hub: 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("source", [None, "", {"format": "hgc_schedule"}, 3])
+def test_what_is_no_name_is_refused(source: Any) -> None:
+    with pytest.raises(ScheduleError, match="A schedule is given as an HGCSchedule or by its file, folder or hub id"):
+        HGCSchedule.from_pretrained(source)
+
+
 def test_files_of_the_hub_are_read_as_strictly(hub: Path) -> None:
     SCALED.push_to_hub("someone/schedule")
     path = hub / "someone/schedule/main/hgc_schedule.json"

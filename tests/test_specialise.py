@@ -12,9 +12,9 @@ from hgc_learn.data import SceneDataModule, hold_out
 from hgc_learn.export.export import decide, training_batches
 from hgc_learn.export.learning import Learning
 from hgc_learn.export.specialise import specialise
+from hgc_learn.objectives import Rollout
 from hgc_learn.training.hard import HardSchedule
 from hgc_learn.training.module import RouterModule
-from hgc_learn.training.objectives import Rollout
 
 
 def test_draws_keep_to_the_budget_and_spend_it(module: RouterModule) -> None:

@@ -17,11 +17,11 @@ from hgc_learn.evaluation import decode
 from hgc_learn.export.export import export, load_run, measure_fidelity
 from hgc_learn.export.learning import Learning
 from hgc_learn.inference import HGCSchedule, apply_schedule
+from hgc_learn.objectives import HarmoniCa, Rollout
 from hgc_learn.plan import compile_plan
 from hgc_learn.sampling import SamplingConfig, generate
 from hgc_learn.training.hard import HardSchedule
 from hgc_learn.training.module import RouterModule
-from hgc_learn.training.objectives import HarmoniCa, Rollout
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The 'train_dataloader' does not have many workers",

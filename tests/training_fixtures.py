@@ -157,7 +157,7 @@ def learn(module: RouterModule, batch: dict[str, Any]) -> Draft:
     from hgc_learn.export.fills import learn_fills
     from hgc_learn.export.patterns import cap
     from hgc_learn.export.specialise import specialise
-    from hgc_learn.training.objectives import Rollout
+    from hgc_learn.objectives import Rollout
 
     objective = module.objective
     assert isinstance(objective, Rollout)

@@ -14,8 +14,8 @@ import torch
 from hgc_learn.data import hold_out
 from hgc_learn.export.learning import OnUpdate
 from hgc_learn.export.patterns import cap
+from hgc_learn.objectives import Rollout
 from hgc_learn.training.hard import HardSchedule
-from hgc_learn.training.objectives import Rollout
 
 if TYPE_CHECKING:
     from hgc_learn.training.module import RouterModule

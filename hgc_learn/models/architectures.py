@@ -74,12 +74,15 @@ class Architecture:
         """(height, width) in pixels that the UNet was made for.
 
         Raises:
-            ValueError: its config does not say.
+            ValueError: its config does not say, or nonsense.
         """
         size = self.unet.config.sample_size
         if size is None:
             raise ValueError("The UNet's config has no sample_size, the size that costs are counted at. Set it.")
-        height, width = (size, size) if isinstance(size, int) else size
+        sizes = [size, size] if isinstance(size, int) else size
+        if not isinstance(sizes, list | tuple) or len(sizes) != 2 or not all(map(_is_count, sizes)):
+            raise ValueError(f"The UNet's config says sample_size {size!r}; it must be a positive integer or two.")
+        height, width = sizes
         return height * self.vae_scale_factor, width * self.vae_scale_factor
 
     @classmethod
@@ -93,19 +96,24 @@ class Architecture:
         """The expanded graph and its costs at an image size (height, width) in pixels; see `measure_costs`.
 
         Raises:
-            ValueError: a size that has no whole number of latent pixels.
+            ValueError: a size that has no whole number of latent pixels, or models that do not run on what pipelines
+                give them.
         """
         height, width = size or self.default_size
         scale = self.vae_scale_factor
         if height % scale or width % scale:
             raise ValueError(f"The size is {height}x{width}; this model takes multiples of {scale}.")
-        return measure_costs(
-            self.unet,
-            self.controlnet,
-            latent_size=(height // scale, width // scale),
-            image_size=(height, width),
-            num_tokens=self.num_tokens,
-        )
+        try:
+            return measure_costs(
+                self.unet,
+                self.controlnet,
+                latent_size=(height // scale, width // scale),
+                image_size=(height, width),
+                num_tokens=self.num_tokens,
+            )
+        except (RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"These models do not run on an image of {height}x{width} ({reason}).") from error
 
     def check(self, schedule: HGCSchedule) -> None:
         """Raises ValueError if the schedule was made for another one. Weights are not compared."""
@@ -158,14 +166,37 @@ def load_architecture(folder: str | os.PathLike[str], controlnet: str | os.PathL
         if not paths[0].is_file():
             raise ValueError(f"{controlnet}: not the folder of a ControlNet (it has no config.json).")
     nets = [_from_config(ControlNetModel, path) for path in paths]
-    vae = _read_config(folder / "vae" / "config.json")
-    num_tokens = _read_config(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
+    unet = _from_config(UNet2DConditionModel, folder / "unet" / "config.json")
+    for path, net in zip(paths, nets, strict=True):
+        check_fits(net, unet, str(path.parent), str(folder))
+    vae, tokenizer = folder / "vae" / "config.json", folder / "tokenizer" / "tokenizer_config.json"
+    channels = _read_config(vae).get("block_out_channels", [0] * 4)
+    if not isinstance(channels, list) or not channels:
+        raise ValueError(f"{vae}: block_out_channels is {channels!r}; it must be a list of numbers.")
+    max_length = _read_config(tokenizer).get("model_max_length", 77)
+    if not _is_count(max_length):
+        raise ValueError(f"{tokenizer}: model_max_length is {max_length!r}; it must be a positive integer.")
     return Architecture(
-        unet=_from_config(UNet2DConditionModel, folder / "unet" / "config.json"),
+        unet=unet,
         controlnet=nets if len(nets) > 1 else nets[0] if nets else None,
-        vae_scale_factor=2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1),
-        num_tokens=_num_tokens(num_tokens),
+        vae_scale_factor=2 ** (len(channels) - 1),
+        num_tokens=_num_tokens(max_length),
     )
+
+
+def check_fits(controlnet: Any, unet: Any, controlnet_name: str, model_name: str) -> None:
+    """Raises ValueError where a ControlNet is for UNets of another kind."""
+    for name in ("cross_attention_dim", "block_out_channels"):
+        its, theirs = (torch.tensor(model.config[name]).tolist() for model in (controlnet, unet))  # tuples, or lists
+        if its != theirs:
+            raise ValueError(
+                f"controlnet: {controlnet_name!r} is for another kind of model than {model_name!r} (its {name} is "
+                f"{its}, the UNet's {theirs})."
+            )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _num_tokens(model_max_length: int) -> int:

@@ -103,7 +103,8 @@ def _norms(model: nn.Module) -> dict[str, float]:
         except AttributeError:
             continue
         weight = getattr(module, "base_layer", module).weight  # a LoRA layer wraps the original
-        if not weight.is_meta:  # sequential offload keeps weights away until they are used
+        # Sequential offload keeps weights away until they are used; rounded to 8 bits they have another norm.
+        if not weight.is_meta and weight.dtype.itemsize > 1:
             norm = float(torch.linalg.vector_norm(weight.detach().float()))
             norms[path] = float(f"{norm:.8g}")
     return norms

@@ -1,4 +1,4 @@
-"""HarmoniCa's recipe (`hgc_learn.training.objectives.harmonica`)."""
+"""HarmoniCa's recipe (`hgc_learn.objectives.harmonica`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning-to-Cache's recipe (`hgc_learn.training.objectives.l2c`)."""
+"""Learning-to-Cache's recipe (`hgc_learn.objectives.l2c`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def l2c(setting: Setting, *, ckpt_path: str = "", budget: float = 0.5, interval:
         interval: one of those trained; the shortest that the budget allows if not given.
     """
     from hgc_learn.export.export import load_trained
-    from hgc_learn.training.objectives import L2C
+    from hgc_learn.objectives import L2C
 
     module, _ = load_trained(setting, ckpt_path, "l2c")
     assert isinstance(module.objective, L2C)

@@ -1,4 +1,4 @@
-"""The learned router, trained on the student's own hard trajectories (`hgc_learn.training.objectives.rollout`)."""
+"""The learned router, trained on the student's own hard trajectories (`hgc_learn.objectives.rollout`)."""
 
 from __future__ import annotations
 

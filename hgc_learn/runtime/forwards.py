@@ -1,8 +1,8 @@
 """Takes over the forwards of a pipeline's UNet and ControlNets, for inference and for training alike.
 
 `RoutedForwards` stands where the models' own `forward` stood, keeps count of the step, notices when inputs change in
-mid-run, and leaves to a subclass what is executed: the plan of a schedule (`inference`) or every node with gates in
-between (`probe`). Nothing is read back from the device in mid-run, but in inference mode (see `unchanged`).
+mid-run, and leaves to a subclass what is executed: the plan of a schedule (`runtime`) or every node with gates in
+between (`training.probe`). Nothing is read back from the device in mid-run, but in inference mode (see `unchanged`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The LightningModule that trains a router over a frozen pipeline, by any of the objectives beside it."""
+"""The LightningModule that trains a router over a frozen pipeline, by any of `hgc_learn.objectives`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from hgc_learn.evaluation import decodes_upcast, unclamped_pictures
 from hgc_learn.models.fingerprint import ModelFingerprint
 from hgc_learn.models.graph import build_graph
+from hgc_learn.objectives import Objective, Rollout
 from hgc_learn.sampling import SamplingConfig, generate, load_pipeline, scheduled
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import select_sites, to_lay_open
 from hgc_learn.training.distributed import mean_over_processes, num_processes, rank
 from hgc_learn.training.effects import Effects, measure_effects
 from hgc_learn.training.hard import HardSchedule
-from hgc_learn.training.objectives import Objective, Rollout
 from hgc_learn.training.probe import ProbedForwards
 from hgc_learn.training.router import Router
 

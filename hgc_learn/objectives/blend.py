@@ -15,10 +15,10 @@ from torch import Tensor
 
 from hgc_learn.models import ops
 from hgc_learn.models.graph import Graph, Node, run_graph
+from hgc_learn.objectives.base import Objective
 from hgc_learn.plan import live_step
 from hgc_learn.runtime.forwards import RoutedForwards
 from hgc_learn.sampling import SamplingConfig, generate
-from hgc_learn.training.objectives.base import Objective
 
 if TYPE_CHECKING:
     from hgc_learn.training.module import RouterModule

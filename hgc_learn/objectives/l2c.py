@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from hgc_learn.models.macs import BudgetError
+from hgc_learn.objectives.blend import BlendedObjective
 from hgc_learn.training.distributed import own_noise
 from hgc_learn.training.hard import HardSchedule
-from hgc_learn.training.objectives.blend import BlendedObjective
 from hgc_learn.training.router import Router
 
 if TYPE_CHECKING:

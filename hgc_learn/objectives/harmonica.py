@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from hgc_learn.objectives.blend import BlendedObjective
+from hgc_learn.objectives.l2c import LAYER_SITES, MAX_LOGIT
 from hgc_learn.training.distributed import mean_over_processes
-from hgc_learn.training.objectives.blend import BlendedObjective
-from hgc_learn.training.objectives.l2c import LAYER_SITES, MAX_LOGIT
 from hgc_learn.training.router import Router
 
 if TYPE_CHECKING:

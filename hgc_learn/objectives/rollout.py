@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from hgc_learn.objectives.base import Objective
 from hgc_learn.training.distributed import mean_over_processes
 from hgc_learn.training.grouped import GroupedAdam
 from hgc_learn.training.hard import HardSchedule
-from hgc_learn.training.objectives.base import Objective
 from hgc_learn.training.router import Router
 
 if TYPE_CHECKING:
