@@ -34,9 +34,7 @@ def verdict(ranking: Ranking) -> str:
 def markdown(config: CompareConfig, rankings: Sequence[Ranking], *, command: str, num_missing: int = 0) -> str:
     """The report."""
     tuning = config.tuning
-    otherwise = dict.fromkeys(
-        how for ranking in rankings for cell in ranking.cells if (how := tuned_otherwise(config, cell))
-    )
+    otherwise = _otherwise(config, rankings)
     samplers = "; ".join(
         f"{name}: {sampler.scheduler}, {sampler.num_inference_steps} steps, n = {sampler.num_test}"
         for name, sampler in config.samplers.items()
@@ -50,7 +48,7 @@ def markdown(config: CompareConfig, rankings: Sequence[Ranking], *, command: str
         f"to {tuning.max_candidates}, closest to it and spread over its variants, are judged on "
         f"{tuning.num_screening_scenes} samples each, the better half of them on twice as many, and so on up to "
         f"{tuning.num_scenes}; fewer candidates begin with more samples. The best mean PSNR wins. "
-        + f"These are today's settings; {DAGGER} marks cells tuned with others: {'; or '.join(otherwise)}. "
+        + f"These are today's settings; {DAGGER} marks cells of others, [listed below](#cells-of-other-settings). "
         * bool(otherwise)
         + "MACs do not count attention matmuls.",
         "PSNR, SSIM and latent error (relative L2) are against the uncached picture of the same seed, means over "
@@ -67,7 +65,7 @@ def markdown(config: CompareConfig, rankings: Sequence[Ranking], *, command: str
     lines += _policies(config)
     for ranking in rankings:
         lines += _section(config, ranking)
-    lines += _tuning_costs(config, rankings)
+    lines += [*_tuning_costs(config, rankings), *otherwise]
     lines += ["![PSNR against kept MACs](pareto.png)", "", "![the same samples under every policy](grid.png)", ""]
     return "\n".join(lines)
 
@@ -178,6 +176,21 @@ def _tuning_costs(config: CompareConfig, rankings: Sequence[Ranking]) -> list[st
             at_least = "≥ " if any(training["resumed"] for training in trained) else ""
             minutes = sum(training["minutes"] for training in trained)
             lines.append(_line([*entries, f"{at_least}{minutes:.1f}" if trained else ""]))
+    return [*lines, ""]
+
+
+def _otherwise(config: CompareConfig, rankings: Sequence[Ranking]) -> list[str]:
+    """The section about cells that were tuned or trained otherwise than the text says; none if there are none."""
+    budgets: dict[tuple[str, str, str], list[float]] = {}
+    for ranking in rankings:
+        for cell in (*ranking.cells, *(cell for cell in ranking.others if "reason" in cell)):
+            if how := tuned_otherwise(config, cell):
+                budgets.setdefault((cell["policy"], ranking.sampler, how), []).append(ranking.budget)
+    if not budgets:
+        return []
+    lines = ["## Cells of other settings", "", "| policy | sampler | MACs kept | tuned with |", "|---|---|---|---|"]
+    for (policy, sampler, how), those in sorted(budgets.items()):
+        lines.append(_line([f"`{policy}`", sampler, ", ".join(f"{budget:.0%}" for budget in those), how]))
     return [*lines, ""]
 
 

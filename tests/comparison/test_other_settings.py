@@ -59,7 +59,8 @@ def test_cells_tuned_with_other_settings_are_kept_told_and_marked(
     how = "max_candidates 24 instead of 4, num_finalists 2 instead of none"
     assert f"{SAMPLER} uniform: 1 cell was tuned with {how}; --redo runs it again" in output
     assert output.count("tuned with") == 1  # there was nothing to try for time_cutoff
-    assert f"† marks cells tuned with others: {how}." in " ".join(text.split())
+    assert "† marks cells of others, [listed below](#cells-of-other-settings)." in " ".join(text.split())
+    assert f"| `uniform` | {SAMPLER} | 60% | {how} |" in text
     marked = [line for line in text.splitlines() if "`uniform` †" in line]
     assert all(SAMPLER in line or "interval=" in line for line in marked)
     assert sum("interval=" in line for line in marked) == 1  # at 60 %, and not at 50 %
@@ -92,7 +93,7 @@ def test_cells_tuned_with_other_settings_are_kept_told_and_marked(
             {"max_candidates": 1},
             "max_candidates 1 instead of 4",
         ),  # one or more
-        ({"num_tried": 0, "num_candidates": 9}, {"max_candidates": 1}, "a grid of 9 instead of 160"),
+        ({"num_tried": 0, "num_candidates": 9}, {"max_candidates": 3}, "a grid of 9 instead of 160"),
         (None, {"max_candidates": 3}, ""),  # none was
     ],
 )
