@@ -233,22 +233,18 @@ class HGCSchedule:
         return replace(self, sites=sites, timesteps=tuple(timesteps), tensors=tensors, macs={}, fidelity={})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file, and its tensors beside it if it has any; each appears under its name only when it is
-        complete.
+        """Writes the file, and its tensors beside it if it has any, each whole or not at all.
 
         Raises:
-            ValueError: another ending than `.json`, which that of the tensors' file takes the place of; or what `load`
-                would refuse.
+            ValueError: another ending than `.json`, or what `load` would refuse.
             OSError: it cannot be written there.
         """
-        path = Path(path)
-        check_output(path)
-        # What cannot be read again must not replace what is there.
+        check_output(path := Path(path))
         content, tensors = to_json(self.to_dict()), self._tensor_bytes() if self.tensors else b""
         for what, size, most in (("", len(content), MAX_FILE_BYTES), ("'s tensors", len(tensors), MAX_TENSOR_BYTES)):
             if size > most:
                 raise ScheduleError(f"{path}: the schedule{what} would take {size} bytes; {most} are read at most.")
-        HGCSchedule.from_dict(parse_json(content), self.tensors)
+        HGCSchedule.from_dict(parse_json(content), self.tensors)  # or it must not replace what is there
         if tensors:
             write_atomically(tensor_path(path), tensors)
         write_atomically(path, content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -200,3 +201,15 @@ def random_rows(
 ) -> dict[str, str]:
     chosen = rng.sample(sites, num_sites)
     return {site: "C" + "".join(rng.choice("CC---") for _ in range(num_steps - 1)) for site in chosen}
+
+
+def save_configs(folder: Path, num_controlnets: int = 1) -> None:
+    """A pipeline folder without any weights."""
+    pipe = build_pipeline("sd15", num_controlnets=num_controlnets).pipe
+    pipe.unet.save_config(folder / "unet")
+    pipe.vae.save_config(folder / "vae")
+    nets = pipe.controlnet.nets if num_controlnets > 1 else [pipe.controlnet]
+    for i, net in enumerate(nets):
+        net.save_config(folder / ("controlnet" if i == 0 else f"controlnet_{i}"))
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"model_max_length": 9}')

@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.trained import training_configuration, training_file
 from hgc_learn.comparison.tune import combinations, plain
@@ -209,5 +211,5 @@ def _grid_size(config: CompareConfig, sampler: str, policy: str, budget: float) 
 
 @cache
 def _unmeasured(model: str, sampling: SamplingConfig) -> Setting:
-    """What grids may depend on."""
-    return Setting.of_pipeline(load_pipeline(model, sampling), sampling)
+    """What grids may depend on; without weights, for it is kept."""
+    return Setting.of_pipeline(load_pipeline(model, sampling, device=torch.device("meta")), sampling)

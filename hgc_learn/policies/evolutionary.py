@@ -13,6 +13,7 @@ from hgc_learn.models.graph import Graph
 from hgc_learn.models.macs import BudgetError
 from hgc_learn.plan import COMPUTE, live_step
 from hgc_learn.policies.registry import register
+from hgc_learn.predictors import PREDICTORS
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import decoder_inputs, encoder_outputs, list_sites
 from hgc_learn.spacing import first_fulls, full_steps
@@ -20,8 +21,8 @@ from hgc_learn.spacing import first_fulls, full_steps
 if TYPE_CHECKING:
     from hgc_learn.genetic import Genes
 
-FORECASTS = "-12A"
-"""Codes of the predictors of the prediction: hold, linear, taylor2, ab2."""
+FORECASTS = [PREDICTORS[name].code for name in ("hold", "linear", "taylor2", "ab2")]
+"""Codes of the predictors of the prediction."""
 
 CLEARLY = 1.0
 """dB below the worst survivor on the first batch, with which a schedule is dropped."""
