@@ -35,6 +35,7 @@ class ControlDataModule(L.LightningDataModule):
     Args:
         dataset: a folder of pictures with `metadata.jsonl` (columns `file_name`, `conditioning_image_file_name`,
             `text`), a folder of parquet files, or the id of a dataset on the hub.
+        dataset_config_name: which of its configurations, where its card (README.md) names several.
         height: that control images are resized to, in pixels; must be the sampling config's.
         width: likewise.
         conditioning_image_column: column of the control image.
@@ -55,6 +56,7 @@ class ControlDataModule(L.LightningDataModule):
     def __init__(
         self,
         dataset: str,
+        dataset_config_name: str | None = None,
         height: int = 512,
         width: int = 512,
         conditioning_image_column: str = "conditioning_image",
@@ -95,7 +97,8 @@ class ControlDataModule(L.LightningDataModule):
         """`num_rows` rows of a split or more, with the columns that are used."""
         hp = self.hparams
         picture, text = _columns(hp)
-        return read_rows(hp["dataset"], split, [picture], text, num_rows, streaming=hp["streaming"])
+        config_name, streaming = hp["dataset_config_name"], hp["streaming"]
+        return read_rows(hp["dataset"], split, [picture], text, num_rows, config_name=config_name, streaming=streaming)
 
     def _draw(self, num_rows: int, num_drawn: int) -> list[int]:
         """Indices of rows; more of them begin with the same ones."""
@@ -123,13 +126,21 @@ def _columns(hparams: Any) -> list[str]:
 
 
 def read_rows(
-    name: str, split: str, picture_columns: Sequence[str], text_column: str, num_rows: int, *, streaming: bool = False
+    name: str,
+    split: str,
+    picture_columns: Sequence[str],
+    text_column: str,
+    num_rows: int,
+    *,
+    config_name: str | None = None,
+    streaming: bool = False,
 ) -> Any:
     """`num_rows` rows of a split or more, with these columns.
 
     Args:
         name: folder of pictures with `metadata.jsonl`, folder of parquet files, or id on the hub.
         split: of it; a slice, such as `train[:80%]`, if not streaming.
+        config_name: which of the configurations that its card names.
 
     Raises:
         ValueError: they cannot be read, or are too few; in one line that says what to do.
@@ -140,7 +151,7 @@ def read_rows(
             f"{name}: the column {text_column!r} cannot be both the picture and the prompt; set text_column."
         )
     try:
-        rows = _load(name, split, streaming)
+        rows = _load(name, config_name, split, streaming)
         names = rows.column_names or []
         for column in columns:
             if column not in names:
@@ -155,7 +166,9 @@ def read_rows(
     except UNREADABLE as error:
         is_vague = isinstance(error, datasets.exceptions.DatasetGenerationError)  # says only that something went wrong
         reason = error.__cause__ if is_vague and error.__cause__ else error
-        raise ValueError(f"{name}, split {split!r}: {' '.join(str(reason).split())}") from None
+        what = " ".join(str(reason).split())
+        to_do = "; set dataset_config_name" if what.startswith("Config name is missing") else ""
+        raise ValueError(f"{name}, split {split!r}: {what}{to_do}") from None
     if not len(rows):
         raise ValueError(f"{name}, split {split!r}: it is empty; set train_split and val_split.")
     if len(rows) < num_rows:
@@ -163,12 +176,12 @@ def read_rows(
     return rows
 
 
-def _load(name: str, split: str, streaming: bool) -> Any:
+def _load(name: str, config_name: str | None, split: str, streaming: bool) -> Any:
     folder = Path(name)
-    if not folder.is_dir():
-        if folder.is_absolute() or name.count("/") > 1:
-            raise ValueError("there is no such folder")
-        return datasets.load_dataset(name, split=split, streaming=streaming)
+    if not folder.is_dir() and (folder.is_absolute() or name.count("/") > 1):
+        raise ValueError("there is no such folder")
+    if config_name or not folder.is_dir():
+        return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
     if any(folder.glob("metadata.*")):
         # Of one split, also where names of pictures have a `test` in them, which `datasets` makes splits of.
         return _load_pictures(name, split, streaming, data_files={"train": "**"})

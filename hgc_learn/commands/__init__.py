@@ -67,6 +67,7 @@ def check_controlnet_model(args: argparse.Namespace) -> None:
 def add_data(parser: argparse.ArgumentParser, what: str) -> None:
     """Adds --data, `what` it is for, and how it is read: as the settings of training's data."""
     parser.add_argument("--data", metavar="DIR", help=f"control images and prompts {what}")
+    parser.add_argument("--dataset_config_name", metavar="NAME", help="which of the configurations of --data")
     parser.add_argument("--condition", choices=["canny"], help="make the control images from the photographs of --data")
     for column, content in (("conditioning_image", "control image"), ("image", "photograph"), ("text", "prompt")):
         help_ = f"column of --data with the {content} (default {column})"
@@ -100,6 +101,7 @@ def samples(
         )
     module = ControlDataModule(
         args.data,
+        args.dataset_config_name,
         height=sampling.height,
         width=sampling.width,
         conditioning_image_column=args.conditioning_image_column,

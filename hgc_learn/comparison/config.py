@@ -59,6 +59,7 @@ class DataConfig:
 
     Args:
         dataset: folder with `metadata.jsonl` or parquet files, or id on the hub.
+        dataset_config_name: which of its configurations.
         train_split: for policies that measure before they write a schedule. Slices, as in `train[:80%]`, are splits.
         validation_split: that knobs are tuned on.
         test_split: that is judged on.
@@ -76,6 +77,7 @@ class DataConfig:
     image_column: str = "image"
     text_column: str = "text"
     condition: Literal["canny"] | None = None
+    dataset_config_name: str | None = None
 
 
 @dataclass
