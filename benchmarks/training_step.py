@@ -27,12 +27,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from hgc_learn.__main__ import guarded
-from hgc_learn.demo.teacher import build_tokenizer
 from hgc_learn.files import save_json
 from hgc_learn.models.architectures import build_architecture
 from hgc_learn.models.random_pipeline import random_pipeline
 from hgc_learn.objectives import Rollout
 from hgc_learn.sampling import SamplingConfig
+from hgc_learn.teachers.pipeline import build_tokenizer
 from hgc_learn.training.module import RouterModule
 
 

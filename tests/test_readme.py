@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hgc_learn.__main__ import build_parser, main
-from hgc_learn.demo import train_teacher
+from hgc_learn.teachers import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -123,8 +123,8 @@ def test_guides_are_true(guide: Path, workplace: Path, monkeypatch: pytest.Monke
         _, *arguments = shlex.split(line)
         if arguments[:2] == ["-m", "hgc_learn"]:
             build_parser().parse_args(arguments[2:])
-        elif arguments[:2] == ["-m", "hgc_learn.demo.train_teacher"]:
-            train_teacher.build_parser().parse_args(arguments[2:])
+        elif arguments[:2] == ["-m", "hgc_learn.teachers.train"]:
+            train.build_parser().parse_args(arguments[2:])
         elif arguments[0] == "export.py":
             build_parser().parse_args(["export", *arguments[1:]])
         elif arguments[0].startswith("benchmarks/"):

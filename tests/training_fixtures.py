@@ -18,8 +18,8 @@ from diffusers import (
 from tiny_models import UNET_CONFIGS, build_models
 from transformers import CLIPTextModelWithProjection
 
-from hgc_learn.demo.teacher import HIDDEN_SIZE, build_text_encoder, build_tokenizer
 from hgc_learn.sampling import SamplingConfig
+from hgc_learn.teachers.pipeline import HIDDEN_SIZE, build_text_encoder, build_tokenizer
 from hgc_learn.training.hard import HardSchedule
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The demonstration: its teacher and what made it, drawn scenes, and the way from training to pictures."""
+"""The demonstration: its teacher, drawn scenes and what judges pictures of them, the way from training to pictures."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Measure the demonstration teacher on held-out scenes: `python -m hgc_learn.demo.evaluate_teacher`.
+"""Measure the demonstration teacher on held-out scenes: `python -m hgc_learn.teachers.evaluate`.
 
 Writes `figures.json` and `grid.png` beside the weights.
 """
@@ -22,11 +22,11 @@ from hgc_learn.__main__ import guarded
 from hgc_learn.demo import TEACHER_DIR
 from hgc_learn.demo.metrics import scene_metrics
 from hgc_learn.demo.scenes import IMAGE_SIZE, SceneDataset
-from hgc_learn.demo.teacher import GUIDANCE_SCALE
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import save_figure
 from hgc_learn.files import save_json
 from hgc_learn.sampling import SamplingConfig, generate
+from hgc_learn.teachers.pipeline import GUIDANCE_SCALE
 
 BATCH_SIZE = 32
 NUM_ROWS = 8  # of the grid
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = evaluate_teacher(
         pipeline, split=args.split, num_scenes=args.num_scenes, guidance_scale=args.guidance_scale
     )
-    command = f"python -m hgc_learn.demo.evaluate_teacher --split {args.split} --num_scenes {args.num_scenes}"
+    command = f"python -m hgc_learn.teachers.evaluate --split {args.split} --num_scenes {args.num_scenes}"
     if args.pipeline != TEACHER_DIR:
         command += f" --pipeline {args.pipeline}"
     figures = {"command": f"{command} --guidance_scale {args.guidance_scale:g}", **figures}

@@ -21,9 +21,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from hgc_learn.demo.metrics import scene_metrics
 from hgc_learn.demo.scenes import COLORS, IMAGE_SIZE, KINDS, label_map_to_conditioning
-from hgc_learn.demo.teacher import GUIDANCE_SCALE, SCHEDULER_CONFIG, build_pipeline, tokenize
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.sampling import SamplingConfig, generate
+from hgc_learn.teachers.pipeline import GUIDANCE_SCALE, SCHEDULER_CONFIG, build_pipeline, tokenize
 
 
 def warmup_stable_decay(step: int, *, num_steps: int, num_warmup_steps: int, decay_share: float) -> float:
@@ -224,7 +224,7 @@ class DenoiserModule(_Stage):
         self.text_encoder.eval()
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        """`batch`: items of :class:`~hgc_learn.demo.teacher_data.LatentDataset`."""
+        """`batch`: items of :class:`~hgc_learn.teachers.data.LatentDataset`."""
         latents, controls, token_ids = batch
         dropped = torch.rand(len(latents), 1, device=self.device) < self.caption_dropout
         with torch.no_grad():

@@ -16,7 +16,7 @@ from tqdm.auto import trange
 
 from hgc_learn.data import canny, read_row, read_rows
 from hgc_learn.demo.scenes import IMAGE_SIZE
-from hgc_learn.demo.teacher_data import is_written, new_arrays
+from hgc_learn.teachers.data import is_written, new_arrays
 
 MIN_CROP = 0.7  # of the photograph's height and width
 _RESIZE = VaeImageProcessor(do_normalize=False)  # as the data module of training resizes control images

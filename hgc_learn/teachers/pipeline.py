@@ -1,4 +1,4 @@
-"""The parts of the demonstration teacher: a small `StableDiffusionControlNetPipeline`, shaped like SD1.5."""
+"""The parts of a teacher: a small `StableDiffusionControlNetPipeline`, shaped like SD1.5."""
 
 from __future__ import annotations
 

@@ -14,10 +14,14 @@ from diffusers import StableDiffusionControlNetPipeline
 from lightning import Trainer
 from torch.utils.data import default_collate
 
-from hgc_learn.demo import TEACHER_DIR, train_teacher
-from hgc_learn.demo.evaluate_teacher import evaluate_teacher
+from hgc_learn.demo import TEACHER_DIR
 from hgc_learn.demo.scenes import COLORS, IMAGE_SIZE, KINDS, SceneDataset, draw_scene
-from hgc_learn.demo.teacher import (
+from hgc_learn.evaluation import picture_psnr
+from hgc_learn.sampling import SamplingConfig, generate
+from hgc_learn.teachers import train
+from hgc_learn.teachers.evaluate import evaluate_teacher
+from hgc_learn.teachers.modules import warmup_stable_decay
+from hgc_learn.teachers.pipeline import (
     GUIDANCE_SCALE,
     LAYERS_PER_BLOCK,
     MAX_TOKENS,
@@ -25,9 +29,6 @@ from hgc_learn.demo.teacher import (
     build_vae,
     tokenize,
 )
-from hgc_learn.demo.teacher_modules import warmup_stable_decay
-from hgc_learn.evaluation import picture_psnr
-from hgc_learn.sampling import SamplingConfig, generate
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -70,20 +71,20 @@ def test_training_runs_through_all_stages_and_resumes(tmp_path: Path, monkeypatc
 
     widths = ["--block_out_channels", "8", "16", "16", "16"]
 
-    def train(**changes: int) -> None:
+    def run(**changes: int) -> None:
         options = [f"--{name}={value}" for name, value in {**sizes, **changes}.items()]
-        train_teacher.main(["--output", str(tmp_path), *widths, "--layers_per_block=1", *options])
+        train.main(["--output", str(tmp_path), *widths, "--layers_per_block=1", *options])
 
     stop_after(2, monkeypatch)
     with pytest.raises(ConnectionError, match="after step 2"):
-        train()
+        run()
     checkpoint_file = tmp_path / "checkpoints" / "denoiser" / "last.ckpt"
     assert torch.load(checkpoint_file, weights_only=False)["global_step"] == 1
 
     # Stages that are done stay as they are; an unfinished one goes on from its checkpoint.
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "vae").iterdir()}
     monkeypatch.undo()
-    train(validation_interval=3)
+    run(validation_interval=3)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "vae").iterdir()} == finished
     checkpoint = torch.load(checkpoint_file, weights_only=False)
     assert checkpoint["global_step"] == 3
@@ -99,7 +100,7 @@ def test_training_runs_through_all_stages_and_resumes(tmp_path: Path, monkeypatc
     # Another width and depth, on the parts of the first.
     options = [f"--{name}={value}" for name, value in {**sizes, "denoiser_steps": 1}.items()]
     options += ["--parts", str(tmp_path / "pipeline"), "--block_out_channels", "16", "16", "16", "16"]
-    train_teacher.main(["--output", str(tmp_path / "wide"), *options])
+    train.main(["--output", str(tmp_path / "wide"), *options])
     wide = StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "wide" / "pipeline")
     assert wide.unet.config.block_out_channels == [16, 16, 16, 16]
     assert wide.unet.config.layers_per_block == LAYERS_PER_BLOCK
@@ -114,7 +115,7 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         if trainer.global_step == step:
             raise ConnectionError(f"stopped after step {step}")
 
-    monkeypatch.setattr(train_teacher.ExportPipeline, "on_train_batch_end", stop)
+    monkeypatch.setattr(train.ExportPipeline, "on_train_batch_end", stop)
 
 
 @pytest.mark.parametrize(
@@ -129,20 +130,20 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_training_does_not_go_on_with_other_arguments(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_teacher.save_arguments(train_teacher.TeacherArguments(tmp_path))
+    train.save_arguments(train.TeacherArguments(tmp_path))
     with pytest.raises(SystemExit) as end:
-        train_teacher.main(["--output", str(tmp_path), *options])
+        train.main(["--output", str(tmp_path), *options])
     assert end.value.code == 2
     assert message.format(tmp_path) in capsys.readouterr().err
 
 
 def test_a_training_goes_on_elsewhere_with_as_many_processes_as_one_likes(tmp_path: Path) -> None:
-    train_teacher.save_arguments(train_teacher.TeacherArguments(tmp_path / "here"))
+    train.save_arguments(train.TeacherArguments(tmp_path / "here"))
     (tmp_path / "here").rename(tmp_path / "there")
-    there = train_teacher.TeacherArguments(tmp_path / "there", num_processes=1, validation_interval=5)
-    train_teacher.check_arguments(there)
+    there = train.TeacherArguments(tmp_path / "there", num_processes=1, validation_interval=5)
+    train.check_arguments(there)
     with pytest.raises(ValueError, match="--data: photographs now, not given when"):
-        train_teacher.check_arguments(replace(there, data="photographs"))
+        train.check_arguments(replace(there, data="photographs"))
 
 
 @pytest.mark.nightly
@@ -160,7 +161,7 @@ def test_a_training_that_is_to_end_does_so_without_a_stack_trace_and_leaves_no_p
     sent: signal.Signals, to_all: bool, num_processes: int, num_scenes: int, tmp_path: Path
 ) -> None:
     """Whether the signal is sent to the command alone or, as by Ctrl-C, to all its processes."""
-    command = [sys.executable, "-m", "hgc_learn.demo.train_teacher", "--output", str(tmp_path / "teacher")]
+    command = [sys.executable, "-m", "hgc_learn.teachers.train", "--output", str(tmp_path / "teacher")]
     command += [f"--num_scenes={num_scenes}", f"--num_processes={num_processes}", "--validation_scenes=2"]
     command += ["--text_encoder_steps=1", "--text_encoder_batch_size=4", "--vae_steps=100000", "--vae_batch_size=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -197,15 +198,15 @@ def test_what_cannot_be_is_refused_before_the_work(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        train_teacher.main(["--output", str(tmp_path), *options])
+        train.main(["--output", str(tmp_path), *options])
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
-    args = train_teacher.TeacherArguments(tmp_path)
+    args = train.TeacherArguments(tmp_path)
     with pytest.raises(ValueError, match="must divide by 2 processes"):
-        train_teacher.fit(
+        train.fit(
             torch.nn.Identity(), [], args, name="vae", num_steps=1, batch_size=3, num_processes=2  # type: ignore[arg-type]
         )  # fmt: skip
 

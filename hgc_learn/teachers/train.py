@@ -1,4 +1,4 @@
-"""Train the demonstration teacher from nothing: `python -m hgc_learn.demo.train_teacher --output DIR`.
+"""Train the demonstration teacher from nothing: `python -m hgc_learn.teachers.train --output DIR`.
 
 With `--data FOLDER`, a small teacher on the photographs, control images and captions of an imagefolder instead.
 
@@ -31,10 +31,21 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from hgc_learn.__main__ import guarded
-from hgc_learn.demo.material import Material, PhotographMaterial, SceneMaterial
-from hgc_learn.demo.photographs import Photographs
 from hgc_learn.demo.scenes import IMAGE_SIZE
-from hgc_learn.demo.teacher import (
+from hgc_learn.figures import picture_grid, save_figure
+from hgc_learn.files import read_json, save_json
+from hgc_learn.sampling import SamplingConfig, generate
+from hgc_learn.teachers.data import (
+    LatentDataset,
+    PictureDataset,
+    encode_training_scenes,
+    kill_child_processes,
+    read_captions,
+)
+from hgc_learn.teachers.material import Material, PhotographMaterial, SceneMaterial
+from hgc_learn.teachers.modules import AutoencoderModule, DenoiserModule
+from hgc_learn.teachers.photographs import Photographs
+from hgc_learn.teachers.pipeline import (
     BLOCK_CHANNELS,
     GUIDANCE_SCALE,
     LAYERS_PER_BLOCK,
@@ -44,17 +55,6 @@ from hgc_learn.demo.teacher import (
     build_vae,
     tokenize,
 )
-from hgc_learn.demo.teacher_data import (
-    LatentDataset,
-    PictureDataset,
-    encode_training_scenes,
-    kill_child_processes,
-    read_captions,
-)
-from hgc_learn.demo.teacher_modules import AutoencoderModule, DenoiserModule
-from hgc_learn.figures import picture_grid, save_figure
-from hgc_learn.files import read_json, save_json
-from hgc_learn.sampling import SamplingConfig, generate
 
 NUM_SHOWN = 8
 MAY_DIFFER = ("output", "num_processes", "validation_interval")

@@ -12,10 +12,10 @@ from lightning import Trainer
 from PIL import Image
 from torch.utils.data import default_collate
 
-from hgc_learn.demo import train_teacher
-from hgc_learn.demo.photographs import PhotographDataset, Photographs, cut_photographs
-from hgc_learn.demo.teacher import build_caption_tokenizer, tokenize
 from hgc_learn.sampling import SamplingConfig, generate
+from hgc_learn.teachers import train
+from hgc_learn.teachers.photographs import PhotographDataset, Photographs, cut_photographs
+from hgc_learn.teachers.pipeline import build_caption_tokenizer, tokenize
 
 pytestmark = [  # other libraries' warnings about each other
     pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec:FutureWarning"),  # lightning, torch
@@ -97,12 +97,12 @@ def test_a_teacher_is_trained_on_photographs_and_resumed(
         if trainer.global_step == 3:
             raise ConnectionError
 
-    monkeypatch.setattr(train_teacher.ExportPipeline, "on_train_batch_end", stop)
+    monkeypatch.setattr(train.ExportPipeline, "on_train_batch_end", stop)
     with pytest.raises(ConnectionError):
-        train_teacher.main(options)
+        train.main(options)
     assert (output / "pictures.png").stat().st_size > 5000
     monkeypatch.undo()
-    train_teacher.main(options)
+    train.main(options)
     checkpoint = torch.load(output / "checkpoints" / "denoiser" / "last.ckpt", weights_only=False)
     assert checkpoint["global_step"] == checkpoint["state_dict"]["averaged.n_averaged"] == 4
 
@@ -126,6 +126,6 @@ def test_data_that_cannot_be_read_is_refused_before_the_work(
     options: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        train_teacher.main(["--output", str(tmp_path / "teacher"), "--data", str(folder), *options])
+        train.main(["--output", str(tmp_path / "teacher"), "--data", str(folder), *options])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "teacher").exists()

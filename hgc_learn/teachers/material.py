@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 from torch.utils.data import Dataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from hgc_learn.demo.photographs import PhotographDataset, Photographs, cut_photographs
 from hgc_learn.demo.scenes import COLORS, KINDS, SceneDataset
-from hgc_learn.demo.teacher import build_caption_tokenizer, build_tokenizer
-from hgc_learn.demo.teacher_data import draw_training_scenes
-from hgc_learn.demo.teacher_modules import CaptionModule, DenoiserModule, SceneDenoiserModule, WordsModule
+from hgc_learn.teachers.data import draw_training_scenes
+from hgc_learn.teachers.modules import CaptionModule, DenoiserModule, SceneDenoiserModule, WordsModule
+from hgc_learn.teachers.photographs import PhotographDataset, Photographs, cut_photographs
+from hgc_learn.teachers.pipeline import build_caption_tokenizer, build_tokenizer
 
 
 class Material(ABC):
