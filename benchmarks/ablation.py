@@ -33,7 +33,7 @@ from hgc_learn.files import save_json
 from hgc_learn.objectives import Rollout
 from hgc_learn.setting import Draft
 from hgc_learn.training.effects import Choices, Effects
-from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.gates import Gates
 from hgc_learn.training.module import RouterModule
 from hgc_learn.training.router import Router
 
@@ -68,9 +68,9 @@ def independent() -> AbstractContextManager[Any]:
         return middle
 
     @torch.no_grad()
-    def sample(router: Router, budget: float, generator: torch.Generator) -> tuple[HardSchedule, float]:
+    def sample(router: Router, budget: float, generator: torch.Generator) -> tuple[Gates, float]:
         fair = price(router, budget)
-        return router.hard(torch.bernoulli(router.probabilities(fair), generator=generator).bool()), fair
+        return router.gates(torch.bernoulli(router.probabilities(fair), generator=generator).bool()), fair
 
     return patch.object(Router, "sample", sample)
 
@@ -123,7 +123,7 @@ class Judge:
         with training.change():
             module, _ = load_run(self._trained(part, seed, training))
             return {
-                f"{budget:g}": self._psnr(module, module.draft(module.hard_schedule(budget)))
+                f"{budget:g}": self._psnr(module, module.draft(module.gates(budget)))
                 for budget in module.hparams["budgets"]
             }
 

@@ -24,7 +24,7 @@ from hgc_learn.export.export import load_run
 from hgc_learn.files import save_json
 from hgc_learn.models.macs import BudgetError
 from hgc_learn.objectives import L2C
-from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.gates import Gates
 from hgc_learn.training.lightning_cli import train
 from hgc_learn.training.module import RouterModule
 
@@ -41,14 +41,14 @@ def trained(policy: str, sampler: str, penalty: float) -> Path:
     return folder / "last.ckpt"
 
 
-def candidates(module: RouterModule, budget: float) -> Iterator[HardSchedule]:
+def candidates(module: RouterModule, budget: float) -> Iterator[Gates]:
     objective = module.objective
     if not isinstance(objective, L2C):
-        yield module.hard_schedule(budget)
+        yield module.gates(budget)
         return
     for interval in objective.intervals:
         with suppress(BudgetError):
-            yield objective.hard_schedule(module.router, budget, interval=interval)
+            yield objective.gates(module.router, budget, interval=interval)
 
 
 def psnr_by_budget(ckpt_path: Path, budgets: Sequence[float], num_scenes: int) -> dict[str, float]:
@@ -56,8 +56,8 @@ def psnr_by_budget(ckpt_path: Path, budgets: Sequence[float], num_scenes: int) -
     scenes = draw_batches("validation", num_scenes, 16, offset=2000)
     full = render(module.pipe, module.sampling, scenes).pictures
 
-    def psnr(hard: HardSchedule) -> float:
-        schedule = module.setting.schedule(module.draft(hard), policy="trained", settings={})
+    def psnr(gates: Gates) -> float:
+        schedule = module.setting.schedule(module.draft(gates), policy="trained", settings={})
         return float(picture_psnr(render(module.pipe, module.sampling, scenes, schedule).pictures, full).mean())
 
     return {f"{budget:g}": round(max(map(psnr, candidates(module, budget))), 3) for budget in budgets}

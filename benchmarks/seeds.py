@@ -23,7 +23,7 @@ from hgc_learn.comparison.statistics import mean_interval
 from hgc_learn.evaluation import picture_psnr, render
 from hgc_learn.export.export import decide, load_run
 from hgc_learn.files import save_json
-from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.gates import Gates
 from hgc_learn.training.lightning_cli import train
 from hgc_learn.training.module import RouterModule
 
@@ -34,8 +34,8 @@ def soft_and_hard(module: RouterModule, budget: float, num_scenes: int = 16, num
     (batch,) = draw_batches("validation", num_scenes, num_scenes)
     target = module.teacher_latents(batch)
 
-    def level(schedule: HardSchedule) -> float:
-        error = (module.rollout(batch, module.draft(schedule)) - target).square().flatten(1).mean(1)
+    def level(gates: Gates) -> float:
+        error = (module.rollout(batch, module.draft(gates)) - target).square().flatten(1).mean(1)
         error /= target.square().flatten(1).mean(1)
         return float(-10 * error.log10().mean())
 
@@ -43,7 +43,7 @@ def soft_and_hard(module: RouterModule, budget: float, num_scenes: int = 16, num
     soft = [level(router.sample(budget, generator)[0]) for _ in range(num_draws)]
     return {
         "soft_latent_db": round(sum(soft) / num_draws, 2),
-        "hard_latent_db": round(level(module.hard_schedule(budget)), 2),
+        "hard_latent_db": round(level(module.gates(budget)), 2),
     }
 
 
@@ -76,7 +76,7 @@ def run(recipe: Recipe, seed: int, budgets: Sequence[float], num_scenes: int) ->
     full = render(module.pipe, module.sampling, scenes).pictures
     for budget in budgets:
         start = time.monotonic()
-        hard, draft = decide(module, data, budget)
+        gates, draft = decide(module, data, budget)
         exporting = (time.monotonic() - start) / 60
         schedule = module.setting.schedule(draft, policy="learned", settings={})
         psnr = picture_psnr(render(module.pipe, module.sampling, scenes, schedule).pictures, full)
@@ -88,7 +88,7 @@ def run(recipe: Recipe, seed: int, budgets: Sequence[float], num_scenes: int) ->
             "threads": torch.get_num_threads(),
             "training_minutes": training_minutes,
             "exporting_minutes": round(exporting, 2),
-            "kept_macs": round(module.router.kept(hard.compute), 4),
+            "kept_macs": round(module.router.kept(gates.compute), 4),
             "num_samples": len(psnr),
             "psnr_db": round(float(psnr.mean()), 3),
             "psnr_ci": [round(end, 3) for end in mean_interval(psnr.double().numpy())],

@@ -59,7 +59,7 @@ def judge(
     full_obedience = Obedience.of(full, scenes)
     for budget, other in others.items():
         start = time.monotonic()
-        hard, draft = decide(module, data, budget, learning)
+        gates, draft = decide(module, data, budget, learning)
         seconds = time.monotonic() - start
         schedule = module.setting.schedule(draft, policy="learned", settings={})
         pictures = render(module.pipe, module.sampling, scenes, schedule).pictures
@@ -68,7 +68,7 @@ def judge(
         difference, interval = paired_difference(psnr, other["samples"]["psnr_db"])
         yield {
             "budget": budget,
-            "kept_macs": round(module.router.kept(hard.compute), 4),
+            "kept_macs": round(module.router.kept(gates.compute), 4),
             "exporting_seconds": round(seconds, 1),
             "num_samples": len(psnr),
             "psnr_db": round(sum(psnr) / len(psnr), 3),

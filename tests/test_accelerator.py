@@ -66,7 +66,7 @@ def test_other_objectives_follow_their_trajectories(teacher: Path, batch: dict[s
                 return objective.forwards.full(keep=True) if step == 0 else objective.forwards.blend(betas[step])
 
             assert objective.forwards.follow(SAMPLING, batch, visit_step).isfinite().all()
-        assert module.rollout_errors(batch, module.hard_schedule(0.7)).isfinite().all()
+        assert module.rollout_errors(batch, module.gates(0.7)).isfinite().all()
 
 
 def test_a_schedule_gives_what_it_gives_on_the_cpu() -> None:

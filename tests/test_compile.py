@@ -112,11 +112,11 @@ def test_patterns_are_capped_within_the_budget(deep_module: RouterModule, max_pa
     generator = torch.Generator().manual_seed(seed)
     router.logits.data.copy_(torch.randn(router.logits.shape, generator=generator))
     assert patterns.count(router, router.threshold(BUDGET)) > 3
-    schedule = patterns.cap(router, router.threshold(BUDGET), BUDGET, max_patterns)
-    assert patterns.count(router, schedule) <= max_patterns
-    assert BUDGET - 0.17 < router.kept(schedule.compute) <= BUDGET
+    gates = patterns.cap(router, router.threshold(BUDGET), BUDGET, max_patterns)
+    assert patterns.count(router, gates) <= max_patterns
+    assert BUDGET - 0.17 < router.kept(gates.compute) <= BUDGET
     setting: Setting = deep_module.setting
-    rows = {site: row for site, row in deep_module.draft(schedule).sites.items() if set(row) != {"C"}}
+    rows = {site: row for site, row in deep_module.draft(gates).sites.items() if set(row) != {"C"}}
     assert compile_plan(setting.graph, rows, setting.num_steps).num_patterns() <= max_patterns
 
 
@@ -125,14 +125,14 @@ def test_what_a_cap_leaves_of_the_budget_is_spent(deep_module: RouterModule, max
     """The highest logits alone keep 0.41: the next gate of a group costs more than is left, later ones do not."""
     router = deep_module.router
     router.logits.data.copy_(torch.randn(router.logits.shape, generator=torch.Generator().manual_seed(1)))
-    schedule = patterns.cap(router, router.threshold(BUDGET), BUDGET, max_patterns)
-    assert BUDGET - 0.03 < router.kept(schedule.compute) <= BUDGET
+    gates = patterns.cap(router, router.threshold(BUDGET), BUDGET, max_patterns)
+    assert BUDGET - 0.03 < router.kept(gates.compute) <= BUDGET
 
 
 def test_a_cap_that_does_not_bind_changes_nothing(module: RouterModule) -> None:
     for objective in (Rollout(), L2C(intervals=[2])):
-        schedule = objective.hard_schedule(module.router, 0.8)
-        assert patterns.cap(module.router, schedule, 0.8, patterns.count(module.router, schedule)) is schedule
+        gates = objective.gates(module.router, 0.8)
+        assert patterns.cap(module.router, gates, 0.8, patterns.count(module.router, gates)) is gates
 
 
 def test_a_cap_that_would_undo_full_steps_is_refused(module: RouterModule) -> None:
@@ -147,4 +147,4 @@ def test_a_cap_that_would_undo_full_steps_is_refused(module: RouterModule) -> No
 
 def test_an_impossible_cap_is_refused(module: RouterModule) -> None:
     with pytest.raises(ValueError, match="max_patterns is 1; it must be at least 2"):
-        patterns.cap(module.router, module.hard_schedule(BUDGET), BUDGET, 1)
+        patterns.cap(module.router, module.gates(BUDGET), BUDGET, 1)

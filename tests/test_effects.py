@@ -11,25 +11,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_fixtures import BUDGET, SAMPLING, changed, random_schedule
+from training_fixtures import BUDGET, SAMPLING, changed, random_gates
 
 from hgc_learn.objectives import DEFAULT_SITES
 from hgc_learn.predictors import BY_CODE
 from hgc_learn.sampling import generate
 from hgc_learn.training.effects import Choices
-from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.gates import Gates
 from hgc_learn.training.module import RouterModule
 
 Weights = dict[int, float]
 """Of a site's fresh values, by step."""
 
 
-def used_values(
-    module: RouterModule, schedule: HardSchedule
-) -> Callable[[str, int], tuple[Weights | None, Weights] | None]:
+def used_values(module: RouterModule, gates: Gates) -> Callable[[str, int], tuple[Weights | None, Weights] | None]:
     """What a site gives at a step: its unguided half, None where only the guided one runs, and its guided half; None if
     it is not live."""
-    draft = module.draft(schedule)
+    draft = module.draft(gates)
     plan = module.setting.plan(draft)
 
     def used(site: str, step: int) -> tuple[Weights | None, Weights] | None:
@@ -55,11 +53,11 @@ def used_values(
 
 @pytest.mark.parametrize("share", [1.0, 0.95, 0.7])
 def test_training_path_equals_inference_path(module: RouterModule, batch: dict[str, Any], share: float) -> None:
-    schedule = random_schedule(module, share, seed=int(100 * share))
+    gates = random_gates(module, share, seed=int(100 * share))
     if share < 1:
-        assert {"C", "-", "1", "f"} <= set("".join(module.draft(schedule).sites.values()))
-    inference = module.rollout(batch, module.draft(schedule))
-    module.forwards.set_schedule(schedule)
+        assert {"C", "-", "1", "f"} <= set("".join(module.draft(gates).sites.values()))
+    inference = module.rollout(batch, module.draft(gates))
+    module.forwards.set_gates(gates)
     module.forwards.install()
     training = generate(module.pipe, SAMPLING, batch, grad=True)
     module.forwards.uninstall()
@@ -72,22 +70,20 @@ def test_first_order_effects_are_those_of_a_small_change(
     module: RouterModule, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch, half_steps: list[int]
 ) -> None:
     """Against autograd through used + epsilon * (what the plan of the other schedule says - used), written out."""
-    schedule = random_schedule(module, 0.9, seed=1)
-    schedule.compute[:, ::2] = True  # computed more often than a predictor looks back
-    schedule.compute[:, module.router.sites.index("unet:eps")] = True
-    guidance = schedule.compute[:, module.router.sites.index("unet:guidance")]
+    gates = random_gates(module, 0.9, seed=1)
+    gates.compute[:, ::2] = True  # computed more often than a predictor looks back
+    gates.compute[:, module.router.sites.index("unet:eps")] = True
+    guidance = gates.compute[:, module.router.sites.index("unet:guidance")]
     guidance[:] = True
     guidance[half_steps] = False
     forwards, sites = module.forwards, module.router.sites
-    before = used_values(module, schedule)
+    before = used_values(module, gates)
     changes = []
-    for column, step in itertools.product(range(0, len(sites), 3), range(1, len(schedule.compute))):
+    for column, step in itertools.product(range(0, len(sites), 3), range(1, len(gates.compute))):
         if sites[column] != "unet:guidance" and before(sites[column], step):
             changes += [(step, column, is_flip) for is_flip in (True, False)]
     changes = random.Random(0).sample(changes, min(60, len(changes)))
-    others = [
-        used_values(module, changed(schedule, step, column, is_flip=is_flip)) for step, column, is_flip in changes
-    ]
+    others = [used_values(module, changed(gates, step, column, is_flip=is_flip)) for step, column, is_flip in changes]
     epsilon = torch.zeros(len(changes), requires_grad=True)
     watch = forwards._watch
 
@@ -107,7 +103,7 @@ def test_first_order_effects_are_those_of_a_small_change(
         return sum(((after.get(j, 0) - mine.get(j, 0)) * fresh[j] for j in {**mine, **after}), start=start)
 
     monkeypatch.setattr(forwards, "_watch", disturbed)
-    forwards.set_schedule(schedule)
+    forwards.set_gates(gates)
     forwards.install()
     value = generate(module.pipe, SAMPLING, batch, grad=True).sin().sum()
     forwards.uninstall()
@@ -123,16 +119,16 @@ def test_first_order_effects_are_those_of_a_small_change(
 
 
 def test_effects_predict_what_flips_do(deep_module: RouterModule, batch: dict[str, Any]) -> None:
-    schedule = random_schedule(deep_module, 0.99, seed=2)
+    gates = random_gates(deep_module, 0.99, seed=2)
     deep_module.generator = torch.Generator().manual_seed(0)
-    effects = deep_module.effects(batch, schedule, num_directions=8)
-    error = deep_module.rollout_errors(batch, schedule)
+    effects = deep_module.effects(batch, gates, num_directions=8)
+    error = deep_module.rollout_errors(batch, gates)
     torch.testing.assert_close(effects.errors, error, rtol=1e-3, atol=0)
     predicted = effects.of_each_flip()
     actual = []
     for index in (chosen := predicted.abs().flatten().argsort(descending=True)[:200:16]):
         step, column = (int(i) for i in torch.unravel_index(index, predicted.shape))
-        flipped = changed(schedule, step, column)
+        flipped = changed(gates, step, column)
         actual.append((deep_module.rollout_errors(batch, flipped) / error).log().mean())
     pair = torch.stack([predicted.flatten()[chosen].float(), torch.stack(actual)])
     assert (pair[0].sign() == pair[1].sign()).float().mean() > 0.8
@@ -143,7 +139,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(
     deep_module: RouterModule, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(deep_module.hparams, "errors_of", "latents")  # what the VAE keeps is the same both ways
-    schedule = random_schedule(deep_module, 0.8, seed=6)
+    gates = random_gates(deep_module, 0.8, seed=6)
     deep_module.teacher_latents(batch)
     results, kept = [], []
     for deep_module.forwards.gradient_checkpointing in (True, False):
@@ -155,7 +151,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            results.append(deep_module.effects(batch, schedule, num_directions=1))
+            results.append(deep_module.effects(batch, gates, num_directions=1))
         kept.append(sum(storages.values()))
     assert torch.equal(results[0].flips, results[1].flips)
     assert torch.equal(results[0].reach, results[1].reach)
@@ -166,9 +162,9 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(
 def test_errors_of_half_precision_models_are_measured_in_full(teacher: Path, batch: dict[str, Any]) -> None:
     sites = [*DEFAULT_SITES, "unet:guidance"]
     module = RouterModule(str(teacher), SAMPLING, budgets=[BUDGET], sites=sites, dtype="bfloat16")
-    schedule = random_schedule(module, 0.9, seed=1)
-    effects = module.effects(batch, schedule)
+    gates = random_gates(module, 0.9, seed=1)
+    effects = module.effects(batch, gates)
     assert effects.flips.any()
-    for errors in (effects.errors, module.rollout_errors(batch, schedule)):
+    for errors in (effects.errors, module.rollout_errors(batch, gates)):
         assert errors.dtype == torch.float32
         assert (errors != errors.bfloat16()).any()

@@ -71,14 +71,14 @@ def test_hard_blend_is_the_inference_runtime(
 ) -> None:
     """Gates inside of what is reused included: what is dead is not kept anew."""
     generator = torch.Generator().manual_seed(int(100 * share))
-    schedule = module.router.hard(torch.rand(module.router.logits.shape, generator=generator) < share)
-    compute = schedule.compute
+    gates = module.router.gates(torch.rand(module.router.logits.shape, generator=generator) < share)
+    compute = gates.compute
 
     def visit_step(step: int) -> Tensor:
         return forwards.blend(compute[step].float(), compute=compute[step]) if step else forwards.full(keep=True)
 
     latents = forwards.follow(SAMPLING, batch, visit_step)
-    torch.testing.assert_close(latents, module.rollout(batch, module.draft(schedule)), rtol=0, atol=0)
+    torch.testing.assert_close(latents, module.rollout(batch, module.draft(gates)), rtol=0, atol=0)
 
 
 def test_gradient_of_the_blended_loss_is_that_of_finite_differences(
@@ -153,7 +153,7 @@ def test_weight_of_a_step_is_the_error_that_its_cache_causes(module: RouterModul
     for step in (2, 3):
         compute = torch.ones_like(router.logits, dtype=torch.bool)
         compute[step] = router.logits[step] > 0 if step == 2 else False
-        latents = module.rollout(batch, module.draft(router.hard(compute)))
+        latents = module.rollout(batch, module.draft(router.gates(compute)))
         errors.append((latents - target).square().mean())
     assert objective.weights[1:].mean() == pytest.approx(1.0)
     torch.testing.assert_close(objective.weights[3] / objective.weights[2], errors[1] / errors[0])

@@ -18,7 +18,7 @@ from hgc_learn.inference import apply_schedule
 from hgc_learn.objectives import Rollout
 from hgc_learn.sampling import SamplingConfig, generate, load_pipeline
 from hgc_learn.setting import Draft
-from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.gates import Gates
 from hgc_learn.training.module import RouterModule
 
 
@@ -109,7 +109,7 @@ def test_a_unet_that_takes_the_guidance_scale_has_no_halves(
     sampling = replace(SAMPLING, scheduler="LCMScheduler")
     module = RouterModule(str(tmp_path), sampling, errors_of="latents")
     assert not module.setting.is_guided
-    draft = module.draft(HardSchedule.full(*module.router.logits.shape))
+    draft = module.draft(Gates.full(*module.router.logits.shape))
     macs = module.setting.schedule(draft, policy="none", settings={}).macs
     assert macs["full"] == module.num_steps * sum(cost.macs for cost in module.costs.values())
     schedule = module.setting.schedule(Draft({"unet:eps": "C-C-C"}), policy="none", settings={})

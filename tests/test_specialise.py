@@ -13,7 +13,7 @@ from hgc_learn.export.export import decide, training_batches
 from hgc_learn.export.learning import Learning
 from hgc_learn.export.specialise import specialise
 from hgc_learn.objectives import Rollout
-from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.gates import Gates
 from hgc_learn.training.module import RouterModule
 
 
@@ -23,10 +23,10 @@ def test_draws_keep_to_the_budget_and_spend_it(module: RouterModule) -> None:
     shares = []
     for budget in (0.3, 0.5, 0.8):
         draws = [router.sample(budget, generator) for _ in range(8)]
-        kept = [router.kept(schedule.compute) for schedule, _ in draws]
+        kept = [router.kept(gates.compute) for gates, _ in draws]
         assert budget - 0.05 < min(kept) <= max(kept) <= budget + 1e-9
-        assert len({schedule.compute.numpy().tobytes() for schedule, _ in draws}) == 8
-        shares.append(torch.stack([schedule.compute[1:].float().mean() for schedule, _ in draws]).mean())
+        assert len({gates.compute.numpy().tobytes() for gates, _ in draws}) == 8
+        shares.append(torch.stack([gates.compute[1:].float().mean() for gates, _ in draws]).mean())
     assert shares == sorted(shares)
 
 
@@ -37,8 +37,8 @@ def test_gates_are_drawn_with_their_probabilities(deep_module: RouterModule) -> 
     generator = torch.Generator().manual_seed(2)
     drawn, expected = torch.zeros_like(router.logits), torch.zeros_like(router.logits)
     for _ in range(64):
-        schedule, price = router.sample(BUDGET, generator)
-        drawn += schedule.compute
+        gates, price = router.sample(BUDGET, generator)
+        drawn += gates.compute
         expected += router.probabilities(price).detach()
     assert ((drawn - expected) / 64).abs().mean() < 0.06
     assert ((drawn - expected) / 64).mean().abs() < 0.02
@@ -47,8 +47,8 @@ def test_gates_are_drawn_with_their_probabilities(deep_module: RouterModule) -> 
 
 def test_cold_draws_are_what_is_rounded(module: RouterModule) -> None:
     module.router.temperature = 1e-6
-    schedule, price = module.router.sample(BUDGET, torch.Generator().manual_seed(0))
-    assert torch.equal(schedule.compute, module.hard_schedule(BUDGET).compute)
+    gates, price = module.router.sample(BUDGET, torch.Generator().manual_seed(0))
+    assert torch.equal(gates.compute, module.gates(BUDGET).compute)
     assert price == pytest.approx(module.router.price(BUDGET), abs=1e-4)
 
 
@@ -56,7 +56,7 @@ def test_specialising_lowers_the_error(
     module: RouterModule, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module.objective, "learning_rate", 0.3)  # the logits are random ones
-    start = module.hard_schedule(BUDGET)
+    start = module.gates(BUDGET)
     errors: list[float] = []
     found = specialise(module, BUDGET, [batch], 16, on_update=errors.append)
     assert len(errors) == 16
@@ -83,16 +83,16 @@ def test_what_other_samples_do_not_confirm_is_left(
     module: RouterModule, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch, sign: int
 ) -> None:
     monkeypatch.setattr(module.objective, "learning_rate", 0.3)
-    start = module.hard_schedule(BUDGET)
+    start = module.gates(BUDGET)
 
-    def judged(batches: Any, schedule: HardSchedule) -> float:
+    def judged(batches: Any, gates: Gates) -> float:
         """The worse (or the better) the further it is from where it started."""
-        return sign * float((schedule.compute != start.compute).sum())
+        return sign * float((gates.compute != start.compute).sum())
 
     monkeypatch.setattr(module, "log_error", judged)
     found = specialise(module, BUDGET, [batch], 8)
     assert torch.equal(found.compute, start.compute) == (sign == 1)
-    assert not torch.equal(module.hard_schedule(BUDGET).compute, start.compute)
+    assert not torch.equal(module.gates(BUDGET).compute, start.compute)
 
 
 def test_nothing_to_gain_at_the_full_budget(module: RouterModule, batch: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from test_data import write_folder
-from training_fixtures import BUDGET, SAMPLING, changed, fit, random_schedule
+from training_fixtures import BUDGET, SAMPLING, changed, fit, random_gates
 
 from hgc_learn.__main__ import guarded, main
 from hgc_learn.evaluation import decode
@@ -20,7 +20,7 @@ from hgc_learn.inference import HGCSchedule, apply_schedule
 from hgc_learn.objectives import HarmoniCa, Rollout
 from hgc_learn.plan import compile_plan
 from hgc_learn.sampling import SamplingConfig, generate
-from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.gates import Gates
 from hgc_learn.training.module import RouterModule
 
 pytestmark = pytest.mark.filterwarnings(
@@ -45,21 +45,21 @@ def test_the_price_is_the_lowest_that_keeps_to_the_budget(module: RouterModule) 
 
 
 def test_kept_is_what_the_plan_says(module: RouterModule) -> None:
-    schedule = random_schedule(module, 0.9, seed=3)
-    plan = module.setting.plan(module.draft(schedule))
-    full = compile_plan(module.graph, {}, len(schedule.compute))
+    gates = random_gates(module, 0.9, seed=3)
+    plan = module.setting.plan(module.draft(gates))
+    full = compile_plan(module.graph, {}, len(gates.compute))
     share = plan.macs(module.costs) / full.macs(module.costs)
-    assert module.router.kept(schedule.compute) == pytest.approx(share, rel=1e-6)
+    assert module.router.kept(gates.compute) == pytest.approx(share, rel=1e-6)
 
 
 def test_dead_gates_make_no_difference(module: RouterModule) -> None:
-    schedule = random_schedule(module, 0.7, seed=4)
-    dead = module.router.dead(schedule.compute)
+    gates = random_gates(module, 0.7, seed=4)
+    dead = module.router.dead(gates.compute)
     assert 0.02 < dead.float().mean() < 0.9
-    other = HardSchedule(schedule.compute ^ dead, schedule.reach)
-    assert module.setting.plan(module.draft(other)) == module.setting.plan(module.draft(schedule))
-    alive = changed(schedule, *(int(i) for i in (~dead[1:]).nonzero()[-1] + torch.tensor([1, 0])))
-    assert module.setting.plan(module.draft(alive)) != module.setting.plan(module.draft(schedule))
+    other = Gates(gates.compute ^ dead, gates.reach)
+    assert module.setting.plan(module.draft(other)) == module.setting.plan(module.draft(gates))
+    alive = changed(gates, *(int(i) for i in (~dead[1:]).nonzero()[-1] + torch.tensor([1, 0])))
+    assert module.setting.plan(module.draft(alive)) != module.setting.plan(module.draft(gates))
 
 
 def test_samples_that_differ_in_their_control_image_alone_have_targets_of_their_own(
@@ -79,7 +79,7 @@ def test_impossible_budget_is_refused(module: RouterModule, budget: float) -> No
 
 def test_the_least_budget_can_be_met(module: RouterModule) -> None:
     least = module.router.least_budget
-    assert module.router.kept(module.hard_schedule(least).compute) == least
+    assert module.router.kept(module.gates(least).compute) == least
 
 
 def test_gradient_does_not_move_the_expected_macs(module: RouterModule, batch: dict[str, Any]) -> None:
@@ -181,7 +181,7 @@ def test_export_misses_its_folder_at_once_and_does_without_validation(
         assert HGCSchedule.load(export(path, tmp_path / name, learning=few)).fidelity == {}
         assert "nothing has been measured" in capsys.readouterr().out
     module, _ = load_run(of_scenes)
-    assert measure_fidelity(module, LightningDataModule(), module.draft(module.hard_schedule(0.9))) == {}
+    assert measure_fidelity(module, LightningDataModule(), module.draft(module.gates(0.9))) == {}
 
 
 @pytest.mark.parametrize(

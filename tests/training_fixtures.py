@@ -20,7 +20,7 @@ from transformers import CLIPTextModelWithProjection
 
 from hgc_learn.sampling import SamplingConfig
 from hgc_learn.teachers.pipeline import HIDDEN_SIZE, build_text_encoder, build_tokenizer
-from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.gates import Gates
 
 if TYPE_CHECKING:
     from hgc_learn.setting import Draft
@@ -96,7 +96,7 @@ def save_tiny_models(folder: Path, shape: str) -> None:
     pipe.save_pretrained(folder / "model")
 
 
-def random_schedule(module: RouterModule, share: float, seed: int) -> HardSchedule:
+def random_gates(module: RouterModule, share: float, seed: int) -> Gates:
     """Computes a share of the gates and fills in the rest with any reach, those of `hold` and `linear` among them."""
     generator = torch.Generator().manual_seed(seed)
     shape = module.router.logits.shape
@@ -106,17 +106,17 @@ def random_schedule(module: RouterModule, share: float, seed: int) -> HardSchedu
     compute[0] = True
     reach = torch.rand(shape, generator=generator)
     plain = torch.rand(shape, generator=generator) < 0.5
-    return HardSchedule(compute, torch.where(plain, reach.round(), reach))
+    return Gates(compute, torch.where(plain, reach.round(), reach))
 
 
-def changed(schedule: HardSchedule, step: int, column: int, *, is_flip: bool = True) -> HardSchedule:
+def changed(gates: Gates, step: int, column: int, *, is_flip: bool = True) -> Gates:
     """One gate flipped, or 1 added to its reach."""
-    compute, reach = schedule.compute.clone(), schedule.reach.clone()
+    compute, reach = gates.compute.clone(), gates.reach.clone()
     if is_flip:
         compute[step, column] ^= True
     else:
         reach[step, column] += 1
-    return HardSchedule(compute, reach)
+    return Gates(compute, reach)
 
 
 def fit_arguments(teacher: Path, folder: Path, max_steps: int, *more: str) -> list[str]:
@@ -168,8 +168,8 @@ def learn(module: RouterModule, batch: dict[str, Any]) -> Draft:
     module.router.check_gradients()
     optimizer.step()
     module.router.clamp()
-    schedule = specialise(module, BUDGET, [batch], 1)
-    cap(module.router, schedule, BUDGET, 2)
-    draft = learn_fills(module, schedule, [batch], 1)
+    gates = specialise(module, BUDGET, [batch], 1)
+    cap(module.router, gates, BUDGET, 2)
+    draft = learn_fills(module, gates, [batch], 1)
     assert module.log_error([batch], draft) < float("inf")
     return draft

@@ -24,7 +24,7 @@ from hgc_learn.schedule import HGCSchedule, check_output
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sharing import FILE_NAME
 from hgc_learn.strict import ScheduleError
-from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.gates import Gates
 from hgc_learn.training.lightning_cli import read_checkpoint, rebuild
 from hgc_learn.training.module import RouterModule
 
@@ -66,7 +66,7 @@ def export(
 
             return report
 
-        hard, draft = decide(
+        gates, draft = decide(
             module,
             data,
             budget,
@@ -89,8 +89,8 @@ def export(
     schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
     path = output / FILE_NAME
     schedule.save(path)
-    dead = module.router.dead(hard.compute)
-    figure = gate_heatmap(hard.compute, module.router.sites, f"budget {budget:g}", dead)
+    dead = module.router.dead(gates.compute)
+    figure = gate_heatmap(gates.compute, module.router.sites, f"budget {budget:g}", dead)
     save_figure(figure, output / "hgc_schedule.png", dpi=150)
     return path
 
@@ -116,7 +116,7 @@ def decide(
     max_patterns: int | None = None,
     on_specialise: OnUpdate = lambda _: None,
     on_fill: OnUpdate = lambda _: None,
-) -> tuple[HardSchedule, Draft]:
+) -> tuple[Gates, Draft]:
     """The gates of a trained router at a budget, and the draft that they make with fill-ins learned; all learns from
     the first samples of the training's own data. The router itself stays as it is.
 
@@ -127,15 +127,15 @@ def decide(
     trained = {name: value.clone() for name, value in module.router.state_dict().items()}
     try:
         learned = batches(learning.learning_samples, specialise.BATCH_SIZE) if learning.specialise_updates else []
-        hard = specialise.specialise(
+        gates = specialise.specialise(
             module, budget, learned, learning.specialise_updates, max_patterns=max_patterns, on_update=on_specialise
         )
     finally:
         module.router.load_state_dict(trained)
-    hard = replace(hard, compute=hard.compute | module.router.dead(hard.compute))  # not in the file's rows
+    gates = replace(gates, compute=gates.compute | module.router.dead(gates.compute))  # not in the file's rows
     learned = batches(learning.learning_samples, fills.BATCH_SIZE) if learning.fill_updates else []
     at_once = data.train_dataloader().batch_size  # where memory is short, no more than the training needed
-    return hard, fills.learn_fills(module, hard, learned, learning.fill_updates, at_once=at_once, on_update=on_fill)
+    return gates, fills.learn_fills(module, gates, learned, learning.fill_updates, at_once=at_once, on_update=on_fill)
 
 
 def training_batches(module: RouterModule, data: Any, learning_samples: int, batch_size: int) -> list[dict[str, Any]]:

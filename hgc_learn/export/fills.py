@@ -18,7 +18,7 @@ from hgc_learn.plan import row_of
 from hgc_learn.predictors.fitted_per_channel import FITTED_PER_CHANNEL
 from hgc_learn.sampling import generate
 from hgc_learn.setting import Draft
-from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.gates import Gates
 
 if TYPE_CHECKING:
     from hgc_learn.training.module import RouterModule
@@ -32,7 +32,7 @@ BATCH_SIZE = 4
 
 def learn_fills(
     module: RouterModule,
-    schedule: HardSchedule,
+    gates: Gates,
     batches: Sequence[dict[str, Any]],
     num_updates: int,
     *,
@@ -47,9 +47,9 @@ def learn_fills(
         num_updates: of Adam, each on one batch; the batches are taken in turns.
         at_once: samples that run at once; the gradients of a batch are added up.
     """
-    start = per_channel(module, schedule)
+    start = per_channel(module, gates)
     if not num_updates or not start.tensors:
-        return module.draft(schedule)
+        return module.draft(gates)
     learned, judges = hold_out(batches)
     for batch in learned:
         module.teacher_latents(batch)  # before a schedule is applied
@@ -78,18 +78,18 @@ def learn_fills(
             decay.step()
             on_update(loss)
     after = Draft(start.sites, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
-    drafts = [after, module.draft(schedule)]
+    drafts = [after, module.draft(gates)]
     return min(drafts, key=lambda draft: module.log_error(judges, draft))
 
 
-def per_channel(module: RouterModule, schedule: HardSchedule) -> Draft:
+def per_channel(module: RouterModule, gates: Gates) -> Draft:
     """The same fill-ins, by `fitted_per_channel`."""
     sites: dict[str, str] = {}
     tensors: dict[str, torch.Tensor] = {}
     for column, site in enumerate(module.router.sites):
-        is_filled = ~schedule.compute[:, column]
+        is_filled = ~gates.compute[:, column]
         if is_filled.any():
-            sites[site] = row_of(schedule.compute[:, column].tolist(), FITTED_PER_CHANNEL.code)
-            reach = schedule.reach[is_filled, column, None].repeat(1, module.costs[site].channels)
+            sites[site] = row_of(gates.compute[:, column].tolist(), FITTED_PER_CHANNEL.code)
+            reach = gates.reach[is_filled, column, None].repeat(1, module.costs[site].channels)
             tensors |= {f"{site}/scale": torch.ones_like(reach), f"{site}/reach": reach}
     return Draft(sites, tensors)

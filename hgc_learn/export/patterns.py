@@ -8,13 +8,13 @@ import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
-from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.gates import Gates
 from hgc_learn.training.router import Router
 
 
-def cap(router: Router, schedule: HardSchedule, budget: float, max_patterns: int) -> HardSchedule:
-    """The router's schedule for a budget, if it has no more than so many different steps, the first included; or one
-    that computes the highest logits that the budget allows, where steps that want nearly the same share their mean
+def cap(router: Router, gates: Gates, budget: float, max_patterns: int) -> Gates:
+    """The router's gates at a budget, if they have no more than so many different steps, the first included; or some
+    that compute the highest logits that the budget allows, where steps that want nearly the same share their mean
     logits.
 
     Raises:
@@ -22,8 +22,8 @@ def cap(router: Router, schedule: HardSchedule, budget: float, max_patterns: int
     """
     if max_patterns < 2:
         raise ValueError(f"max_patterns is {max_patterns}; it must be at least 2: the first step computes everything.")
-    if count(router, schedule) <= max_patterns:
-        return schedule
+    if count(router, gates) <= max_patterns:
+        return gates
     logits = router.logits.detach()
     wanted = torch.sigmoid(logits[1:] - router.price(budget))
     tree = linkage(wanted.cpu().double().numpy(), method="ward")
@@ -31,16 +31,16 @@ def cap(router: Router, schedule: HardSchedule, budget: float, max_patterns: int
         groups = torch.from_numpy(fcluster(tree, num_groups, criterion="maxclust"))
         members = [[1 + step for step in (groups == group).nonzero().flatten().tolist()] for group in groups.unique()]
         shared = _shared(logits, members)
-        schedule = router.hard(shared >= router.price(budget, shared))
-        schedule = router.spend(schedule, budget, shared, members)
-        if count(router, schedule) <= max_patterns:
-            return schedule
+        gates = router.gates(shared >= router.price(budget, shared))
+        gates = router.spend(gates, budget, shared, members)
+        if count(router, gates) <= max_patterns:
+            return gates
     raise AssertionError("one group and the first step are two patterns")
 
 
-def count(router: Router, schedule: HardSchedule) -> int:
-    """How many different steps a schedule has."""
-    return len({router.pattern(row) for row in schedule.compute.tolist()})
+def count(router: Router, gates: Gates) -> int:
+    """How many different steps gates have."""
+    return len({router.pattern(row) for row in gates.compute.tolist()})
 
 
 def _shared(logits: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:

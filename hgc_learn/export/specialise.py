@@ -15,7 +15,7 @@ from hgc_learn.data import hold_out
 from hgc_learn.export.learning import OnUpdate
 from hgc_learn.export.patterns import cap
 from hgc_learn.objectives import Rollout
-from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.gates import Gates
 
 if TYPE_CHECKING:
     from hgc_learn.training.module import RouterModule
@@ -35,8 +35,8 @@ def specialise(
     *,
     max_patterns: int | None = None,
     on_update: OnUpdate = lambda _: None,
-) -> HardSchedule:
-    """The hard schedule of the router at a budget, after more updates for it, or rounded as it is, if samples that were
+) -> Gates:
+    """The router's gates at a budget, after more updates for it, or rounded as they are, if samples that were
     not learned from like that better. The router's own logits and reaches are moved.
 
     Args:
@@ -71,15 +71,15 @@ def specialise(
     finally:
         router.temperature = temperature
     end = _rounded(module, budget, max_patterns)
-    return min([end, start], key=lambda schedule: module.log_error(judges, schedule))
+    return min([end, start], key=lambda gates: module.log_error(judges, gates))
 
 
-def _rounded(module: RouterModule, budget: float, max_patterns: int | None) -> HardSchedule:
-    schedule = module.hard_schedule(budget)
+def _rounded(module: RouterModule, budget: float, max_patterns: int | None) -> Gates:
+    gates = module.gates(budget)
     if max_patterns is None:
-        return schedule
-    capped = cap(module.router, schedule, budget, max_patterns)
-    if capped is not schedule and not module.objective.is_specialised:
+        return gates
+    capped = cap(module.router, gates, budget, max_patterns)
+    if capped is not gates and not module.objective.is_specialised:
         raise ValueError(
             f"max_patterns is {max_patterns}; the schedule of a router trained for {module.objective.policy} has more "
             "different steps, and making them fewer would undo its rule. Leave max_patterns out."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.gates import Gates
 from hgc_learn.training.router import Router
 
 if TYPE_CHECKING:
@@ -49,16 +49,16 @@ class Objective(nn.Module):
     def use_pipeline(self, module: RouterModule) -> None:
         """Called when the module has got its pipeline, or another one of the same models."""
 
-    def hard_schedule(self, router: Router, budget: float) -> HardSchedule:
-        """The hard schedule for a budget, a fraction of the full MACs.
+    def gates(self, router: Router, budget: float) -> Gates:
+        """The router's gates at a budget, a fraction of the full MACs.
 
         Raises:
             BudgetError: it cannot be met.
         """
         return router.threshold(budget)
 
-    def draw(self, router: Router, budget: float, generator: torch.Generator) -> HardSchedule | None:
-        """A schedule by chance, as training draws them; None if it draws none."""
+    def draw(self, router: Router, budget: float, generator: torch.Generator) -> Gates | None:
+        """Gates by chance, as training draws them; None if it draws none."""
         return None
 
     def optimizer(self, router: Router) -> torch.optim.Optimizer:

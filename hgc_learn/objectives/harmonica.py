@@ -117,7 +117,7 @@ class HarmoniCa(BlendedObjective):
 
     def hard(self, router: Router) -> Tensor:
         """What is computed [steps, sites] by the fixed threshold: what is kept in training follows it."""
-        return router.hard(router.logits.detach().sigmoid() > self.threshold).compute
+        return router.gates(router.logits.detach().sigmoid() > self.threshold).compute
 
     @torch.no_grad()
     def measure_weights(self, module: RouterModule, batches: Iterable[dict[str, Any]]) -> None:
@@ -130,7 +130,7 @@ class HarmoniCa(BlendedObjective):
             for step in range(1, len(hard)):
                 compute = torch.ones_like(hard)
                 compute[step] = hard[step] & ~hard[step].all()
-                latents = module.rollout(batch, module.draft(module.router.hard(compute)))
+                latents = module.rollout(batch, module.draft(module.router.gates(compute)))
                 self.weights[step] += (latents - target).square().flatten(1).mean(1).sum()
         self.weights.copy_(mean_over_processes(self.weights))
         self.weights /= self.weights[1:].mean()

@@ -22,7 +22,7 @@ from torch import Tensor
 from hgc_learn.models.macs import BudgetError
 from hgc_learn.objectives.blend import BlendedObjective
 from hgc_learn.training.distributed import own_noise
-from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.gates import Gates
 from hgc_learn.training.router import Router
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class L2C(BlendedObjective):
         self.penalty = penalty
         self.learning_rate = learning_rate
 
-    def hard_schedule(self, router: Router, budget: float, *, interval: int | None = None) -> HardSchedule:
+    def gates(self, router: Router, budget: float, *, interval: int | None = None) -> Gates:
         """As the base class's; every `interval`-th step is full. By default it is the shortest that the budget allows.
 
         Raises:
@@ -75,7 +75,7 @@ class L2C(BlendedObjective):
                 f"{least[interval]:.3f} of the MACs. A larger interval reaches lower budgets."
             )
         logits = torch.where(self._full_steps(router, interval), 2 * MAX_LOGIT, router.logits.detach())
-        return router.hard(logits >= router.price(budget, logits))
+        return router.gates(logits >= router.price(budget, logits))
 
     @staticmethod
     def _full_steps(router: Router, interval: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The second-order effect of every gate, on the student's own hard trajectories.
 
-One step: draw a hard schedule from the router at a budget, roll it out with its own cache, compare the outcome,
+One step: draw hard gates from the router at a budget, roll them out with their own cache, compare the outcome,
 pictures or final latents, with the teacher's, and ask for every gate how much the loss would change if it alone chose
 otherwise. To second order in the change J*d that this makes to the outcome, with error e = student - teacher, that is 2
 <e, J d> + |J d|^2. The first term is one backward pass; the second, which a straight-through estimator misses, is
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hgc_learn.objectives.base import Objective
 from hgc_learn.training.distributed import mean_over_processes
+from hgc_learn.training.gates import Gates
 from hgc_learn.training.grouped import GroupedAdam
-from hgc_learn.training.hard import HardSchedule
 from hgc_learn.training.router import Router
 
 if TYPE_CHECKING:
@@ -63,10 +63,10 @@ class Rollout(Objective):
         self.num_directions = num_directions
         self.register_buffer("warm_started", torch.tensor(False))
 
-    def hard_schedule(self, router: Router, budget: float) -> HardSchedule:
+    def gates(self, router: Router, budget: float) -> Gates:
         return router.spend(router.threshold(budget), budget)
 
-    def draw(self, router: Router, budget: float, generator: torch.Generator) -> HardSchedule:
+    def draw(self, router: Router, budget: float, generator: torch.Generator) -> Gates:
         return router.sample(budget, generator)[0]
 
     def optimizer(self, router: Router) -> torch.optim.Optimizer:
@@ -90,10 +90,10 @@ class Rollout(Objective):
         """Gives the router's parameters the gradients of the expected log error at a budget: the logits one along which
         the expected MACs stay put. Returns what to log."""
         router = module.router
-        schedule, price = router.sample(budget, module.generator)
+        gates, price = router.sample(budget, module.generator)
         p_compute = router.probabilities(price)
-        effects = module.effects(batch, schedule, self.num_directions)
-        of_computing = (torch.where(schedule.compute, -1, 1) * effects.of_each_flip()).to(p_compute)
+        effects = module.effects(batch, gates, self.num_directions)
+        of_computing = (torch.where(gates.compute, -1, 1) * effects.of_each_flip()).to(p_compute)
         change = (p_compute * of_computing).sum()
         (loss_gradient,) = torch.autograd.grad(change, router.logits, retain_graph=True)
         expected = router.expected_macs(p_compute)
@@ -105,7 +105,7 @@ class Rollout(Objective):
         return {
             "loss": effects.errors.mean(),
             "expected_macs": expected.detach(),
-            "sampled_macs": router.kept(schedule.compute),
+            "sampled_macs": router.kept(gates.compute),
             "multiplier": multiplier,
             "temperature": router.temperature,
         }
@@ -118,7 +118,7 @@ class Rollout(Objective):
         """
         router = module.router
         module.seed(0)
-        full = HardSchedule.full(*router.logits.shape)
+        full = Gates.full(*router.logits.shape)
         effects = []
         for batch in itertools.islice(batches, self.num_warm_start_batches):
             batch = module.transfer_batch_to_device(batch, module.device, 0)

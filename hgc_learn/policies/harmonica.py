@@ -19,4 +19,4 @@ def harmonica(setting: Setting, *, ckpt_path: str = "", budget: float = 0.5) -> 
     from hgc_learn.export.export import load_trained
 
     module, _ = load_trained(setting, ckpt_path, "harmonica")
-    return module.draft(module.hard_schedule(budget))
+    return module.draft(module.gates(budget))

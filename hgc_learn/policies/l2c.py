@@ -26,4 +26,4 @@ def l2c(setting: Setting, *, ckpt_path: str = "", budget: float = 0.5, interval:
 
     module, _ = load_trained(setting, ckpt_path, "l2c")
     assert isinstance(module.objective, L2C)
-    return module.draft(module.objective.hard_schedule(module.router, budget, interval=interval))
+    return module.draft(module.objective.gates(module.router, budget, interval=interval))

@@ -21,7 +21,7 @@ from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import select_sites, to_lay_open
 from hgc_learn.training.distributed import mean_over_processes, num_processes, rank
 from hgc_learn.training.effects import Effects, measure_effects
-from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.gates import Gates
 from hgc_learn.training.probe import ProbedForwards
 from hgc_learn.training.router import Router
 
@@ -103,7 +103,7 @@ class RouterModule(L.LightningModule):
         self.config: str | None = None  # of the run, as YAML; goes into the checkpoint
         objective.prepare(self)
         for budget in budgets:
-            self.hard_schedule(budget)  # refuses what cannot be met
+            self.gates(budget)  # refuses what cannot be met
 
     def use_pipeline(self, pipe: Any) -> None:
         """Runs trajectories on this pipeline, of the same models, from now on."""
@@ -180,17 +180,17 @@ class RouterModule(L.LightningModule):
                 "frozen models is model.dtype."
             )
 
-    def hard_schedule(self, budget: float) -> HardSchedule:
-        """The hard schedule that the router stands for at a budget.
+    def gates(self, budget: float) -> Gates:
+        """The router's gates at a budget, rounded.
 
         Raises:
             BudgetError: it cannot be met.
         """
-        return self.objective.hard_schedule(self.router, budget)
+        return self.objective.gates(self.router, budget)
 
-    def draft(self, schedule: HardSchedule) -> Draft:
-        """A hard schedule as policies write it."""
-        return schedule.draft(self.router.sites)
+    def draft(self, gates: Gates) -> Draft:
+        """The schedule that gates make, as policies write it."""
+        return gates.draft(self.router.sites)
 
     # Trajectories
 
@@ -222,10 +222,10 @@ class RouterModule(L.LightningModule):
         outcome = unclamped_pictures(self.pipe, latents) if self.hparams["errors_of"] == "pictures" else latents
         return outcome.float()
 
-    def effects(self, batch: dict[str, Any], schedule: HardSchedule, num_directions: int = 1) -> Effects:
-        """Rolls a hard schedule out on the student's own trajectory, and measures what changes of it would do to the
+    def effects(self, batch: dict[str, Any], gates: Gates, num_directions: int = 1) -> Effects:
+        """Rolls gates out on the student's own trajectory, and measures what changes of them would do to the
         outcome, along the error and in some random directions."""
-        self.forwards.set_schedule(schedule)
+        self.forwards.set_gates(gates)
         return measure_effects(
             self.forwards,
             lambda: self.outcome(generate(self.pipe, self.sampling, batch, grad=True)),
@@ -290,9 +290,9 @@ class RouterModule(L.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         hard_errors = []
         for budget in self.hparams["budgets"]:
-            hard = self.hard_schedule(budget)
-            hard_errors.append(hard_error := self.rollout_errors(batch, hard).mean())
-            logs: dict[str, Any] = {"hard_loss": hard_error, "exported_macs": self.router.kept(hard.compute)}
+            gates = self.gates(budget)
+            hard_errors.append(hard_error := self.rollout_errors(batch, gates).mean())
+            logs: dict[str, Any] = {"hard_loss": hard_error, "exported_macs": self.router.kept(gates.compute)}
             generator = torch.Generator(self.device).manual_seed(batch_idx)
             if (soft := self.objective.draw(self.router, budget, generator)) is not None:
                 soft_error = self.rollout_errors(batch, soft).mean()
@@ -303,15 +303,15 @@ class RouterModule(L.LightningModule):
         self.log("val_loss", loss, prog_bar=True, logger=False, batch_size=len(batch["text"]), sync_dist=True)
 
     @torch.no_grad()
-    def rollout_errors(self, batch: dict[str, Any], schedule: HardSchedule | Draft) -> Tensor:
+    def rollout_errors(self, batch: dict[str, Any], gates: Gates | Draft) -> Tensor:
         """Squared error of the outcome per sample [batch] under a schedule."""
-        latents = self.rollout(batch, schedule if isinstance(schedule, Draft) else self.draft(schedule))
+        latents = self.rollout(batch, gates if isinstance(gates, Draft) else self.draft(gates))
         return (self.outcome(latents) - self.target(batch)).square().flatten(1).mean(1)
 
-    def log_error(self, batches: Iterable[dict[str, Any]], schedule: HardSchedule | Draft) -> float:
+    def log_error(self, batches: Iterable[dict[str, Any]], gates: Gates | Draft) -> float:
         """Mean over samples of the logarithm of the outcome's squared error under a schedule: as PSNR is judged,
         and not ruled by the few samples with the largest errors. Infinite if a trajectory is lost."""
-        errors = torch.cat([self.rollout_errors(batch, schedule) for batch in batches])
+        errors = torch.cat([self.rollout_errors(batch, gates) for batch in batches])
         error = float(errors.clamp_min(1e-30).log().mean())
         return error if math.isfinite(error) else math.inf
 

@@ -48,9 +48,9 @@ class ScheduleMonitor(L.Callback):
         router = pl_module.router
         for budget in pl_module.hparams["budgets"]:
             p = router.probabilities(router.price(budget))
-            hard = pl_module.hard_schedule(budget)
+            gates = pl_module.gates(budget)
             board.add_figure(f"gates/{budget:g}/soft", gate_heatmap(p.cpu(), router.sites, "P(compute)"), step)
-            heatmap = gate_heatmap(hard.compute, router.sites, "exported", router.dead(hard.compute))
+            heatmap = gate_heatmap(gates.compute, router.sites, "exported", router.dead(gates.compute))
             board.add_figure(f"gates/{budget:g}/hard", heatmap, step)
         if self.num_pictures < 1:
             return
@@ -59,7 +59,7 @@ class ScheduleMonitor(L.Callback):
         batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
         full = _one_by_one(pl_module, batch, None)
         for budget in pl_module.hparams["budgets"]:
-            cached = _one_by_one(pl_module, batch, pl_module.draft(pl_module.hard_schedule(budget)))
+            cached = _one_by_one(pl_module, batch, pl_module.draft(pl_module.gates(budget)))
             rows = {
                 "control": batch["conditioning_image"],
                 "full": full,

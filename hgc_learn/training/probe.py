@@ -18,7 +18,7 @@ from hgc_learn.models.graph import Graph, Node
 from hgc_learn.plan import COMPUTE, Load, compile_plan, row_of
 from hgc_learn.predictors.fitted import FITTED, line
 from hgc_learn.runtime.forwards import RoutedForwards
-from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.gates import Gates
 
 NUM_WATCHED = FITTED.num_values + 1
 """How many computed values back from a step another choice may make a difference: one more than the predictor looks
@@ -44,14 +44,14 @@ class ProbedForwards(RoutedForwards):
         self.sites = list(sites)
         self.routed = set(sites)
         self.order = {model: [n for n in graph.nodes.values() if n.model == model] for model in self.models}
-        self.set_schedule(HardSchedule.full(num_steps, len(self.sites)))
+        self.set_gates(Gates.full(num_steps, len(self.sites)))
 
-    def set_schedule(self, schedule: HardSchedule) -> None:
+    def set_gates(self, gates: Gates) -> None:
         """Sets what the next run does."""
-        self.reach = dict(zip(self.sites, schedule.reach.t().tolist(), strict=True))
+        self.reach = dict(zip(self.sites, gates.reach.t().tolist(), strict=True))
         self.rows = {
             site: row_of(column, FITTED.code)
-            for site, column in zip(self.sites, schedule.compute.t().tolist(), strict=True)
+            for site, column in zip(self.sites, gates.compute.t().tolist(), strict=True)
         }
         self.plan = compile_plan(self.graph, self.rows, self.num_steps)
         self.run = [set(step.run) for step in self.plan.steps]

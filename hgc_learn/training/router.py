@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hgc_learn.models.graph import Graph
 from hgc_learn.models.macs import BudgetError, NodeCost
 from hgc_learn.plan import ExpectedMacs, Liveness, live_step
-from hgc_learn.training.hard import HardSchedule
+from hgc_learn.training.gates import Gates
 
 MAX_LOGIT = 8.0
 
@@ -51,8 +51,8 @@ class Router(nn.Module):
         return torch.cat([torch.ones_like(p[:1]), p[1:]])
 
     @torch.no_grad()
-    def sample(self, budget: float, generator: torch.Generator) -> tuple[HardSchedule, float]:
-        """A hard schedule by chance that keeps to the budget exactly, and its price: every gate's logit gets logistic
+    def sample(self, budget: float, generator: torch.Generator) -> tuple[Gates, float]:
+        """Gates by chance that keep to the budget exactly, and their price: every gate's logit gets logistic
         noise, as many of the highest compute as the budget allows, and what that leaves is spent. Given the price, a
         gate computes with the probability that `probabilities` says, if it is not one of the few on which the rest is
         spent.
@@ -63,12 +63,12 @@ class Router(nn.Module):
         uniform = torch.rand(self.logits.shape, generator=generator, device=self.logits.device)
         noisy = self.logits + self.temperature * uniform.clamp(1e-6, 1 - 1e-6).logit()
         price = self.price(budget, noisy)
-        return self.spend(self.hard(noisy >= price), budget, noisy), price
+        return self.spend(self.gates(noisy >= price), budget, noisy), price
 
-    def hard(self, compute: Tensor) -> HardSchedule:
+    def gates(self, compute: Tensor) -> Gates:
         """Computes where `compute` [steps, sites] says so, and at the first step."""
         compute = torch.cat([torch.ones_like(compute[:1]), compute[1:]])
-        return HardSchedule(compute.cpu(), self.reach.detach().cpu().clone())
+        return Gates(compute.cpu(), self.reach.detach().cpu().clone())
 
     def expected_macs(self, p_compute: Tensor) -> Tensor:
         """Expected fraction of the full run's MACs, differentiable; `p_compute` [steps, sites]."""
@@ -150,22 +150,22 @@ class Router(nn.Module):
         others = (~torch.eye(len(self.sites), dtype=torch.bool)).tolist()
         return torch.tensor([1 - self._kept_by(row) for row in others])
 
-    def threshold(self, budget: float) -> HardSchedule:
-        """The hard schedule that computes as many of the highest logits as the budget allows.
+    def threshold(self, budget: float) -> Gates:
+        """Gates that compute as many of the highest logits as the budget allows.
 
         Raises:
             BudgetError: it cannot be met.
         """
-        return self.hard(self.logits.detach() >= self.price(budget))
+        return self.gates(self.logits.detach() >= self.price(budget))
 
     def spend(
         self,
-        schedule: HardSchedule,
+        gates: Gates,
         budget: float,
         logits: Tensor | None = None,
         groups: Sequence[Sequence[int]] | None = None,
-    ) -> HardSchedule:
-        """The schedule with more gates computing, in the order of their logits (others if given), wherever the budget
+    ) -> Gates:
+        """The gates with more of them computing, in the order of their logits (others if given), wherever the budget
         allows: the next one of all may cost more than is left. Gates that nothing would read stay as they are.
 
         Args:
@@ -174,7 +174,7 @@ class Router(nn.Module):
         logits = self.logits.detach() if logits is None else logits
         groups = [[step] for step in range(self.num_steps)] if groups is None else groups
         members = {steps[0]: steps for steps in groups}
-        rows = schedule.compute.tolist()
+        rows = gates.compute.tolist()
         kept = [1.0, *map(self._kept_by, rows[1:])]
         left = budget * self.num_steps - sum(kept)
         for index in logits.flatten().argsort(descending=True).tolist():
@@ -188,4 +188,4 @@ class Router(nn.Module):
                 left -= more * len(members[step])
                 for member in members[step]:
                     rows[member], kept[member] = row, kept[step] + more
-        return replace(schedule, compute=torch.tensor(rows))
+        return replace(gates, compute=torch.tensor(rows))

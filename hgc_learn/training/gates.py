@@ -1,4 +1,4 @@
-"""A hard schedule as tensors: which gates compute, and how far the others are extrapolated."""
+"""A schedule as the router has it: which gates compute, and how far the others are extrapolated, as tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hgc_learn.setting import Draft
 
 
 @dataclass(frozen=True)
-class HardSchedule:
+class Gates:
     """Gates [steps, sites]; its tensors are on the CPU.
 
     Attributes:
@@ -29,7 +29,7 @@ class HardSchedule:
     reach: Tensor
 
     @classmethod
-    def full(cls, num_steps: int, num_sites: int) -> HardSchedule:
+    def full(cls, num_steps: int, num_sites: int) -> Gates:
         """Computes everything."""
         return cls(torch.ones(num_steps, num_sites, dtype=torch.bool), torch.zeros(num_steps, num_sites))
 
