@@ -14,6 +14,7 @@ import diffusers
 import torch
 from diffusers import AutoPipelineForText2Image, ControlNetModel, DiffusionPipeline
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hgc_learn.inference import HGCSchedule, apply_schedule
@@ -104,7 +105,13 @@ def load_pipeline(
                 "give none (null), or a model without one."
             )
         pipe = _load("model", AutoPipelineForText2Image.from_pretrained, model, controlnet=net, **how)
-        check_fits(net, pipe.unet, controlnet, model)
+    if not hasattr(pipe, "unet"):
+        raise ValueError(
+            f"model: {model!r} is a {type(pipe).__name__}, which has no UNet; the pipelines of Stable Diffusion and "
+            "SDXL are supported (docs/limits.md)."
+        )
+    if controlnet is not None:
+        check_fits(pipe.controlnet, pipe.unet, controlnet, model)
     takes = inspect.signature(type(pipe).__call__).parameters
     if "strength" in takes or "mask_image" in takes:
         raise ValueError(
@@ -132,6 +139,7 @@ def load_pipeline(
                 f"scheduler: {sampling.scheduler} cannot take the place of the pipeline's "
                 f"{type(pipe.scheduler).__name__} ({' '.join(str(error).split())})."
             ) from None
+    _check_scheduler(pipe.scheduler)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
@@ -139,6 +147,21 @@ def load_pipeline(
         pipe.safety_checker = None
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or default_device())
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    """Raises ValueError where a pipeline with a UNet cannot be run with it, or not twice alike."""
+    name = type(scheduler).__name__
+    parameters = [*inspect.signature(scheduler.step).parameters.values()]
+    needed = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
+    missing = [part for part in ("init_noise_sigma", "order", "scale_model_input") if not hasattr(scheduler, part)]
+    if missing or needed - {"model_output", "timestep", "sample", "args", "kwargs"}:
+        raise ValueError(f"scheduler: {name} is for pipelines of another kind, without a UNet or with a mask.")
+    if "noise_sampler_seed" in scheduler.config:
+        raise ValueError(
+            f"scheduler: {name} draws its noise from the whole batch, whatever the seeds of the samples: two runs "
+            "differ, and there is nothing that a cached one could be compared with. Set another one."
+        )
 
 
 def default_device() -> torch.device:
@@ -149,7 +172,7 @@ def default_device() -> torch.device:
 def _load(role: str, load: Callable[..., Any], source: str, **kwargs: Any) -> Any:
     try:
         return load(source, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         what = "ControlNet" if role == "controlnet" else "diffusers pipeline"
         raise ValueError(

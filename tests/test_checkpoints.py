@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UniPCMultistepScheduler
 from safetensors.torch import save
 from training_fixtures import fit, fit_arguments
 
@@ -178,6 +179,38 @@ def test_a_router_stays_with_its_models(teacher: Path, tmp_path: Path, capsys: p
     assert "ckpt_path: the router was trained for another model" in capsys.readouterr().err
     assert main(["export", "--ckpt_path", str(ckpt_path), "--output", str(tmp_path / "out")]) == 2
     assert "last.ckpt: the router was trained for another model" in capsys.readouterr().err
+
+
+def test_a_router_stays_with_its_scheduler(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where it is the model's own, which no setting names."""
+    model = shutil.copytree(teacher, tmp_path / "model", ignore=shutil.ignore_patterns("trained"))
+    ckpt_path = fit(model, tmp_path / "run", 1)
+    own = UniPCMultistepScheduler.from_pretrained(model / "scheduler")
+    for other, message in (
+        (UniPCMultistepScheduler.from_config(own.config, timestep_spacing="trailing"), "at other timesteps than UniPC"),
+        (DDIMScheduler.from_config(own.config), "when that was UniPCMultistepScheduler; now it is DDIMScheduler"),
+    ):
+        other.save_pretrained(model / "scheduler")
+        index = json.loads((model / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", type(other).__name__]
+        (model / "model_index.json").write_text(json.dumps(index))
+        assert guarded(lambda: fit(model, tmp_path / "run", 2, f"--ckpt_path={ckpt_path}")) == 2
+        assert message in capsys.readouterr().err
+        assert main(["export", "--ckpt_path", str(ckpt_path), "--output", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_pictures_that_are_not_finite_are_told_before_an_export_learns(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(teacher, tmp_path / "model", ignore=shutil.ignore_patterns("trained"))
+    ckpt_path = fit(model, tmp_path / "run", 1)
+    vae = AutoencoderKL.from_pretrained(model / "vae")
+    vae.decoder.conv_out.bias.data.fill_(float("nan"))
+    vae.save_pretrained(model / "vae")
+    monkeypatch.delattr("hgc_learn.export.export.decide")
+    assert main(["export", "--ckpt_path", str(ckpt_path), "--output", str(tmp_path / "out")]) == 2
+    assert "The uncached pipeline's own picture comes out as NaN" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["text", "half", "tensors"])

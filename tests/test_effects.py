@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 from training_fixtures import BUDGET, SAMPLING, changed, random_gates
 
-from hgc_learn.objectives import DEFAULT_SITES
+from hgc_learn.objectives import DEFAULT_SITES, HarmoniCa
 from hgc_learn.predictors import BY_CODE
 from hgc_learn.sampling import generate
 from hgc_learn.training.effects import Choices
@@ -168,3 +171,41 @@ def test_errors_of_half_precision_models_are_measured_in_full(teacher: Path, bat
     for errors in (effects.errors, module.rollout_errors(batch, gates)):
         assert errors.dtype == torch.float32
         assert (errors != errors.bfloat16()).any()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_effects_on_the_uncached_trajectory_are_those_of_full_precision(
+    teacher: Path, batch: dict[str, Any], dtype: str
+) -> None:
+    """A warm start goes by them: they are small beside the rounding of pictures in half precision."""
+
+    def measured(dtype: str) -> Tensor:
+        module = RouterModule(str(teacher), SAMPLING, budgets=[BUDGET], dtype=dtype, errors_of="latents")
+        module.generator = torch.Generator().manual_seed(0)
+        return module.effects(batch, Gates.full(*module.router.logits.shape)).of_each_flip()[1:].flatten()
+
+    full, half = measured("float32"), measured(dtype)
+    assert spearmanr(full, half).statistic > 0.95
+    assert (full - half).abs().median() < 0.5
+
+
+def test_a_controlnet_that_pools_is_given_the_guided_half_alone(
+    teacher: Path, tmp_path: Path, batch: dict[str, Any]
+) -> None:
+    model = shutil.copytree(teacher, tmp_path / "model", ignore=shutil.ignore_patterns("trained"))
+    config = model / "controlnet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"global_pool_conditions": True}))
+    sites = ["*:control", "unet:guidance", "unet:eps"]
+    module = RouterModule(str(model), SAMPLING, budgets=[BUDGET], sites=sites)
+    for seed in range(4):
+        gates = random_gates(module, 0.6, seed=seed)
+        module.forwards.set_gates(gates)
+        module.forwards.install()
+        try:
+            trained = generate(module.pipe, module.sampling, batch)
+        finally:
+            module.forwards.uninstall()
+        inference = module.rollout(batch, module.draft(gates))
+        torch.testing.assert_close(trained, inference, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"pools its residuals.*Train with the objective Rollout"):
+        RouterModule(str(model), SAMPLING, budgets=[BUDGET], sites=["*:control"], objective=HarmoniCa())

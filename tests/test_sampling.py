@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import StableDiffusionControlNetImg2ImgPipeline, StableDiffusionControlNetPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetPipeline,
+)
+from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from training_fixtures import SAMPLING
 from transformers import CLIPConfig, CLIPImageProcessorPil
@@ -31,6 +40,43 @@ def test_latents_are_not_clipped_like_pixels(teacher: Path, scheduler: str) -> N
 def test_an_unknown_scheduler_is_refused(teacher: Path) -> None:
     with pytest.raises(ValueError, match="no scheduler named 'Nothing'"):
         load_pipeline(str(teacher), replace(SAMPLING, scheduler="Nothing"))
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["FlowMatchEulerDiscreteScheduler", "DDPMWuerstchenScheduler", "RePaintScheduler"]
+)
+def test_schedulers_of_other_kinds_of_pipelines_are_refused(teacher: Path, scheduler: str) -> None:
+    with pytest.raises(ValueError, match=f"scheduler: {scheduler} is for pipelines of another kind"):
+        load_pipeline(str(teacher), replace(SAMPLING, scheduler=scheduler))
+
+
+def test_a_scheduler_with_noise_of_its_own_is_refused(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DPMSolverSDEScheduler, which needs torchsde."""
+
+    class Noisy(DDIMScheduler):
+        @register_to_config
+        def __init__(self, noise_sampler_seed: int | None = None) -> None:
+            DDIMScheduler.__init__(self)
+
+    monkeypatch.setattr(diffusers, "NoisyScheduler", Noisy, raising=False)
+    with pytest.raises(ValueError, match="Noisy draws its noise from the whole batch"):
+        load_pipeline(str(teacher), replace(SAMPLING, scheduler="NoisyScheduler"))
+
+
+def test_pipelines_without_a_unet_are_refused(teacher: Path, tmp_path: Path) -> None:
+    vae = load_pipeline(str(teacher), SAMPLING).vae
+    transformer = DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, num_layers=1, sample_size=8)
+    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a DiTPipeline, which has no UNet"):
+        load_pipeline(str(tmp_path), SAMPLING)
+
+
+def test_weights_that_have_not_been_fetched_are_told(teacher: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(teacher, tmp_path / "model", ignore=shutil.ignore_patterns("trained"))
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (model / "text_encoder" / "model.safetensors").write_text(pointer)
+    with pytest.raises(ValueError, match="cannot be loaded as a diffusers pipeline"):
+        load_pipeline(str(model), SAMPLING)
 
 
 def test_pictures_are_not_blacked_out(teacher: Path, tmp_path: Path, batch: dict[str, Any]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from test_data import write_folder
+from torch.utils.data import DataLoader, IterableDataset
 from training_fixtures import BUDGET, SAMPLING, changed, fit, random_gates
 
 from hgc_learn.__main__ import guarded, main
@@ -218,3 +222,20 @@ def test_training_refuses_in_one_line(
     lines = capsys.readouterr().err.strip().splitlines()
     assert message in lines[-1]
     assert not any("Traceback" in line for line in lines)
+
+
+def test_data_without_a_length_are_refused(module: RouterModule, batch: dict[str, Any], tmp_path: Path) -> None:
+    class Endless(IterableDataset[dict[str, Any]]):
+        def __iter__(self) -> Any:
+            return itertools.repeat(batch)
+
+    trainer = L.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    with pytest.raises(ValueError, match="do not say how many samples they have"):
+        trainer.fit(module, DataLoader(Endless(), batch_size=None), DataLoader(Endless(), batch_size=None))
+
+
+def test_one_model_call_is_refused(teacher: Path) -> None:
+    with pytest.raises(ValueError, match="num_inference_steps gives one model call"):
+        RouterModule(str(teacher), replace(SAMPLING, num_inference_steps=1), budgets=[1.0])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -54,6 +56,7 @@ def export(
     module, data = load_run(ckpt_path)
     module.router.check_budget(budget)
     check_output(output / FILE_NAME)  # rather now than after all has been learned
+    _check_teacher(module, data)
     if not module.objective.is_specialised:
         learning = replace(learning, specialise_updates=0, fill_updates=0)
     with Progress() as progress:
@@ -189,6 +192,24 @@ def load_run(ckpt_path: Path) -> tuple[RouterModule, Any]:
     return cli.model, cli.datamodule
 
 
+def _validation_batches(module: RouterModule, data: Any) -> Iterator[dict[str, Any]]:
+    """On the module's device; none where the data have none."""
+    loader = data.val_dataloader() if is_overridden("val_dataloader", data) else None
+    for batch in [] if loader is None else loader:
+        yield module.transfer_batch_to_device(batch, module.device, 0)
+
+
+@torch.no_grad()
+def _check_teacher(module: RouterModule, data: Any) -> None:
+    """Raises ValueError where the uncached pipeline's own pictures are not finite."""
+    for batch in itertools.islice(_validation_batches(module, data), 1):
+        if not module.rollout({name: values[:1] for name, values in batch.items()}, None, "pt").isfinite().all():
+            raise ValueError(
+                f"The uncached pipeline's own picture comes out as NaN or infinity in {module.hparams['dtype']}: its "
+                "VAE may overflow. Train with --model.dtype=bfloat16 or float32."
+            )
+
+
 @torch.no_grad()
 def measure_fidelity(module: RouterModule, data: Any, draft: Draft) -> dict[str, Any]:
     """Paired comparison with the uncached pipeline on the validation samples; empty if there are none.
@@ -197,9 +218,7 @@ def measure_fidelity(module: RouterModule, data: Any, draft: Draft) -> dict[str,
         ValueError: pictures that are not finite.
     """
     psnr = []
-    loader = data.val_dataloader() if is_overridden("val_dataloader", data) else None
-    for batch in [] if loader is None else loader:
-        batch = module.transfer_batch_to_device(batch, module.device, 0)
+    for batch in _validation_batches(module, data):
         full = module.rollout(batch, None, "pt")
         cached = module.rollout(batch, draft, "pt")
         psnr.append(picture_psnr(cached, full))

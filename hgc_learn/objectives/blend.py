@@ -37,6 +37,12 @@ class BlendedObjective(Objective):
             raise ValueError(f"dtype is float16, in which {self.policy}'s gradients vanish. Use bfloat16 or float32.")
         if module.hparams["gradient_checkpointing"]:
             raise ValueError(f"gradient_checkpointing: {self.policy} keeps the graph of one step only. Leave it out.")
+        net = getattr(module.pipe, "controlnet", None)
+        if net is not None and net.config.global_pool_conditions:
+            raise ValueError(
+                "controlnet: it pools its residuals (global_pool_conditions), which pipelines give the guided half "
+                f"alone; {self.policy} blends both. Train with the objective Rollout."
+            )
 
     def use_pipeline(self, module: RouterModule) -> None:
         self.forwards = BlendedForwards(module.pipe, module.forwards.graph, module.router.sites, module.num_steps)

@@ -27,6 +27,9 @@ from hgc_learn.training.probe import NUM_WATCHED, ProbedForwards, latest
 LEAST = 0.1
 """A sample's squared error is never expected to fall to less than this share: directions are too few to tell."""
 
+LEAST_ERROR = 1e-12
+"""A schedule that is nearly exact is measured as if its squared error were this share of the outcome's power."""
+
 Products = NDArray[np.float64]
 """[steps l, steps j, halves, columns]: <gradient of what is used at l, fresh value of j>."""
 
@@ -81,15 +84,16 @@ def measure_effects(
         with torch.enable_grad():
             outcome = generate()
         error = (outcome - target).detach()
-        # A schedule that is nearly exact is measured against the rounding of its outcome; directions that are longer
-        # than that allows overflow in half precision.
-        squared = error.square().flatten(1).sum(1)
-        rounding = max(1e-12, torch.finfo(forwards.pipe.unet.dtype).eps ** 2) * target.square().flatten(1).sum(1)
-        scale = squared.maximum(rounding).view(-1, *[1] * (error.ndim - 1))
-        directions = [error / scale]
+        squared, power = (values.square().flatten(1).sum(1) for values in (error, target))
+        scale = squared.maximum(LEAST_ERROR * power)
+        # Directions so long overflow in float16, and are made longer afterwards.
+        least = 1e-6 if forwards.pipe.unet.dtype == torch.float16 else LEAST_ERROR
+        bounded = squared.maximum(least * power)
+        length = bounded.view(-1, *[1] * (error.ndim - 1))
+        directions = [error / length]
         for _ in range(num_directions):
             random = own_noise(error.shape, error, generator)
-            directions.append(random / (scale * num_directions).sqrt())
+            directions.append(random / (length * num_directions).sqrt())
         seen = []
         for index, direction in enumerate(directions):
             seen.append(forwards.backward((direction * outcome).sum(), keep=index < num_directions))
@@ -97,8 +101,10 @@ def measure_effects(
         forwards.uninstall()
     by_choice = Choices(forwards).by_choice(seen, len(error))
     forwards.forget()
+    longer = (bounded / scale).double().cpu()
+    longer = torch.stack([longer, *[longer.sqrt()] * num_directions])[..., None, None]
     flips, reach = (
-        torch.from_numpy(values).permute(2, 0, 1).unflatten(0, (len(directions), len(error))) for values in by_choice
+        torch.from_numpy(values).permute(2, 0, 1).unflatten(0, longer.shape[:2]) * longer for values in by_choice
     )
     return Effects(squared / error[0].numel(), flips, reach)
 

@@ -90,6 +90,8 @@ class RouterModule(L.LightningModule):
             )
         self.setting = Setting.of_pipeline(pipe, sampling)
         self.graph, self.costs, self.timesteps = self.setting.graph, self.setting.costs, self.setting.timesteps
+        if self.num_steps < 2:
+            raise ValueError("num_inference_steps gives one model call, and the first computes everything: raise it.")
         names = select_sites(self.graph, sites)
         if self.graph.guidance in names and not self.setting.is_guided:
             raise ValueError(
@@ -130,6 +132,8 @@ class RouterModule(L.LightningModule):
         checkpoint["config"] = self.config
         checkpoint["fingerprint"] = self.setting.fingerprint.to_dict()
         checkpoint["temperature"] = self.router.temperature
+        checkpoint["scheduler"] = type(self.pipe.scheduler).__name__
+        checkpoint["timesteps"] = list(self.timesteps)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError where the router was trained for something else than it would be trained on for."""
@@ -148,6 +152,17 @@ class RouterModule(L.LightningModule):
         earlier checkpoints do not say which."""
         if "router.reach" not in checkpoint["state_dict"]:
             raise ValueError(f"{name}: its router is one of an earlier version of hgc_learn. Use that, or train anew.")
+        scheduler = type(self.pipe.scheduler).__name__
+        if checkpoint.get("scheduler", scheduler) != scheduler:
+            raise ValueError(
+                f"{name}: the router was trained with the model's own scheduler when that was "
+                f"{checkpoint['scheduler']}; now it is {scheduler}. Set sampling.scheduler, or train anew."
+            )
+        if checkpoint.get("timesteps", [*self.timesteps]) != [*self.timesteps]:
+            raise ValueError(
+                f"{name}: the router was trained at other timesteps than {scheduler} has now. Give its config what it "
+                "had (timestep_spacing, steps_offset), or train anew."
+            )
         if (trained := checkpoint.get("fingerprint")) is None:
             return
         if difference := ModelFingerprint.from_dict(trained).difference(self.setting.fingerprint):
@@ -172,6 +187,13 @@ class RouterModule(L.LightningModule):
         if self.trainer.max_epochs == -1 and self.trainer.max_steps == -1:
             raise ValueError("trainer.max_epochs is -1: learning rate and temperature fall to an end. Set one of both.")
         self.pipe.to(self.device)
+
+    def on_train_start(self) -> None:
+        if not math.isfinite(self.trainer.num_training_batches):
+            raise ValueError(
+                "data: the training's data do not say how many samples they have; learning rate and temperature fall "
+                "to an end. Give a dataset with a length."
+            )
 
     def _check_precision(self) -> None:
         if self.trainer.precision != "32-true":

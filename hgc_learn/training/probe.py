@@ -112,7 +112,7 @@ class ProbedForwards(RoutedForwards):
                 if name in self.routed:
                     self.fresh[name][step] = values[name]
                 if name in load:
-                    values[name] = self._watch(self._fill_in(load[name], step), name, step)
+                    values[name] = self._watch(self._fill_in(load[name], step, call.guess_mode), name, step)
         for name in self.residuals.get(model, ()):  # a fresh value in the UNet may read one that is not live
             if name not in values and name in self.routed:
                 values[name] = self._read(values, name, batch_size)
@@ -137,9 +137,9 @@ class ProbedForwards(RoutedForwards):
         watched: Tensor = _Watched.apply(used, self.leaf, self, name, step)
         return watched
 
-    def _fill_in(self, load: Load, step: int) -> Tensor:
+    def _fill_in(self, load: Load, step: int, is_guided_alone: bool) -> Tensor:
         unguided = load.unguided or self._sources(load.site, step, in_full=True)
-        if unguided == load.guided:
+        if unguided == load.guided or is_guided_alone:
             return self._combine(load, step, load.guided)
         num_unguided = len(self.values[load.site][0]) // 2
         halves = self._combine(load, step, unguided)[:num_unguided], self._combine(load, step, load.guided)
