@@ -35,7 +35,7 @@ class ControlDataModule(L.LightningDataModule):
     Args:
         dataset: a folder of pictures with `metadata.jsonl` (columns `file_name`, `conditioning_image_file_name`,
             `text`), a folder of parquet files, or the id of a dataset on the hub.
-        dataset_config_name: which of its configurations, where its card (README.md) names several.
+        dataset_config_name: which of its configurations, where one on the hub has several.
         height: that control images are resized to, in pixels; must be the sampling config's.
         width: likewise.
         conditioning_image_column: column of the control image.
@@ -180,8 +180,10 @@ def _load(name: str, config_name: str | None, split: str, streaming: bool) -> An
     folder = Path(name)
     if not folder.is_dir() and (folder.is_absolute() or name.count("/") > 1):
         raise ValueError("there is no such folder")
-    if config_name or not folder.is_dir():
+    if not folder.is_dir():
         return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+    if config_name:  # `datasets` would go on with what it keeps of a folder of that name, whatever is in it by now
+        raise ValueError("dataset_config_name is for data sets on the hub; here, name the folder of one configuration")
     if any(folder.glob("metadata.*")):
         # Of one split, also where names of pictures have a `test` in them, which `datasets` makes splits of.
         return _load_pictures(name, split, streaming, data_files={"train": "**"})

@@ -112,28 +112,20 @@ def test_columns_have_other_names(folder: Path, tmp_path: Path) -> None:
     assert data.val_data[1]["text"] == "picture 5"
 
 
-def test_one_of_several_configurations(folder: Path, tmp_path: Path) -> None:
-    """As the card of a dataset on the hub, or of a copy of it, names them."""
+def test_one_of_several_configurations(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
-    configs = ""
-    for name in ("plain", "loud"):
-        texts = [f"{name} {text}" for text in rows["text"]]
-        path = tmp_path / name / "train.parquet"
-        path.parent.mkdir()
-        rows.remove_columns("text").add_column("text", texts).to_parquet(str(path))
-        configs += f"- config_name: {name}\n  data_files: {name}/*.parquet\n"
-    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    assert ready(tmp_path, dataset_config_name="loud").val_data[1]["text"] == "loud picture 5"
-    assert ready(tmp_path, dataset_config_name="plain", streaming=True).val_data[1]["text"] == "plain picture 5"
-    with pytest.raises(ValueError, match=r"'quiet' not found. Available: \['plain', 'loud'\]"):
-        ready(tmp_path, dataset_config_name="quiet")
 
+    def of_the_hub(name: str, config_name: str | None, *, split: str, streaming: bool) -> Any:
+        assert (name, split, streaming) == ("owner/name", "train", False)
+        if config_name is None:
+            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['plain', 'loud']")
+        return rows.rename_column("text", config_name)
 
-def test_configurations_that_are_not_named_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def of_the_hub(name: str, config_name: str | None, **_: Any) -> None:
-        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['plain', 'loud']")
-
+    with pytest.raises(ValueError, match="dataset_config_name is for data sets on the hub"):
+        ready(folder, dataset_config_name="loud")
     monkeypatch.setattr(datasets, "load_dataset", of_the_hub)
+    data = ready(Path("owner/name"), dataset_config_name="loud", text_column="loud")
+    assert data.val_data[1]["text"] == "picture 5"
     with pytest.raises(ValueError, match=r"owner/name, split 'train': .*'loud'\]; set dataset_config_name$"):
         ready(Path("owner/name"))
 
