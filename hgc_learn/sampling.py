@@ -156,7 +156,9 @@ def _check_scheduler(scheduler: Any) -> None:
     needed = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
     missing = [part for part in ("init_noise_sigma", "order", "scale_model_input") if not hasattr(scheduler, part)]
     if missing or needed - {"model_output", "timestep", "sample", "args", "kwargs"}:
-        raise ValueError(f"scheduler: {name} is for pipelines of another kind, without a UNet or with a mask.")
+        raise ValueError(
+            f"scheduler: {name} is for pipelines of another kind, without a UNet or with a mask. Set another one."
+        )
     if "noise_sampler_seed" in scheduler.config:
         raise ValueError(
             f"scheduler: {name} draws its noise from the whole batch, whatever the seeds of the samples: two runs "
