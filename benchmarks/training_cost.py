@@ -80,7 +80,7 @@ def teacher_forward(cli: RouterCLI) -> float:
 
 
 def export_flops(cli: RouterCLI, budget: float) -> float:
-    """Operations of all that an export learns."""
+    """Operations of all that an export learns, besides those of the uncached pipeline's pictures."""
     none = Learning(specialise_updates=0, fill_updates=0)
 
     def count(name: str, number: int) -> float:
@@ -98,17 +98,18 @@ def learned_row(config: Path) -> dict[str, Any]:
     """Training and exports."""
     cli, update, start = per_update(config)
     module, unit = cli.model, teacher_forward(cli)
-    settings = cli.config["fit"]["data"]["init_args"]
-    num_updates = settings["num_train"] // settings["batch_size"] * cli.trainer.max_epochs
+    settings = cli.config["fit"]
+    num_updates = settings["trainer"]["limit_train_batches"] * cli.trainer.max_epochs
     for batch in training_batches(module, cli.datamodule, Learning.learning_samples, 8):
         module.teacher_latents(batch)
-    exports = {f"{b:g}": round(export_flops(cli, b) / unit) for b in module.hparams["budgets"]}
+    teachers = Learning.learning_samples * module.num_steps
+    exports = {f"{b:g}": round(export_flops(cli, b) / unit + teachers) for b in module.hparams["budgets"]}
     training = (start + num_updates * update) / unit
     return {
         "policy": "learned",
         "config": str(config),
         "updates": num_updates,
-        "batch_size": settings["batch_size"],
+        "batch_size": settings["data"]["init_args"]["batch_size"],
         "teacher_forward_gflops": round(unit / 1e9, 4),
         "training_teacher_forwards": round(training),
         "export_teacher_forwards": exports,

@@ -23,7 +23,7 @@ class Learning:
         ValueError: a number out of range.
     """
 
-    learning_samples: int = 64
+    learning_samples: int = 256
     specialise_updates: int = 192
     fill_updates: int = 128
 

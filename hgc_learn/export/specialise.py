@@ -34,7 +34,6 @@ def specialise(
     num_updates: int,
     *,
     max_patterns: int | None = None,
-    seed: int = 0,
     on_update: OnUpdate = lambda _: None,
 ) -> Gates:
     """The router's gates at a budget, after more updates for it, or rounded as they are, if samples that were
@@ -45,7 +44,6 @@ def specialise(
         batches: training batches; a quarter of them, the last, judge.
         num_updates: of Adam, each on one batch; the batches are taken in turns.
         max_patterns: how many different steps the schedule may have (`hgc_learn.export.patterns`).
-        seed: of the gates drawn; the same one finds the same schedule.
 
     Raises:
         ValueError: a budget that cannot be met, or a gradient that is not finite.
@@ -58,7 +56,7 @@ def specialise(
     learned, judges = hold_out(batches)
     temperature, (first, last) = router.temperature, TEMPERATURES
     optimizer = objective.optimizer(router)
-    module.generator = torch.Generator(module.device).manual_seed(seed)
+    module.generator = torch.Generator(module.device).manual_seed(0)  # the same gates drawn find the same schedule
     try:
         for update in range(num_updates):
             progress = update / num_updates
