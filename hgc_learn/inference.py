@@ -42,8 +42,8 @@ def apply_schedule(
             is replaced.
         allow_other_weights: accept models of the same architecture with other weights. The schedule then runs,
             but the quality it was measured with is not promised.
-        resample: run with any number of steps and any timesteps: each step does, with a warning, what the schedule
-            does at the nearest timestep. Without it such runs are refused.
+        resample: run with any number of steps, any timesteps and other settings of the scheduler: each step does, with
+            a warning, what the schedule does at the nearest timestep. Without it such runs are refused.
         exact_savings: compute once per run what does not change in it (the ControlNet's condition embedding, keys and
             values of the prompt), and no ControlNet whose scale is 0. Nothing is kept so under `torch.inference_mode`
             or with gradients; diffusers' pipelines themselves run under `torch.no_grad`.
@@ -54,8 +54,8 @@ def apply_schedule(
         A handle with `stats()` and `remove()`; as a context manager it removes the schedule on leaving.
 
     Raises:
-        ScheduleError: the file is invalid, or made for another model; the message says which. Another scheduler or
-            other timesteps are noticed, and raise it, when the pipeline runs.
+        ScheduleError: the file is invalid, or made for another model; the message says which. Another scheduler,
+            other settings of it or other timesteps are noticed, and raise it, when the pipeline runs.
         ValueError: the pipeline has no UNet, models whose dataflow is not known or whose forwards are wrapped, or a
             ControlNet that another pipeline has a schedule for.
     """

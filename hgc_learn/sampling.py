@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hgc_learn.inference import HGCSchedule, apply_schedule
 from hgc_learn.models.architectures import check_fits
+from hgc_learn.scheduler_config import default_settings
 from hgc_learn.timesteps import SPACINGS, steps_for_calls, with_spacing
 
 
@@ -35,6 +36,8 @@ class SamplingConfig:
             zeros in SDXL.
         controlnet_conditioning_scale: weight of the ControlNet.
         scheduler: class name of a diffusers scheduler; the model's own if not given.
+        scheduler_config: settings of it (`use_karras_sigmas`, ...) that take the place of those in the model's own
+            config.
 
     Raises:
         ValueError: no step, a picture of no size, or a scale that is not finite.
@@ -47,6 +50,7 @@ class SamplingConfig:
     negative_prompt: str = ""
     controlnet_conditioning_scale: float = 1.0
     scheduler: str | None = None
+    scheduler_config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_inference_steps", "height", "width"):
@@ -71,7 +75,7 @@ def load_pipeline(
 
     Args:
         model: folder or hub id of a pipeline; with a ControlNet in it unless `controlnet` names one.
-        sampling: its `scheduler` replaces the pipeline's.
+        sampling: its `scheduler`, set by its `scheduler_config`, replaces the pipeline's.
         controlnet: folder or hub id of a ControlNet to add.
         variant: of the files with the weights, as diffusers has it (`fp16`), of the model, and of the ControlNet if it
             comes in that, too.
@@ -79,7 +83,8 @@ def load_pipeline(
         device: where it is moved to; `default_device()` if not given.
 
     Raises:
-        ValueError: a folder or hub id that cannot be loaded, more than one ControlNet, an unknown dtype or scheduler.
+        ValueError: a folder or hub id that cannot be loaded, more than one ControlNet, an unknown dtype, scheduler or
+            setting of it.
     """
     for name, source in (("model", model), ("controlnet", controlnet)):
         if source is not None and not Path(source).is_dir() and source.count("/") != 1:
@@ -123,22 +128,8 @@ def load_pipeline(
             f"model: the pipeline {model!r} has several ControlNets, and data have one control image a sample; take a "
             "pipeline with one. (`apply_schedule` runs schedules with several; docs/use.md has how a rule writes one.)"
         )
-    if sampling.scheduler is not None:
-        scheduler: Any = getattr(diffusers, sampling.scheduler, None)
-        is_scheduler = isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)
-        if not is_scheduler:
-            raise ValueError(f"diffusers has no scheduler named {sampling.scheduler!r}.")
-        config = dict(pipe.scheduler.config)
-        if "clip_sample" in inspect.signature(scheduler.__init__).parameters:
-            # On by default, for pixels in [-1, 1]; it ruins latents. Most models' configs say so, not all.
-            config.setdefault("clip_sample", False)
-        try:
-            pipe.scheduler = scheduler.from_config(config)
-        except (ImportError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"scheduler: {sampling.scheduler} cannot take the place of the pipeline's "
-                f"{type(pipe.scheduler).__name__} ({' '.join(str(error).split())})."
-            ) from None
+    if sampling.scheduler is not None or sampling.scheduler_config:
+        _set_scheduler(pipe, sampling)
     _check_scheduler(pipe.scheduler)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
@@ -147,6 +138,29 @@ def load_pipeline(
         pipe.safety_checker = None
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or default_device())
+
+
+def _set_scheduler(pipe: Any, sampling: SamplingConfig) -> None:
+    own, settings = type(pipe.scheduler).__name__, sampling.scheduler_config or {}
+    name = sampling.scheduler or own
+    scheduler: Any = getattr(diffusers, name, None)
+    is_scheduler = isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)
+    if not is_scheduler:
+        raise ValueError(f"diffusers has no scheduler named {name!r}.")
+    known = default_settings(scheduler)
+    if unknown := [setting for setting in settings if setting not in known]:
+        raise ValueError(f"scheduler_config: {name} has no {unknown[0]}, only {', '.join(known)}.")
+    config = dict(pipe.scheduler.config)
+    if "clip_sample" in known and sampling.scheduler is not None:
+        # On by default, for pixels in [-1, 1]; it ruins latents. Most models' configs say so, not all.
+        config.setdefault("clip_sample", False)
+    try:
+        pipe.scheduler = scheduler.from_config(config, **settings)
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        so_set = f", set to {settings}," if settings else ""
+        raise ValueError(
+            f"scheduler: {name}{so_set} cannot take the place of the pipeline's {own} ({' '.join(str(error).split())})."
+        ) from None
 
 
 def _check_scheduler(scheduler: Any) -> None:

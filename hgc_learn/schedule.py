@@ -27,7 +27,7 @@ from hgc_learn.sites import KINDS
 from hgc_learn.strict import ScheduleError, check_finite, number, parse_json, read_bytes, take
 
 FORMAT = "hgc_schedule"
-VERSION = 5
+VERSION = 6
 
 MAX_FILE_BYTES = 16 * 2**20
 MAX_TENSOR_BYTES = 64 * 2**20
@@ -35,6 +35,7 @@ MAX_HEADER_BYTES = 8 * 2**20  # of the tensors' file: safetensors takes fifteen 
 MAX_STEPS = 4096
 MAX_SITES = 20_000
 MAX_NAME = 256
+MAX_SETTINGS = 256
 MAX_MACS = 10**24
 
 Scalar = str | int | float | bool | None
@@ -51,6 +52,7 @@ class HGCSchedule:
         timesteps: the scheduler's timestep (0 to 1000 in most models) of each model call, in the order of the run; more
             than steps where a sampler calls the models more than once a step.
         scheduler: class name of the diffusers scheduler.
+        scheduler_config: how that is set, single values by name; what it does not name is not compared.
         guidance_scale: the scale it was made for; 1 or less means without guidance (half the batch).
         height, width: of the image, in pixels.
         model: fingerprint of the UNet and the ControlNets it was made for.
@@ -75,6 +77,7 @@ class HGCSchedule:
     producer: dict[str, Any] = field(default_factory=dict)
     macs: dict[str, int] = field(default_factory=dict)
     fidelity: dict[str, Scalar] = field(default_factory=dict)
+    scheduler_config: dict[str, Scalar] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -151,6 +154,7 @@ class HGCSchedule:
             "format": FORMAT,
             "version": VERSION,
             "scheduler": self.scheduler,
+            "scheduler_config": self.scheduler_config,
             "num_inference_steps": self.num_steps,
             "timesteps": list(self.timesteps),
             "guidance_scale": self.guidance_scale,
@@ -185,9 +189,10 @@ class HGCSchedule:
             )
         if version < 1:
             raise ScheduleError(f"version: is {version}; versions start at 1.")
-        known = set(_FIELDS) | {"format", "version", "num_inference_steps"} | ({"tensors"} if version > 1 else set())
-        if "tensors" in known and "tensors" not in data:
-            raise ScheduleError("tensors: missing.")
+        later = {name for name, first in _SINCE.items() if version >= first}
+        known = set(_FIELDS) | {"format", "version", "num_inference_steps"} | later
+        if missing := sorted(later - set(data)):
+            raise ScheduleError(f"{missing[0]}: missing.")
         unknown = sorted(set(data) - known)
         if unknown:
             raise ScheduleError(f"{unknown[0]}: unknown key; version {version} knows {', '.join(sorted(known))}.")
@@ -206,10 +211,14 @@ class HGCSchedule:
         for name, value in fields["macs"].items():
             if type(value) is not int or not 0 <= value <= MAX_MACS:
                 raise ScheduleError(f"macs: {name!r} must be an integer from 0 to {MAX_MACS:.0e}.")
-        for name, scalar in fields["fidelity"].items():
-            if not isinstance(scalar, Scalar):
-                raise ScheduleError(f"fidelity: {name!r} must be a single value, not {type(scalar).__name__}.")
-            check_finite(scalar, f"fidelity: {name!r}")
+        fields["scheduler_config"] = take(data, "scheduler_config", dict) if "scheduler_config" in known else {}
+        if len(fields["scheduler_config"]) > MAX_SETTINGS:
+            raise ScheduleError(f"scheduler_config: has more than {MAX_SETTINGS} entries.")
+        for single in ("fidelity", "scheduler_config"):
+            for name, scalar in fields[single].items():
+                if not isinstance(scalar, Scalar):
+                    raise ScheduleError(f"{single}: {name!r} must be a single value, not {type(scalar).__name__}.")
+                check_finite(scalar, f"{single}: {name!r}")
         check_finite(fields["producer"], "producer")
         try:
             fields["model"] = ModelFingerprint.from_dict(fields["model"])
@@ -385,6 +394,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], sites: Mapping[str, str], num_
             raise ScheduleError(f"tensors: {name!r} holds {int(tensor.max())}; {choices}.")
 
 
+_SINCE = {"tensors": 2, "scheduler_config": 6}  # versions that fields came with
 _FIELDS: dict[str, Any] = {
     "sites": dict,
     "timesteps": list,

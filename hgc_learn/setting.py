@@ -17,6 +17,7 @@ from hgc_learn.models.macs import NodeCost
 from hgc_learn.plan import COMPUTE, Plan, compile_plan
 from hgc_learn.sampling import SamplingConfig
 from hgc_learn.schedule import HGCSchedule
+from hgc_learn.scheduler_config import scheduler_config
 
 T = TypeVar("T")
 
@@ -141,6 +142,7 @@ class Setting:
             sites={site: row for site, row in draft.sites.items() if set(row) != {COMPUTE}},
             timesteps=draft.timesteps or self.timesteps,
             scheduler=type(self.pipe.scheduler).__name__,
+            scheduler_config=scheduler_config(self.pipe.scheduler),
             guidance_scale=self.sampling.guidance_scale,
             height=self.sampling.height,
             width=self.sampling.width,

@@ -196,6 +196,13 @@ def samplers() -> list[Row]:
             is_neutral=True,
             refused="scheduler: the schedule was made for DDIMScheduler, the pipeline has UniPC.*Set pipe.scheduler",
         ),
+        row(
+            "another setting of the scheduler, the same timesteps",
+            change=lambda pipe: setattr(pipe, "scheduler", build(scheduler_config={"beta_end": 0.012}).scheduler),
+            is_neutral=True,
+            refused="scheduler_config: .* with beta_end=0.02, the pipeline has 0.012. Set pipe.scheduler =",
+        ),
+        row("another setting of the scheduler, resampled", check=check.resampled_to_other_settings),
     ]
 
 

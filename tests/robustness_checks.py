@@ -44,6 +44,20 @@ def resampled(num_steps: int) -> None:
     assert torch.equal(run(pipe), plain)
 
 
+def resampled_to_other_settings() -> None:
+    """The rows are run as they are, and a warning says what is not the same."""
+    pipe = build()
+    rows = schedules(pipe)[1]
+    schedule = schedule_for(pipe, rows)
+    pipe.scheduler = build(scheduler_config={"beta_end": 0.012}).scheduler
+    with by_definition(pipe, rows):
+        expected = run(pipe)
+    apply_schedule(pipe, schedule, resample=True)
+    with pytest.warns(UserWarning, match="made with beta_end=0.02, the pipeline has 0.012: its measured quality"):
+        assert_close(run(pipe), expected)
+    remove_schedule(pipe)
+
+
 def two_threads() -> None:
     pipes = [build(), build(scheduler="UniPCMultistepScheduler")]
     for pipe in pipes:

@@ -23,6 +23,7 @@ from torch import Tensor
 from hgc_learn.models.fingerprint import ModelFingerprint
 from hgc_learn.models.graph import build_graph
 from hgc_learn.schedule import HGCSchedule
+from hgc_learn.scheduler_config import scheduler_config
 from hgc_learn.sites import list_sites
 
 SDXL = {"shape": "small_sdxl"}
@@ -42,7 +43,8 @@ def build(
     **more: Any,
 ) -> Any:
     """A pipeline of the class `kind`. Double precision leaves no room for differences that are not rounding."""
-    settings = {"clip_sample": False, "steps_offset": 1} if scheduler == "DDIMScheduler" else scheduler_config or {}
+    settings: dict[str, Any] = {"clip_sample": False, "steps_offset": 1} if scheduler == "DDIMScheduler" else {}
+    settings |= scheduler_config or {}
     tiny = build_pipeline(shape, num_controlnets=num_controlnets, scheduler=getattr(diffusers, scheduler)(**settings))
     if unet_config is not None:
         tiny.pipe.unet = build_models(UNET_CONFIGS[shape] | unet_config)[0]
@@ -160,6 +162,7 @@ def schedule_for(pipe: Any, rows: dict[str, str]) -> HGCSchedule:
         sites=rows,
         timesteps=tuple(pipe.scheduler.timesteps.tolist()),
         scheduler=type(pipe.scheduler).__name__,
+        scheduler_config=scheduler_config(pipe.scheduler),
         guidance_scale=GUIDANCE_SCALE,
         height=IMAGE_SIZE,
         width=IMAGE_SIZE,

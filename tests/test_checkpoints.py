@@ -188,6 +188,7 @@ def test_a_router_stays_with_its_scheduler(teacher: Path, tmp_path: Path, capsys
     own = UniPCMultistepScheduler.from_pretrained(model / "scheduler")
     for other, message in (
         (UniPCMultistepScheduler.from_config(own.config, timestep_spacing="trailing"), "at other timesteps than UniPC"),
+        (UniPCMultistepScheduler.from_config(own.config, solver_order=3), "trained with solver_order=2 of UniPC"),
         (DDIMScheduler.from_config(own.config), "when that was UniPCMultistepScheduler; now it is DDIMScheduler"),
     ):
         other.save_pretrained(model / "scheduler")

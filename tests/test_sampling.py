@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,11 @@ from training_fixtures import SAMPLING
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from hgc_learn.evaluation import picture_psnr, render, timed
+from hgc_learn.files import to_json
 from hgc_learn.inference import apply_schedule
 from hgc_learn.policies import POLICIES
 from hgc_learn.sampling import generate, load_pipeline
+from hgc_learn.scheduler_config import other_setting, scheduler_config
 from hgc_learn.setting import Setting
 
 
@@ -40,6 +43,45 @@ def test_latents_are_not_clipped_like_pixels(teacher: Path, scheduler: str) -> N
 def test_an_unknown_scheduler_is_refused(teacher: Path) -> None:
     with pytest.raises(ValueError, match="no scheduler named 'Nothing'"):
         load_pipeline(str(teacher), replace(SAMPLING, scheduler="Nothing"))
+
+
+@pytest.mark.parametrize("scheduler", [None, "DPMSolverMultistepScheduler"])
+def test_a_scheduler_is_set(teacher: Path, scheduler: str | None) -> None:
+    plain, pipe = (
+        load_pipeline(str(teacher), replace(SAMPLING, scheduler=scheduler, scheduler_config=settings))
+        for settings in (None, {"use_karras_sigmas": True, "solver_order": 3})
+    )
+    expected = scheduler_config(plain.scheduler) | {"use_karras_sigmas": True, "solver_order": 3}
+    assert type(pipe.scheduler) is type(plain.scheduler)
+    assert scheduler_config(pipe.scheduler) == expected != scheduler_config(plain.scheduler)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"karras": True}, "scheduler_config: DPMSolverMultistepScheduler has no karras, only num_train_timesteps"),
+        (
+            {"algorithm_type": "best"},
+            "set to {'algorithm_type': 'best'}, cannot take the place of the pipeline's",
+        ),
+    ],
+)
+def test_settings_that_a_scheduler_cannot_have_are_refused(
+    teacher: Path, settings: dict[str, Any], message: str
+) -> None:
+    sampling = replace(SAMPLING, scheduler="DPMSolverMultistepScheduler", scheduler_config=settings)
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(str(teacher), sampling)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"])
+def test_settings_survive_a_file(name: str) -> None:
+    scheduler = getattr(diffusers, name)(beta_end=0.0123456789, timestep_spacing="trailing")
+    settings = json.loads(to_json(scheduler_config(scheduler)))
+    assert other_setting(settings, scheduler) is None
+    assert other_setting(settings, type(scheduler)(beta_end=0.0123456789)) is None  # timesteps tell
+    assert other_setting(settings, type(scheduler)(beta_end=0.0125)) == ("beta_end", 0.0123456789, 0.0125)
+    assert other_setting({"of_another_version": 1}, scheduler) is None
 
 
 @pytest.mark.parametrize(

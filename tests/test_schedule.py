@@ -30,6 +30,7 @@ SCHEDULE = HGCSchedule(
     producer={"policy": "router", "version": "0.1.0", "settings": {"budget": 0.5, "seed": 0}},
     macs={"full": 100, "cached": 45},
     fidelity={"psnr_db": 31.5, "num_samples": 256, "data": "held out"},
+    scheduler_config={"solver_order": 2, "beta_end": 0.0125, "use_karras_sigmas": False, "solver_p": None},
 )
 
 
@@ -68,11 +69,12 @@ def test_saving_does_not_damage_what_was_there(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_version_1_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("version", "later"), [(1, {"tensors", "scheduler_config"}), (5, {"scheduler_config"})])
+def test_earlier_versions_are_read(tmp_path: Path, version: int, later: set[str]) -> None:
     path = tmp_path / "old.json"
-    old = {k: v for k, v in changed(version=1).items() if k != "tensors"}
+    old = {k: v for k, v in changed(version=version).items() if k not in later}
     path.write_text(json.dumps(old))
-    assert HGCSchedule.load(path) == SCHEDULE
+    assert HGCSchedule.load(path) == replace(SCHEDULE, scheduler_config={})
 
 
 def nested(depth: int) -> str:
@@ -100,7 +102,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "mark of another kind": (changed(sites={"unet:eps": "C-0-C"}), "sites: Site 'unet:eps' has the code '0'"),
     "no tensors": ({k: v for k, v in changed().items() if k != "tensors"}, "tensors: missing"),
     "tensors as list": (changed(tensors=[]), "tensors: must be the SHA-256"),
-    "tensors in version 1": (changed(version=1), "tensors: unknown key"),
+    "tensors in version 1": (
+        {k: v for k, v in changed(version=1).items() if k != "scheduler_config"},
+        "tensors: unknown key",
+    ),
+    "settings in version 5": (changed(version=5), "scheduler_config: unknown key"),
+    "no settings": ({k: v for k, v in changed().items() if k != "scheduler_config"}, "scheduler_config: missing"),
+    "settings as list": (changed(scheduler_config=[]), "scheduler_config: must be an object, not list"),
+    "nested setting": (changed(scheduler_config={"a": [1]}), "scheduler_config: 'a' must be a single value, not list"),
+    "endless setting": (json.dumps(changed()).replace("0.0125", "1e999"), "scheduler_config: 'beta_end'.*finite"),
+    "many settings": (changed(scheduler_config=dict.fromkeys(map(str, range(257)))), "more than 256 entries"),
     "unknown kind": (changed(sites={"unet:map": "CCCCC"}), "sites: 'unet:map' has kind 'map'; known kinds are out"),
     "long name": (
         changed(sites={"unet." + "x" * 300 + ":out": "CCCCC"}),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hgc_learn.commands import add_data, add_weights, check_controlnet_model, load_weights, samples
 from hgc_learn.demo import TEACHER_DIR
+from hgc_learn.scheduler_config import SEEN_IN_TIMESTEPS
 
 if TYPE_CHECKING:
     from hgc_learn.models.architectures import Architecture
@@ -117,6 +118,7 @@ def _sampling(schedule: HGCSchedule) -> SamplingConfig:
         height=schedule.height,
         width=schedule.width,
         scheduler=schedule.scheduler,
+        scheduler_config=schedule.scheduler_config | _own_scheduler_config(schedule),
         **_own_sampling(schedule),
     )
 
@@ -131,3 +133,10 @@ def _own_sampling(schedule: HGCSchedule) -> dict[str, Any]:
     if not 1 <= known.get("num_inference_steps", 1) <= MAX_STEPS:
         del known["num_inference_steps"]
     return known
+
+
+def _own_scheduler_config(schedule: HGCSchedule) -> dict[str, Any]:
+    """What its timesteps say in the schedule's fields."""
+    settings = schedule.sampling.get("scheduler_config")
+    known = settings if isinstance(settings, dict) else {}
+    return {name: known[name] for name in SEEN_IN_TIMESTEPS if name in known}

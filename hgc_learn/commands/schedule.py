@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
 import types
 import typing
@@ -54,6 +55,7 @@ def policy_parser(policy: Policy, kind: type[argparse.ArgumentParser], prog: str
     add("--output", type=Path, required=True, metavar="FILE", help="schedule file to write")
     add_weights(parser)
     add("--scheduler", metavar="NAME", help="class of a diffusers scheduler (default: the pipeline's)")
+    add("--scheduler_config", type=_settings, metavar="JSON", help="settings of it, instead of those in its own config")
     add("--steps", type=int, default=DEFAULT_STEPS, help=f"denoising steps (default {DEFAULT_STEPS})")
     add(
         "--guidance_scale",
@@ -103,6 +105,7 @@ def write(policy: Policy, args: argparse.Namespace) -> None:
         negative_prompt=args.negative_prompt,
         controlnet_conditioning_scale=args.controlnet_conditioning_scale,
         scheduler=args.scheduler,
+        scheduler_config=args.scheduler_config,
     )
     pipe = load_weights(args, sampling)
     height, width = args.size or Architecture.of(pipe).default_size
@@ -114,6 +117,16 @@ def write(policy: Policy, args: argparse.Namespace) -> None:
     for suffix, words in (("", "not counted"), ("_attention", "counted")):
         full, cached = schedule.macs[f"full{suffix}"], schedule.macs[f"cached{suffix}"]
         print(f"{cached / full:.1%} of {full:.4e} MACs kept (attention matmuls {words})")
+
+
+def _settings(text: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object of settings")
+    return settings
 
 
 def _argument_texts(policy: Policy) -> dict[str, str]:

@@ -166,7 +166,13 @@ def read_cell(config: CompareConfig, sampler: str, policy: str, budget: float) -
 def _what_is_judged(protocol: dict[str, Any]) -> dict[str, Any]:
     """A protocol without how hard knobs were tuned: another effort gives other knobs, not figures of another kind."""
     tuning = {name: protocol["tuning"].get(name) for name in JUDGED}
-    return protocol | {"tuning": tuning}
+    return _given(protocol | {"tuning": tuning})
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without what is not set: a cell that was made before there was such a setting is as one made without it."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    return {name: _given(value) if isinstance(value, dict) else value for name, value in given.items()}
 
 
 def tuned_otherwise(config: CompareConfig, cell: dict[str, Any]) -> str:

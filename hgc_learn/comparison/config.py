@@ -19,11 +19,13 @@ class SamplerConfig:
         scheduler: class name of a diffusers scheduler.
         num_inference_steps: number of denoising steps.
         num_test: test scenes that its cells are judged on; every one has its own prompt, control and seed.
+        scheduler_config: settings of the scheduler that take the place of those in the model's own config.
     """
 
     scheduler: str
     num_inference_steps: int
     num_test: int
+    scheduler_config: dict[str, Any] | None = None
 
 
 @dataclass
@@ -188,6 +190,7 @@ class CompareConfig:
             height=self.height,
             width=self.width,
             scheduler=self.samplers[sampler].scheduler,
+            scheduler_config=self.samplers[sampler].scheduler_config,
         )
 
     @property

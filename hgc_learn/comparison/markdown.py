@@ -36,7 +36,8 @@ def markdown(config: CompareConfig, rankings: Sequence[Ranking], *, command: str
     tuning = config.tuning
     otherwise = _otherwise(config, rankings)
     samplers = "; ".join(
-        f"{name}: {sampler.scheduler}, {sampler.num_inference_steps} steps, n = {sampler.num_test}"
+        f"{name}: {sampler.scheduler}{_brackets(sampler.scheduler_config)}, {sampler.num_inference_steps} steps, "
+        f"n = {sampler.num_test}"
         for name, sampler in config.samplers.items()
     )
     paragraphs = [
@@ -209,6 +210,10 @@ def _settings(settings: dict[str, Any]) -> str:
     return ", ".join(
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in short.items()
     )
+
+
+def _brackets(settings: dict[str, Any] | None) -> str:
+    return f" ({_settings(settings)})" if settings else ""
 
 
 def _line(entries: list[str]) -> str:

@@ -22,6 +22,7 @@ from hgc_learn.runtime.forwards import RoutedForwards, routed_models
 from hgc_learn.runtime.once import Once
 from hgc_learn.runtime.program import Program, compile_program, run_program
 from hgc_learn.schedule import HGCSchedule
+from hgc_learn.scheduler_config import other_setting
 from hgc_learn.strict import ScheduleError
 from hgc_learn.timesteps import steps_for_calls
 
@@ -31,7 +32,7 @@ class RuntimeOptions:
     """How a schedule is run; what it gives is the same but for rounding.
 
     Attributes:
-        resample: accept runs with other timesteps.
+        resample: accept runs with other timesteps or settings of the scheduler.
         exact_savings: compute once per run what does not change in it, and no ControlNet whose scale is 0.
         max_steps_at_once: how many steps that do not depend on each other's latents may run as one batch.
     """
@@ -155,6 +156,15 @@ class Runtime(RoutedForwards):
                 f"scheduler: the schedule was made for {self.original.scheduler}, the pipeline has {scheduler}. "
                 "Set pipe.scheduler accordingly or train a schedule for it."
             )
+        if otherwise := other_setting(self.original.scheduler_config, self.pipe.scheduler):
+            name, made_with, now = otherwise
+            problem = f"scheduler_config: the schedule was made with {name}={made_with!r}, the pipeline has {now!r}"
+            if not self.options.resample:
+                raise ScheduleError(
+                    f"{problem}. Set pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, "
+                    f"{name}={made_with!r}), or apply_schedule(..., resample=True)."
+                )
+            warnings.warn(f"{problem}: its measured quality does not carry over.", stacklevel=2)
         if is_same:
             if self.schedule is not self.original:
                 self.follow(self.original)

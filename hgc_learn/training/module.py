@@ -17,6 +17,7 @@ from hgc_learn.models.fingerprint import ModelFingerprint
 from hgc_learn.models.graph import build_graph
 from hgc_learn.objectives import Objective, Rollout
 from hgc_learn.sampling import SamplingConfig, generate, load_pipeline, scheduled
+from hgc_learn.scheduler_config import other_setting, scheduler_config
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import select_sites, to_lay_open
 from hgc_learn.training.distributed import mean_over_processes, num_processes, rank
@@ -133,11 +134,14 @@ class RouterModule(L.LightningModule):
         checkpoint["fingerprint"] = self.setting.fingerprint.to_dict()
         checkpoint["temperature"] = self.router.temperature
         checkpoint["scheduler"] = type(self.pipe.scheduler).__name__
+        checkpoint["scheduler_config"] = scheduler_config(self.pipe.scheduler)
         checkpoint["timesteps"] = list(self.timesteps)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError where the router was trained for something else than it would be trained on for."""
         trained = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        if "sampling" in trained:  # earlier ones lack settings that have come since
+            trained["sampling"] = {**asdict(SamplingConfig()), **trained["sampling"]}
         for name in ("sampling", "sites", "objective"):
             if name in trained and trained[name] != self.hparams[name]:
                 raise ValueError(
@@ -157,6 +161,12 @@ class RouterModule(L.LightningModule):
             raise ValueError(
                 f"{name}: the router was trained with the model's own scheduler when that was "
                 f"{checkpoint['scheduler']}; now it is {scheduler}. Set sampling.scheduler, or train anew."
+            )
+        if otherwise := other_setting(checkpoint.get("scheduler_config", {}), self.pipe.scheduler):
+            setting, before, now = otherwise
+            raise ValueError(
+                f"{name}: the router was trained with {setting}={before!r} of {scheduler}; the model has {now!r} now. "
+                "Set sampling.scheduler_config, or train anew."
             )
         if checkpoint.get("timesteps", [*self.timesteps]) != [*self.timesteps]:
             raise ValueError(

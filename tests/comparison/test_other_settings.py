@@ -10,8 +10,9 @@ import pytest
 from small_comparison import SAMPLER, rows, write
 
 from hgc_learn.__main__ import main
-from hgc_learn.comparison.cells import Selection, cell_files, protocol, tuned_otherwise
+from hgc_learn.comparison.cells import Selection, cell_files, protocol, read_cell, tuned_otherwise
 from hgc_learn.comparison.config import read_config
+from hgc_learn.files import save_json
 
 
 def test_cells_made_with_other_settings_are_refused_until_redone(
@@ -117,6 +118,17 @@ def test_other_fixed_knobs_are_told(settings: dict[str, Any], tmp_path: Path) ->
     cell["protocol"] = protocol(config, SAMPLER)
     cell["fixed"] = {"population": 16, "generations": 16}
     assert tuned_otherwise(config, cell) == "population=16, generations=16 fixed instead of nothing"
+
+
+def test_a_cell_from_before_a_setting_came_is_one_without_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = read_config(write(settings, tmp_path))
+    cell = {"sampler": SAMPLER, "policy": "uniform", "budget": 0.6, "protocol": protocol(config, SAMPLER)}
+    del cell["protocol"]["sampling"]["scheduler_config"]
+    save_json(cell_files(config, SAMPLER, "uniform", 0.6).figures, cell)
+    assert read_cell(config, SAMPLER, "uniform", 0.6) == cell
+    config.samplers[SAMPLER].scheduler_config = {"solver_order": 3}
+    with pytest.raises(ValueError, match="made with other settings"):
+        read_cell(config, SAMPLER, "uniform", 0.6)
 
 
 def test_a_cell_of_another_training_is_told(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -84,6 +84,11 @@ def test_schedule_writes_what_the_knobs_say(capsys: pytest.CaptureFixture[str], 
     assert set(schedule.sites.values()) == {"C--C--"}
     assert (schedule.height, schedule.width, schedule.guidance_scale) == (128, 64, 1)
     assert schedule.scheduler == "DDIMScheduler"
+    assert schedule.scheduler_config["set_alpha_to_one"]
+
+    argv += ["--scheduler_config", '{"set_alpha_to_one": false}']
+    assert main(["schedule", "faster_diffusion", *argv]) == 0
+    assert not HGCSchedule.load(path).scheduler_config["set_alpha_to_one"]
 
 
 def test_schedule_refuses_and_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path, teacher: str) -> None:
@@ -95,6 +100,8 @@ def test_schedule_refuses_and_writes_nothing(capsys: pytest.CaptureFixture[str],
     assert "unrecognized arguments: --depth" in refused(capsys, "schedule", "deepcache", *argv, "--depth", "3")
     assert "invalid choice: 'odd'" in refused(capsys, "schedule", "deepcache", *argv, "--spacing", "odd")
     assert "branches 0 to 11" in refused(capsys, "schedule", "deepcache", *argv, "--branch", "12")
+    for text in ("use_karras_sigmas", "[1]"):
+        assert "no JSON object" in refused(capsys, "schedule", "deepcache", *argv, "--scheduler_config", text)
     assert "--num_samples is 0" in refused(capsys, "schedule", "deepcache", *argv, "--num_samples", "0")
     assert "multiples of 8" in refused(capsys, "schedule", "deepcache", *argv, "--size", "65")
     assert "--data" in refused(capsys, "schedule", "hyca", *argv)
