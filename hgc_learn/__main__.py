@@ -70,8 +70,8 @@ def guarded(run: Callable[[], object]) -> int:
         run()
     except BrokenPipeError:  # the reader (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print("hgc_learn: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:  # which says how to go on, if there is a way
+        print(": ".join(["hgc_learn: interrupted", *map(str, error.args)]), file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @contextmanager
-def interrupted_at(step: int) -> Iterator[None]:
+def interrupted_at(step: int, message: str = "go on with --ckpt_path=") -> Iterator[None]:
     training_step = RouterModule.training_step
 
     def interrupted(self: RouterModule, batch: dict[str, Any], batch_idx: int) -> None:
@@ -36,7 +37,7 @@ def interrupted_at(step: int) -> Iterator[None]:
             raise KeyboardInterrupt
         training_step(self, batch, batch_idx)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt, match=message):
         patch.setattr(RouterModule, "training_step", interrupted)
         yield
 
@@ -59,9 +60,9 @@ def test_interrupted_training_resumes_to_the_same_router(
     assert set(whole["state_dict"]) == names  # no frozen model
     assert list((tmp_path / "whole").rglob("events.out.tfevents*"))
 
-    with interrupted_at(3):
-        fit(teacher, tmp_path / "parts", 4, *more)
     ckpt_path = tmp_path / "parts" / "checkpoints" / "last.ckpt"
+    with interrupted_at(3, f"^go on with --ckpt_path={re.escape(str(ckpt_path))}$"):
+        fit(teacher, tmp_path / "parts", 4, *more)
     assert torch.load(ckpt_path, weights_only=True)["global_step"] == 3
     resumed = torch.load(fit(teacher, tmp_path / "parts", 4, *more, f"--ckpt_path={ckpt_path}"), weights_only=True)
     assert resumed["global_step"] == 4

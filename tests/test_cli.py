@@ -36,7 +36,7 @@ def test_inspect_shows_what_the_file_holds(capsys: pytest.CaptureFixture[str], t
     for part in (
         "UniPCMultistepScheduler, 5 steps, 512x768 pixels, guidance scale 7.5 (with guidance)",
         "981 741.5 501 261 21",
-        "scheduler  beta_end: 0.0125\nmodel",  # alone: all else is as by default
+        "scheduler  solver_order=2, beta_end=0.0125, use_karras_sigmas=False, solver_p=None\n",
         "unet: architecture 0123456789abcdef",
         "policy: router",
         "psnr_db: 31.5",

@@ -10,11 +10,11 @@ The file is read strictly; nothing in it is run and no model is needed. With the
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections import Counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from hgc_learn.commands import add_architecture, named_architecture
-from hgc_learn.scheduler_config import default_settings
 
 if TYPE_CHECKING:
     from hgc_learn.models.architectures import Architecture
@@ -50,7 +50,7 @@ def describe(schedule: HGCSchedule, architecture: Architecture | None = None) ->
         f"setting    {schedule.scheduler}, {steps} steps, {schedule.height}x{schedule.width} pixels, "
         f"guidance scale {schedule.guidance_scale:g} ({guided} guidance)",
         f"timesteps  {timesteps}",
-        *_section("scheduler", _not_by_default(schedule)),
+        *_scheduler(schedule.scheduler_config),
     ]
     lines += _section("model", {name: f"architecture {hash_}" for name, hash_ in schedule.model.architecture.items()})
     lines += _section("producer", schedule.producer)
@@ -68,15 +68,11 @@ def describe(schedule: HGCSchedule, architecture: Architecture | None = None) ->
     return lines + _site_table(sites, steps)
 
 
-def _not_by_default(schedule: HGCSchedule) -> dict[str, Any]:
-    """Settings of the scheduler that diffusers' class of that name has otherwise unless it is told; all, where there is
-    no such class."""
-    import diffusers
-
-    scheduler = getattr(diffusers, schedule.scheduler, None)
-    is_scheduler = isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)
-    defaults = default_settings(cast(type, scheduler)) if is_scheduler else {}
-    return {n: value for n, value in schedule.scheduler_config.items() if n not in defaults or value != defaults[n]}
+def _scheduler(settings: dict[str, Any]) -> list[str]:
+    """Settings of the scheduler, in as few lines as hold them."""
+    text = ", ".join(f"{name}={value}" for name, value in settings.items())
+    lines = textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
+    return [f"{'' if i else 'scheduler':<11}{line}" for i, line in enumerate(lines)]
 
 
 def _with_model(schedule: HGCSchedule, architecture: Architecture) -> tuple[dict[str, str], list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Subset
 
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.export import fills, specialise
+from hgc_learn.export.kept import Kept
 from hgc_learn.export.learning import ALL, Learning, OnUpdate
 from hgc_learn.figures import gate_heatmap, save_figure
 from hgc_learn.sampling import default_device
@@ -30,6 +32,8 @@ from hgc_learn.training.gates import Gates
 from hgc_learn.training.lightning_cli import read_checkpoint, rebuild
 from hgc_learn.training.module import RouterModule
 
+KEPT_NAME = "hgc_export.ckpt"
+
 
 def export(
     ckpt_path: Path,
@@ -38,7 +42,8 @@ def export(
     learning: Learning = ALL,
     max_patterns: int | None = None,
 ) -> Path:
-    """Writes `hgc_schedule.json` and a picture of it.
+    """Writes `hgc_schedule.json` and a picture of it. What has been learned meanwhile is kept beside them: called again
+    with the same, it goes on after an interruption.
 
     Args:
         ckpt_path: checkpoint of `train.py fit`.
@@ -59,13 +64,16 @@ def export(
     _check_teacher(module, data)
     if not module.objective.is_specialised:
         learning = replace(learning, specialise_updates=0, fill_updates=0)
-    with Progress() as progress:
+    settings = {"budget": budget, **asdict(learning), "max_patterns": max_patterns}
+    kept = Kept(output / KEPT_NAME, {**settings, "checkpoint": hashlib.sha256(ckpt_path.read_bytes()).hexdigest()})
+    with Progress() as progress, kept.interrupted():
 
         def reporter(description: str, total: int) -> OnUpdate:
             task = progress.add_task(description, total=total, visible=total > 0)
 
-            def report(log_error: float) -> None:
-                progress.update(task, advance=1, description=f"{description}, error {math.exp(log_error):.2e}")
+            def report(update: int, log_error: float) -> None:
+                words = f"{description}, error {math.exp(log_error):.2e}"
+                progress.update(task, completed=update + 1, description=words)
 
             return report
 
@@ -75,6 +83,7 @@ def export(
             budget,
             learning,
             max_patterns=max_patterns,
+            kept=kept,
             on_specialise=reporter("specialising the router", learning.specialise_updates),
             on_fill=reporter("learning to fill in", learning.fill_updates),
         )
@@ -82,16 +91,11 @@ def export(
         fidelity = measure_fidelity(module, data, draft)
         if not fidelity:
             progress.console.print("There are no validation samples (data.num_val is 0): nothing has been measured.")
-    settings = {
-        "ckpt_path": ckpt_path.name,
-        "budget": budget,
-        **asdict(learning),
-        "max_patterns": max_patterns,
-        **module.hparams,
-    }
+    settings = {"ckpt_path": ckpt_path.name, **settings, **module.hparams}
     schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
     path = output / FILE_NAME
     schedule.save(path)
+    kept.remove()
     dead = module.router.dead(gates.compute)
     figure = gate_heatmap(gates.compute, module.router.sites, f"budget {budget:g}", dead)
     save_figure(figure, output / "hgc_schedule.png", dpi=150)
@@ -117,11 +121,12 @@ def decide(
     learning: Learning = ALL,
     *,
     max_patterns: int | None = None,
-    on_specialise: OnUpdate = lambda _: None,
-    on_fill: OnUpdate = lambda _: None,
+    kept: Kept | None = None,
+    on_specialise: OnUpdate = lambda *_: None,
+    on_fill: OnUpdate = lambda *_: None,
 ) -> tuple[Gates, Draft]:
     """The gates of a trained router at a budget, and the draft that they make with fill-ins learned; all learns from
-    the first samples of the training's own data. The router itself stays as it is.
+    the first samples of the training's own data, and goes on from what is `kept`. The router itself stays as it is.
 
     Raises:
         BudgetError: it cannot be met.
@@ -131,14 +136,22 @@ def decide(
     try:
         learned = batches(learning.learning_samples, specialise.BATCH_SIZE) if learning.specialise_updates else []
         gates = specialise.specialise(
-            module, budget, learned, learning.specialise_updates, max_patterns=max_patterns, on_update=on_specialise
+            module,
+            budget,
+            learned,
+            learning.specialise_updates,
+            max_patterns=max_patterns,
+            kept=kept,
+            on_update=on_specialise,
         )
     finally:
         module.router.load_state_dict(trained)
     gates = replace(gates, compute=gates.compute | module.router.dead(gates.compute))  # not in the file's rows
     learned = batches(learning.learning_samples, fills.BATCH_SIZE) if learning.fill_updates else []
     at_once = data.train_dataloader().batch_size  # where memory is short, no more than the training needed
-    return gates, fills.learn_fills(module, gates, learned, learning.fill_updates, at_once=at_once, on_update=on_fill)
+    return gates, fills.learn_fills(
+        module, gates, learned, learning.fill_updates, at_once=at_once, kept=kept, on_update=on_fill
+    )
 
 
 def training_batches(module: RouterModule, data: Any, learning_samples: int, batch_size: int) -> list[dict[str, Any]]:

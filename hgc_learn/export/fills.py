@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hgc_learn.data import hold_out
+from hgc_learn.export.kept import Kept
 from hgc_learn.export.learning import OnUpdate
 from hgc_learn.inference import apply_schedule
 from hgc_learn.plan import row_of
@@ -37,7 +38,8 @@ def learn_fills(
     num_updates: int,
     *,
     at_once: int = BATCH_SIZE,
-    on_update: OnUpdate = lambda _: None,
+    kept: Kept | None = None,
+    on_update: OnUpdate = lambda *_: None,
 ) -> Draft:
     """The schedule filled in by `fitted_per_channel`, whose scales and reaches lower the mean log error of the outcome;
     the schedule as it is where samples that were not learned from do not confirm that.
@@ -46,6 +48,7 @@ def learn_fills(
         batches: training batches; a quarter of them, the last, judge.
         num_updates: of Adam, each on one batch; the batches are taken in turns.
         at_once: samples that run at once; the gradients of a batch are added up.
+        kept: to go on from where it was interrupted.
     """
     start = per_channel(module, gates)
     if not num_updates or not start.tensors:
@@ -59,8 +62,19 @@ def learn_fills(
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, num_updates)
     file = module.setting.schedule(start, policy=module.objective.policy, settings={})
     checkpointing = module.hparams["gradient_checkpointing"]
+
+    def state() -> dict[str, Any]:
+        numbers = {name: tensor.detach() for name, tensor in tensors.items()}
+        return {"tensors": numbers, "optimizer": optimizer.state_dict(), "decay": decay.state_dict()}
+
+    def restore(states: dict[str, Any]) -> None:
+        for name, tensor in tensors.items():
+            tensor.data.copy_(states["tensors"][name])
+        optimizer.load_state_dict(states["optimizer"])
+        decay.load_state_dict(states["decay"])
+
     with apply_schedule(module.pipe, file) as handle:
-        for update in range(num_updates):
+        for update in (kept or Kept()).updates("fill", num_updates, state, restore):
             samples, loss = learned[update % len(learned)], 0.0
             num_samples = len(samples["text"])
             optimizer.zero_grad()
@@ -76,7 +90,7 @@ def learn_fills(
             if all(t.grad is None or t.grad.isfinite().all() for t in tensors.values()):  # else a trajectory is lost
                 optimizer.step()
             decay.step()
-            on_update(loss)
+            on_update(update, loss)
     after = Draft(start.sites, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
     drafts = [after, module.draft(gates)]
     return min(drafts, key=lambda draft: module.log_error(judges, draft))

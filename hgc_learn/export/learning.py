@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-OnUpdate = Callable[[float], None]
-"""Called after every update of what is learned with the mean log squared error of the outcome on its batch."""
+OnUpdate = Callable[[int, float], None]
+"""Called after every update of what is learned with its number and the mean log squared error of the outcome on its
+batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

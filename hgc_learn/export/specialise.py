@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hgc_learn.data import hold_out
+from hgc_learn.export.kept import Kept
 from hgc_learn.export.learning import OnUpdate
 from hgc_learn.export.patterns import cap
 from hgc_learn.objectives import Rollout
@@ -34,7 +35,8 @@ def specialise(
     num_updates: int,
     *,
     max_patterns: int | None = None,
-    on_update: OnUpdate = lambda _: None,
+    kept: Kept | None = None,
+    on_update: OnUpdate = lambda *_: None,
 ) -> Gates:
     """The router's gates at a budget, after more updates for it, or rounded as they are, if samples that were
     not learned from like that better. The router's own logits and reaches are moved.
@@ -44,6 +46,7 @@ def specialise(
         batches: training batches; a quarter of them, the last, judge.
         num_updates: of Adam, each on one batch; the batches are taken in turns.
         max_patterns: how many different steps the schedule may have (`hgc_learn.export.patterns`).
+        kept: to go on from where it was interrupted.
 
     Raises:
         ValueError: a budget that cannot be met, or a gradient that is not finite.
@@ -57,8 +60,18 @@ def specialise(
     temperature, (first, last) = router.temperature, TEMPERATURES
     optimizer = objective.optimizer(router)
     module.generator = torch.Generator(module.device).manual_seed(0)  # the same gates drawn find the same schedule
+
+    def state() -> dict[str, Any]:
+        states = {"router": router.state_dict(), "optimizer": optimizer.state_dict()}
+        return states | {"generator": module.generator.get_state()}
+
+    def restore(states: dict[str, Any]) -> None:
+        router.load_state_dict(states["router"])
+        optimizer.load_state_dict(states["optimizer"])
+        module.generator.set_state(states["generator"])
+
     try:
-        for update in range(num_updates):
+        for update in (kept or Kept()).updates("specialise", num_updates, state, restore):
             progress = update / num_updates
             router.temperature = first * (last / first) ** progress
             for group in optimizer.param_groups:
@@ -67,7 +80,7 @@ def specialise(
             router.check_gradients()
             optimizer.step()
             router.clamp()
-            on_update(float(logs["loss"].clamp_min(1e-30).log()))
+            on_update(update, float(logs["loss"].clamp_min(1e-30).log()))
     finally:
         router.temperature = temperature
     end = _rounded(module, budget, max_patterns)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import itertools
-import pickle
 import signal
 import warnings
 from collections.abc import Sequence
@@ -24,9 +22,12 @@ from hgc_learn import data  # noqa: F401  (makes the data modules known to the c
 from hgc_learn.files import check_writable, write_atomically
 from hgc_learn.training.module import RouterModule
 from hgc_learn.training.monitoring import ScheduleMonitor
+from hgc_learn.training.saved import read_saved, write_saved
 
 USAGE = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
 """There are more than a hundred settings, and jsonargparse prints the usage with every error."""
+
+LAST = "last.ckpt"
 
 
 class KeepConfig(SaveConfigCallback):
@@ -59,9 +60,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
                 _put_aside(target)
             elif read_checkpoint(target).get("global_step") == checkpoint["global_step"]:
                 return  # of a run that was refused, or stopped before its first update: nothing in it is new
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        write_atomically(target, buffer.getbuffer())
+        write_saved(target, checkpoint)
         self.saved.add(target)
 
     def _is_resumed_from(self, target: Path) -> bool:
@@ -89,7 +88,7 @@ class RouterCLI(LightningCLI):
             {
                 "model.objective": {"class_path": "Rollout"},
                 # Not by save_last: after an epoch Lightning does that only beside another checkpoint.
-                "checkpoint.filename": "last",
+                "checkpoint.filename": Path(LAST).stem,
                 "checkpoint.save_top_k": 1,  # without a metric: that of the latest epoch, the router to keep
                 "checkpoint.save_on_train_epoch_end": True,  # not only after those that are validated
                 "checkpoint.save_on_exception": True,  # Ctrl-C loses nothing
@@ -106,8 +105,17 @@ class RouterCLI(LightningCLI):
         for callback in self.trainer.checkpoint_callbacks:
             folder = getattr(callback, "dirpath", None)
             if folder is not None and "://" not in str(folder):
-                check_writable(Path(folder, "last.ckpt"))
+                check_writable(Path(folder, LAST))
         self.trainer.strategy.checkpoint_io = AtomicCheckpoints(None if ckpt_path is None else Path(ckpt_path))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as error:
+            if not isinstance(error.__context__, KeyboardInterrupt):  # what Lightning makes of it
+                raise
+            saved = [path for path in getattr(self.trainer.strategy.checkpoint_io, "saved", ()) if path.name == LAST]
+            raise KeyboardInterrupt(*(f"go on with --ckpt_path={path}" for path in saved)) from None
 
     def before_validate(self) -> None:
         if self._checked_ckpt_path() is None:
@@ -137,10 +145,6 @@ def train(args: Sequence[str] | None = None) -> RouterCLI:
         raise ValueError(" ".join(str(error).split())) from None
     except SIGTERMException:  # Lightning's own ends with status 0, as a training that is done
         raise SystemExit(128 + signal.SIGTERM) from None
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # what Lightning makes of it
-            raise KeyboardInterrupt from None
-        raise
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -152,14 +156,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint.")
-    content = io.BytesIO(path.read_bytes())
-    try:
-        checkpoint = torch.load(content, map_location="cpu", weights_only=True)
-        if isinstance(checkpoint["config"], str):
-            return dict(checkpoint)
-    # What torch makes of files that are cut off, or of another kind.
-    except (RuntimeError, KeyError, IndexError, TypeError, ValueError, EOFError, pickle.UnpicklingError):
-        pass
+    checkpoint = read_saved(path)
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("config"), str):
+        return checkpoint
     raise ValueError(f"{path}: not a checkpoint written by `python train.py fit`, or not all of one.")
 
 

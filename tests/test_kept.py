@@ -1,0 +1,82 @@
+"""An export that is interrupted goes on from what it has learned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_fixtures import fit
+
+from hgc_learn.__main__ import guarded
+from hgc_learn.export import kept
+from hgc_learn.export.export import KEPT_NAME, export
+from hgc_learn.export.learning import Learning
+from hgc_learn.schedule import HGCSchedule
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The 'train_dataloader' does not have many workers",
+    "ignore:The 'val_dataloader' does not have many workers",
+    "ignore:You are trying to `self.log",
+)
+
+LEARNING = Learning(learning_samples=4, specialise_updates=3, fill_updates=3)
+BUDGET = 0.5
+
+
+@pytest.fixture(scope="module")
+def ckpt_path(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit(teacher, tmp_path_factory.mktemp("run"), 1)
+
+
+def count_updates(patch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[Path]:
+    """Of those that are kept; after so many comes Ctrl-C."""
+    seen: list[Path] = []
+
+    def write_saved(path: Path, value: Any) -> None:
+        original(path, value)
+        seen.append(path)
+        if len(seen) == stop_after:
+            raise KeyboardInterrupt
+
+    original = kept.write_saved
+    patch.setattr(kept, "write_saved", write_saved)
+    return seen
+
+
+def test_an_interrupted_export_goes_on_to_the_same_schedule(
+    ckpt_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(ckpt_path, tmp_path / "whole", BUDGET, LEARNING)
+    folder = tmp_path / "parts"
+    for stop_after in (2, 2, None):  # in the midst of specialising, of the fill-ins, and never
+        with pytest.MonkeyPatch.context() as patch:
+            seen = count_updates(patch, stop_after)
+            status = guarded(lambda: export(ckpt_path, folder, BUDGET, LEARNING))
+        assert len(seen) == 2
+        assert status == (130 if stop_after else 0)
+        assert (folder / KEPT_NAME).is_file() == bool(stop_after)
+    assert capsys.readouterr().err.count("interrupted: the same command goes on from there\n") == 2
+    whole, parts = (HGCSchedule.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
+    assert replace(parts, fidelity={}) == replace(whole, fidelity={})
+    for name, tensor in whole.tensors.items():  # uncached pictures are made in batches of another size
+        torch.testing.assert_close(parts.tensors[name], tensor, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_what_was_kept_for_something_else_is_not_gone_on_from(
+    ckpt_path: Path, tmp_path: Path, is_damaged: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        count_updates(patch, 2)
+        export(ckpt_path, tmp_path, BUDGET, LEARNING)
+    path, budget = tmp_path / KEPT_NAME, BUDGET if is_damaged else 0.6
+    if is_damaged:
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.MonkeyPatch.context() as patch:
+        seen = count_updates(patch)
+        export(ckpt_path, tmp_path, budget, LEARNING)
+    assert len(seen) == LEARNING.specialise_updates + LEARNING.fill_updates
+    assert not path.exists()
