@@ -68,6 +68,7 @@ def test_stats(own: TinyPipeline) -> None:
     assert stats["cache_bytes"] == 2 * 4 * 8 * 8 * 4  # two samples of 4 channels, 8x8, float32
     assert stats["steps_run"] == 0
     own()
+    handle.remove()  # as on leaving a `with`
     assert handle.stats()["steps_run"] == NUM_STEPS
     assert handle.stats()["steps_refreshed"] == 0
 

@@ -228,7 +228,7 @@ def zero(pipe: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda pipe: setattr(pipe, "controlnet", None), r"architecture: controlnet is absent where \w+ is expected"),
+        (lambda pipe: setattr(pipe, "controlnet", None), r"architecture: unet where unet, controlnet are expected"),
         (
             lambda pipe: setattr(pipe, "unet", shared_pipeline("sd2").pipe.unet),
             r"architecture: unet is \w+ where \w+ is expected\). Use the model it was made for",

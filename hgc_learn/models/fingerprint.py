@@ -46,10 +46,12 @@ class ModelFingerprint:
     def difference(self, other: ModelFingerprint, tolerance: float = NORM_TOLERANCE) -> tuple[str, str] | None:
         """None if `other` is the same model, else (`architecture` or `weights`, what differs). Norms may differ by
         `tolerance`, relative."""
-        for name in sorted(self.architecture.keys() | other.architecture.keys()):
-            mine, theirs = self.architecture.get(name), other.architecture.get(name)
-            if mine != theirs:
-                return "architecture", f"{name} is {theirs or 'absent'} where {mine or 'absent'} is expected"
+        if self.architecture.keys() != other.architecture.keys():
+            expected, found = (", ".join(models.architecture) for models in (self, other))
+            return "architecture", f"{found} where {expected} {'is' if len(self.architecture) == 1 else 'are'} expected"
+        for name, mine in self.architecture.items():
+            if mine != (theirs := other.architecture[name]):
+                return "architecture", f"{name} is {theirs} where {mine} is expected"
         for name, norms in self.norms.items():
             for key, norm in norms.items():
                 found = other.norms.get(name, {}).get(key)

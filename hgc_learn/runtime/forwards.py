@@ -115,7 +115,9 @@ class RoutedForwards:
             delattr(module, _SLOT)
         if self.multi_hook is not None:
             self.multi_hook.remove()
+        counts = self.num_calls, self.refreshed
         self.new_run()
+        self.num_calls, self.refreshed = counts  # of the latest run, which may still be asked for
 
     @staticmethod
     def installed_on(model: nn.Module) -> RoutedForwards | None:
