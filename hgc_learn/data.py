@@ -168,6 +168,8 @@ def read_rows(
         reason = error.__cause__ if is_vague and error.__cause__ else error
         what = " ".join(str(reason).split())
         to_do = "; set dataset_config_name" if what.startswith("Config name is missing") else ""
+        if isinstance(error, ConnectionError | datasets.exceptions.DatasetNotFoundError):
+            to_do = " And there is no folder of that name here."
         raise ValueError(f"{name}, split {split!r}: {what}{to_do}") from None
     if not len(rows):
         raise ValueError(f"{name}, split {split!r}: it is empty; set train_split and val_split.")

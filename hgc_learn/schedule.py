@@ -357,6 +357,8 @@ def _read_tensors(path: Path, data: Any) -> dict[str, Tensor]:
         return {}
     if not isinstance(digest, str):
         raise ScheduleError(f"tensors: must be the SHA-256 of {path.name}, not {type(digest).__name__}.")
+    if not path.is_file():
+        raise ScheduleError(f"tensors: {path.name} is not beside it. A schedule with tensors is two files: get both.")
     raw = read_bytes(path, MAX_TENSOR_BYTES)
     if hashlib.sha256(raw).hexdigest() != digest:
         raise ScheduleError(f"tensors: {path.name} is not the file that belongs to this schedule. Get both again.")

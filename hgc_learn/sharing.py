@@ -40,7 +40,11 @@ def find_schedule(
         )
     path = Path(source)
     if path.is_dir():
-        return path / subfolder / FILE_NAME
+        found = path / subfolder / FILE_NAME
+        if not found.exists() and (others := sorted(path.glob(f"*/{FILE_NAME}"))):
+            names = ", ".join(str(other.parent) for other in others)
+            raise ValueError(f"{path}: there is no {FILE_NAME} in this folder; name one of {names}.")
+        return found
     if path.suffix == ".json" or not is_hub_id(str(source)):
         return path
     from huggingface_hub import snapshot_download

@@ -130,6 +130,15 @@ def test_one_of_several_configurations(folder: Path, monkeypatch: pytest.MonkeyP
         ready(Path("owner/name"))
 
 
+def test_a_folder_that_is_not_there_may_be_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(*_: Any, **__: Any) -> Any:
+        raise datasets.exceptions.DatasetNotFoundError("It doesn't exist.")
+
+    monkeypatch.setattr(datasets, "load_dataset", nowhere)
+    with pytest.raises(ValueError, match=r"data/nope, split 'train': It doesn't exist. And there is no folder of"):
+        ready(Path("data/nope"))
+
+
 def test_canny_from_photographs(folder: Path) -> None:
     edges = ready(folder, condition="canny").train_data[0]["conditioning_image"]
     assert edges.shape == (3, 16, 24)

@@ -17,6 +17,7 @@ from tiny_models import TinyPipeline, build_pipeline, random_rows, shared_pipeli
 from hgc_learn.inference import apply_schedule
 from hgc_learn.models.fingerprint import ModelFingerprint
 from hgc_learn.schedule import MAX_FILE_BYTES, VERSION, HGCSchedule
+from hgc_learn.sharing import FILE_NAME
 from hgc_learn.strict import ScheduleError
 
 SCHEDULE = HGCSchedule(
@@ -195,6 +196,21 @@ WITH_TENSORS = HGCSchedule(
         "unet.d:out/shift": torch.zeros(5, 4),
     },
 )
+
+
+def test_a_file_without_its_tensors_is_refused(tmp_path: Path) -> None:
+    WITH_TENSORS.save(tmp_path / "x.json")
+    (tmp_path / "x.safetensors").unlink()
+    with pytest.raises(ScheduleError, match=r"x.json: tensors: .* is not beside it. A schedule with tensors is"):
+        HGCSchedule.load(tmp_path / "x.json")
+
+
+def test_of_a_folder_of_schedules_one_must_be_named(tmp_path: Path) -> None:
+    for budget in ("0.25", "0.5"):
+        SCHEDULE.save(tmp_path / budget / FILE_NAME)
+    with pytest.raises(ScheduleError, match=r"no hgc_schedule.json in this folder; name one of .*0.25, .*0.5\.$"):
+        HGCSchedule.from_pretrained(tmp_path)
+    assert HGCSchedule.from_pretrained(tmp_path, subfolder="0.5") == SCHEDULE
 
 
 def test_two_codes_that_read_tensors_of_one_name_are_refused() -> None:
