@@ -50,13 +50,15 @@ class ModelFingerprint:
             expected, found = (", ".join(models.architecture) for models in (self, other))
             return "architecture", f"{found} where {expected} {'is' if len(self.architecture) == 1 else 'are'} expected"
         for name, mine in self.architecture.items():
-            if mine != (theirs := other.architecture[name]):
+            theirs = other.architecture[name]
+            if mine != theirs:
                 return "architecture", f"{name} is {theirs} where {mine} is expected"
         for name, norms in self.norms.items():
             for key, norm in norms.items():
-                found = other.norms.get(name, {}).get(key)
-                if found is not None and abs(found - norm) > tolerance * max(abs(norm), abs(found)):
-                    return "weights", f"the norm of {name}.{key}.weight is {found:.6g} where {norm:.6g} is expected"
+                their_norm = other.norms.get(name, {}).get(key)
+                if their_norm is not None and abs(their_norm - norm) > tolerance * max(abs(norm), abs(their_norm)):
+                    what = f"the norm of {name}.{key}.weight"
+                    return "weights", f"{what} is {their_norm:.6g} where {norm:.6g} is expected"
         return None
 
     def to_dict(self) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class RoutedForwards:
         self.replaced: dict[str, Any] = {}  # by model: the forward that stood in the instance, if any
         self.multi_hook: Any = None
         self.timesteps: Tensor | None = None
+        self.num_calls: dict[str, int] = {}
+        self.refreshed: set[int] = set()
         self.new_run()
 
     def _residual_names(self, model: str) -> list[str]:
@@ -128,7 +130,7 @@ class RoutedForwards:
     def new_run(self) -> None:
         self.num_calls = dict.fromkeys([*self.models, _ALL_CONTROLNETS], 0)
         self.seen: dict[str, Signature] = {}
-        self.refreshed: set[int] = set()
+        self.refreshed = set()
         self.first_step, self.last_step = 0, self.num_steps - 1
         self.is_offloaded = False
 
