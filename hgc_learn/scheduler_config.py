@@ -12,9 +12,9 @@ SEEN_IN_TIMESTEPS = ("timestep_spacing", "steps_offset")
 
 def scheduler_config(scheduler: Any) -> dict[str, Any]:
     """Settings of a scheduler that are single, finite values: its constructor's, without what timesteps say as well."""
-    names = [name for name in default_settings(type(scheduler)) if name not in SEEN_IN_TIMESTEPS]
-    config = {name: scheduler.config[name] for name in names if name in scheduler.config}
-    return {name: value for name, value in config.items() if _is_single(value)}
+    own = getattr(scheduler, "config", {})  # schedulers of other makers may have none
+    names = [name for name in default_settings(type(scheduler)) if name in own and name not in SEEN_IN_TIMESTEPS]
+    return {name: own[name] for name in names if _is_single(own[name])}
 
 
 def default_settings(scheduler: type) -> dict[str, Any]:

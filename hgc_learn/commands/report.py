@@ -136,7 +136,7 @@ def _own_sampling(schedule: HGCSchedule) -> dict[str, Any]:
 
 
 def _own_scheduler_config(schedule: HGCSchedule) -> dict[str, Any]:
-    """What its timesteps say in the schedule's fields."""
+    """Settings that the schedule's own field leaves to its timesteps to tell."""
     settings = schedule.sampling.get("scheduler_config")
     known = settings if isinstance(settings, dict) else {}
     return {name: known[name] for name in SEEN_IN_TIMESTEPS if name in known}

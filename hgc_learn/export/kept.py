@@ -14,7 +14,8 @@ State = dict[str, Any]
 
 
 class Kept:
-    """
+    """The states of an export's parts after their latest updates.
+
     Args:
         path: of the file; none keeps nothing.
         made_for: all that decides what is learned. What was kept for something else is not gone on from.
