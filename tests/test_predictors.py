@@ -306,7 +306,7 @@ def test_a_tensor_file_that_is_not_the_schedules_is_refused(small: TinyPipeline,
     else:
         schedule_with(small, "scale_shift", EPS).save(path.with_name("other.json"))
         tensor_path(path.with_name("other.json")).rename(file)
-    message = "cannot be read" if change == "missing" else "is not the file that belongs to this schedule"
+    message = "is not beside it" if change == "missing" else "is not the file that belongs to this schedule"
     with pytest.raises(ScheduleError, match=message):
         HGCSchedule.load(path)
 

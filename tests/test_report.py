@@ -201,7 +201,7 @@ def test_a_file_that_says_half_of_what_it_saves_has_no_point() -> None:
     ("options", "message"),
     [
         ([], "made for none of the models known here: name its folder with --model"),
-        (["--model", str(TEACHER)], "model: the schedule was made for another model (architecture: controlnet is"),
+        (["--model", str(TEACHER)], "model: the schedule was made for another model (architecture: unet, controlnet"),
         (["--num_pictures", "2"], "--num_pictures needs a pipeline"),
         (["--num_pictures", "-1"], "--num_pictures is -1"),
         (["--num_pictures", "1", "--model", "a/b"], "give a folder of them with --data"),

@@ -208,6 +208,7 @@ def _adapted(schedule: HGCSchedule, file: str, pipe: Any, setting: Setting) -> H
         tensors=tensors,
         timesteps=setting.timesteps,
         scheduler=type(pipe.scheduler).__name__,
+        scheduler_config={},  # whatever the pipeline's is: time does not depend on it
         guidance_scale=setting.sampling.guidance_scale,
         height=setting.sampling.height,
         width=setting.sampling.width,
