@@ -19,6 +19,7 @@ from test_schedule import SCHEDULE
 from tiny_models import NUM_STEPS, TinyPipeline, build_pipeline
 
 from hgc_learn.__main__ import main
+from hgc_learn.commands import report
 from hgc_learn.inference import HGCSchedule, apply_schedule
 from hgc_learn.models.architectures import Architecture
 from hgc_learn.plan import compile_plan
@@ -320,3 +321,13 @@ def test_strings_of_strangers_do_not_run(nasty_page: tuple[Path, Path], browser:
     assert browser.evaluate("typeof window.pwned") == "undefined"
     assert browser.evaluate("document.documentElement.scrollWidth") <= 390
     assert browser.errors() == []
+
+
+def test_pictures_are_made_with_the_schedules_own_settings_of_the_scheduler() -> None:
+    """But not with as many timesteps as a stranger asks for."""
+    own = ROOT / "examples/demo_schedule.json"
+    schedule = replace(HGCSchedule.load(own), scheduler_config={"solver_order": 3, "num_train_timesteps": 10**9})
+    for spacing, known in (("trailing", {"timestep_spacing": "trailing"}), (["trailing"], {}), ("x", {})):
+        settings = {"sampling": {"scheduler_config": {"timestep_spacing": spacing}}}
+        of = replace(schedule, producer={"settings": settings})
+        assert report._sampling(of).scheduler_config == {"solver_order": 3, **known}

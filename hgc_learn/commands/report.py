@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hgc_learn.commands import add_data, add_weights, check_controlnet_model, load_weights, samples
 from hgc_learn.demo import TEACHER_DIR
-from hgc_learn.scheduler_config import SEEN_IN_TIMESTEPS
+from hgc_learn.timesteps import SPACINGS
 
 if TYPE_CHECKING:
     from hgc_learn.models.architectures import Architecture
@@ -118,7 +118,7 @@ def _sampling(schedule: HGCSchedule) -> SamplingConfig:
         height=schedule.height,
         width=schedule.width,
         scheduler=schedule.scheduler,
-        scheduler_config=schedule.scheduler_config | _own_scheduler_config(schedule),
+        scheduler_config=_scheduler_config(schedule),
         **_own_sampling(schedule),
     )
 
@@ -135,8 +135,11 @@ def _own_sampling(schedule: HGCSchedule) -> dict[str, Any]:
     return known
 
 
-def _own_scheduler_config(schedule: HGCSchedule) -> dict[str, Any]:
-    """Settings that the schedule's own field leaves to its timesteps to tell."""
-    settings = schedule.sampling.get("scheduler_config")
-    known = settings if isinstance(settings, dict) else {}
-    return {name: known[name] for name in SEEN_IN_TIMESTEPS if name in known}
+def _scheduler_config(schedule: HGCSchedule) -> dict[str, Any]:
+    """What the schedule's field says, and the spacing that it leaves to timesteps to tell. Not how many timesteps there
+    are: a stranger's file could ask for billions, and where it differs it is refused in the run."""
+    settings = {name: value for name, value in schedule.scheduler_config.items() if name != "num_train_timesteps"}
+    own = schedule.sampling.get("scheduler_config")
+    if isinstance(own, dict) and own.get("timestep_spacing") in SPACINGS:
+        settings["timestep_spacing"] = own["timestep_spacing"]
+    return settings
