@@ -6,7 +6,6 @@ they may come from a stranger. See `docs/schedule_format.md`.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,14 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from hgc_learn.files import check_writable, to_json, write_atomically
 from hgc_learn.models.fingerprint import ModelFingerprint
 from hgc_learn.plan import COMPUTE, check_codes
 from hgc_learn.predictors import BY_CODE
+from hgc_learn.schedule_tensors import MAX_TENSOR_BYTES, check_tensors, digest, read_tensors, tensor_path, to_bytes
 from hgc_learn.sharing import CARD_NAME, FILE_NAME, find_schedule, is_own_card, model_card, upload_folder
 from hgc_learn.sites import KINDS
 from hgc_learn.strict import ScheduleError, check_finite, number, parse_json, read_bytes, take
@@ -30,8 +28,6 @@ FORMAT = "hgc_schedule"
 VERSION = 6
 
 MAX_FILE_BYTES = 16 * 2**20
-MAX_TENSOR_BYTES = 64 * 2**20
-MAX_HEADER_BYTES = 8 * 2**20  # of the tensors' file: safetensors takes fifteen times that to read it
 MAX_STEPS = 4096
 MAX_SITES = 20_000
 MAX_NAME = 256
@@ -110,7 +106,7 @@ class HGCSchedule:
                 f"sites: {self.guided_sites[0]!r} is about the two halves of a guided batch; with guidance_scale "
                 f"{self.guidance_scale} there is only one."
             )
-        _check_tensors(self.tensors, self.sites, steps)
+        check_tensors(self.tensors, self.sites, steps)
 
     @property
     def guided_sites(self) -> list[str]:
@@ -164,12 +160,9 @@ class HGCSchedule:
             "fidelity": self.fidelity,
             "producer": self.producer,
             "model": self.model.to_dict(),
-            "tensors": hashlib.sha256(self._tensor_bytes()).hexdigest() if self.tensors else None,
+            "tensors": digest(to_bytes(self.tensors)) if self.tensors else None,
             "sites": self.sites,
         }
-
-    def _tensor_bytes(self) -> bytes:
-        return safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in self.tensors.items()})
 
     @classmethod
     def from_dict(cls, data: Any, tensors: Mapping[str, Tensor] | None = None) -> HGCSchedule:
@@ -249,7 +242,7 @@ class HGCSchedule:
             OSError: it cannot be written there.
         """
         check_output(path := Path(path))
-        content, tensors = to_json(self.to_dict()), self._tensor_bytes() if self.tensors else b""
+        content, tensors = to_json(self.to_dict()), to_bytes(self.tensors) if self.tensors else b""
         for what, size, most in (("", len(content), MAX_FILE_BYTES), ("'s tensors", len(tensors), MAX_TENSOR_BYTES)):
             if size > most:
                 raise ScheduleError(f"{path}: the schedule{what} would take {size} bytes; {most} are read at most.")
@@ -268,7 +261,8 @@ class HGCSchedule:
         raw = read_bytes(Path(path), MAX_FILE_BYTES)
         try:
             data = parse_json(raw)
-            return cls.from_dict(data, _read_tensors(tensor_path(path), data))
+            expected = data.get("tensors") if isinstance(data, dict) else None
+            return cls.from_dict(data, read_tensors(tensor_path(path), expected))
         except ScheduleError as error:
             raise ScheduleError(f"{path}: {error}") from None
         except (ValueError, RecursionError) as error:
@@ -344,56 +338,6 @@ def check_output(path: Path) -> None:
     if path.suffix != ".json":
         raise ValueError(f"{path}: a schedule's file ends in .json, and its tensors are beside it in .safetensors.")
     check_writable(path)
-
-
-def tensor_path(path: str | os.PathLike[str]) -> Path:
-    """Where the tensors of the schedule at `path` are: the same name with the ending `.safetensors`."""
-    return Path(path).with_suffix(".safetensors")
-
-
-def _read_tensors(path: Path, data: Any) -> dict[str, Tensor]:
-    digest = data.get("tensors") if isinstance(data, dict) else None
-    if digest is None:
-        return {}
-    if not isinstance(digest, str):
-        raise ScheduleError(f"tensors: must be the SHA-256 of {path.name}, not {type(digest).__name__}.")
-    if not path.is_file():
-        raise ScheduleError(f"tensors: {path.name} is not beside it. A schedule with tensors is two files: get both.")
-    raw = read_bytes(path, MAX_TENSOR_BYTES)
-    if hashlib.sha256(raw).hexdigest() != digest:
-        raise ScheduleError(f"tensors: {path.name} is not the file that belongs to this schedule. Get both again.")
-    if int.from_bytes(raw[:8], "little") > MAX_HEADER_BYTES:
-        raise ScheduleError(f"tensors: {path.name} has a header larger than {MAX_HEADER_BYTES // 2**20} MiB.")
-    try:
-        return safetensors.torch.load(raw)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise ScheduleError(f"tensors: {path.name} is not a safetensors file ({error}). Get it again.") from None
-
-
-def _check_tensors(tensors: Mapping[str, Tensor], sites: Mapping[str, str], num_steps: int) -> None:
-    """Every predictor has what it reads, of the right shape, and nothing else is there."""
-    needed: dict[str, Any] = {}
-    for site, row in sites.items():
-        for code in sorted(set(row) - {COMPUTE}):
-            for parameter in BY_CODE[code].parameters:
-                name = f"{site}/{parameter.name}"
-                if name in needed:
-                    raise ScheduleError(f"sites: {site!r} has two codes that read a tensor {name!r}; use one of them.")
-                needed[name] = (parameter, {"steps": num_steps, "fills": row.count(code)})
-    for name in sorted(needed.keys() ^ tensors.keys()):
-        raise ScheduleError(f"tensors: {name!r} is {'missing' if name in needed else 'not used by any site'}.")
-    for name, (parameter, lengths) in needed.items():
-        tensor, first = tensors[name], parameter.axes[0]
-        wrong = tensor.dtype != parameter.dtype or tensor.ndim != len(parameter.axes) or not tensor.numel()
-        if wrong or len(tensor) != lengths.get(first, len(tensor)):
-            length = f" of {lengths[first]} {first}" if first in lengths else ""
-            expected = f"{parameter.dtype} [{', '.join(parameter.axes)}]{length}"
-            raise ScheduleError(f"tensors: {name!r} must be {expected}, not {tensor.dtype} {list(tensor.shape)}.")
-        if not tensor.isfinite().all():
-            raise ScheduleError(f"tensors: {name!r} holds numbers that are not finite.")
-        if parameter.num_choices is not None and int(tensor.max()) >= parameter.num_choices:
-            choices = f"choices are 0 to {parameter.num_choices - 1}"
-            raise ScheduleError(f"tensors: {name!r} holds {int(tensor.max())}; {choices}.")
 
 
 _SINCE = {"tensors": 2, "scheduler_config": 6}  # versions that fields came with

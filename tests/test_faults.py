@@ -26,7 +26,8 @@ from hgc_learn.export.learning import Learning
 from hgc_learn.files import read_json
 from hgc_learn.inference import apply_schedule
 from hgc_learn.sampling import generate, load_pipeline
-from hgc_learn.schedule import HGCSchedule, ScheduleError, tensor_path
+from hgc_learn.schedule import HGCSchedule, ScheduleError
+from hgc_learn.schedule_tensors import tensor_path
 from hgc_learn.training.module import RouterModule
 
 pytestmark = pytest.mark.filterwarnings(

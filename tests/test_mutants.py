@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import SCHEDULE, WITH_TENSORS
 
-from hgc_learn.schedule import HGCSchedule, tensor_path
+from hgc_learn.schedule import HGCSchedule
+from hgc_learn.schedule_tensors import tensor_path
 from hgc_learn.strict import ScheduleError
 
 # Mutants of a good file: one value, key or character at a time

@@ -19,7 +19,7 @@ from hgc_learn.plan import Load, compile_plan
 from hgc_learn.predictors import BY_CODE, PREDICTORS
 from hgc_learn.predictors.per_channel import CHOICES
 from hgc_learn.runtime.cache import Cache
-from hgc_learn.schedule import tensor_path
+from hgc_learn.schedule_tensors import tensor_path
 
 EPS, TOKENS = "unet:eps", "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2:out"
 CHANNELS = {EPS: 4, TOKENS: 8}

@@ -18,7 +18,7 @@ from tiny_models import build_pipeline
 
 from hgc_learn.__main__ import main
 from hgc_learn.inference import HGCSchedule, ScheduleError, apply_schedule
-from hgc_learn.schedule import tensor_path
+from hgc_learn.schedule_tensors import tensor_path
 
 SCALED = HGCSchedule(
     **vars(SCHEDULE)

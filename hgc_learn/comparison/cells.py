@@ -17,7 +17,7 @@ from hgc_learn.files import read_json
 from hgc_learn.models.fingerprint import SAME_NORM_TOLERANCE, ModelFingerprint
 from hgc_learn.policies import POLICIES
 from hgc_learn.sampling import SamplingConfig, load_pipeline
-from hgc_learn.schedule import tensor_path
+from hgc_learn.schedule_tensors import tensor_path
 from hgc_learn.setting import Setting
 
 T = TypeVar("T", str, float)
