@@ -30,7 +30,7 @@ from hgc_learn.export.export import decide, load_run
 from hgc_learn.export.learning import Learning
 from hgc_learn.files import save_json
 
-ROUNDING = Learning(specialise_updates=0, fill_updates=0)
+ROUNDING = Learning(reorder_trials=0, specialise_updates=0, fill_updates=0)
 # Adam moves a logit by the learning rate per update: of half as many updates each moves farther, by the root of two.
 CHANGES = ("--trainer.devices=2", "--trainer.limit_train_batches=32", "--model.objective.learning_rate=0.14")
 

@@ -34,7 +34,7 @@ from hgc_learn.training.lightning_cli import RouterCLI, train
 
 L2C_UPDATES, L2C_BATCH_SIZE, L2C_INTERVAL = 50_000, 64, 2
 FEW, MORE = 4, 8  # updates of a training that are run; a multiple of the number of budgets
-PARTS = {"specialise_updates": (2, 4), "fill_updates": (2, 4)}  # likewise, of an export
+PARTS = {"reorder_trials": (4, 12), "specialise_updates": (2, 4), "fill_updates": (2, 4)}  # likewise, of an export
 
 
 class NoModules:
@@ -81,7 +81,7 @@ def teacher_forward(cli: RouterCLI) -> float:
 
 def export_flops(cli: RouterCLI, budget: float) -> float:
     """Operations of all that an export learns, besides those of the uncached pipeline's pictures."""
-    none = Learning(specialise_updates=0, fill_updates=0)
+    none = Learning(reorder_trials=0, specialise_updates=0, fill_updates=0)
 
     def count(name: str, number: int) -> float:
         learning = replace(none, **{name: number})

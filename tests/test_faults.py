@@ -171,7 +171,11 @@ def test_the_same_seed_gives_the_same_bits(teacher: Path, tmp_path: Path, batch:
     for folder in (tmp_path / "a", tmp_path / "b"):
         ckpt_path = fit(teacher, folder, 1)
         state = torch.load(ckpt_path, weights_only=True)["state_dict"]
-        path = export(ckpt_path, folder, learning=Learning(learning_samples=2, specialise_updates=2, fill_updates=1))
+        path = export(
+            ckpt_path,
+            folder,
+            learning=Learning(learning_samples=2, reorder_trials=1, specialise_updates=2, fill_updates=1),
+        )
         tensors = tensor_path(path).read_bytes() if tensor_path(path).exists() else b""
         data = json.loads(path.read_text())
         data["producer"] = None  # names the folder

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:You are trying to `self.log",
 )
 
-LEARNING = Learning(learning_samples=4, specialise_updates=3, fill_updates=3)
+LEARNING = Learning(learning_samples=4, reorder_trials=2, specialise_updates=3, fill_updates=3)
 BUDGET = 0.5
 
 
@@ -51,14 +51,14 @@ def test_an_interrupted_export_goes_on_to_the_same_schedule(
 ) -> None:
     export(ckpt_path, tmp_path / "whole", BUDGET, LEARNING)
     folder = tmp_path / "parts"
-    for stop_after in (2, 2, None):  # in the midst of specialising, of the fill-ins, and never
+    for stop_after in (1, 3, 2, None):  # in the midst of trials, of specialising, of the fill-ins, and never
         with pytest.MonkeyPatch.context() as patch:
             seen = count_updates(patch, stop_after)
             status = guarded(lambda: export(ckpt_path, folder, BUDGET, LEARNING))
-        assert len(seen) == 2
+        assert len(seen) == (stop_after or 2)
         assert status == (130 if stop_after else 0)
         assert (folder / KEPT_NAME).is_file() == bool(stop_after)
-    assert capsys.readouterr().err.count("interrupted: the same command goes on from there\n") == 2
+    assert capsys.readouterr().err.count("interrupted: the same command goes on from there\n") == 3
     whole, parts = (HGCSchedule.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
     assert replace(parts, fidelity={}) == replace(whole, fidelity={})
     for name, tensor in whole.tensors.items():  # uncached pictures are made in batches of another size
@@ -78,5 +78,5 @@ def test_what_was_kept_for_something_else_is_not_gone_on_from(
     with pytest.MonkeyPatch.context() as patch:
         seen = count_updates(patch)
         export(ckpt_path, tmp_path, budget, LEARNING)
-    assert len(seen) == LEARNING.specialise_updates + LEARNING.fill_updates
+    assert len(seen) == LEARNING.reorder_trials + LEARNING.specialise_updates + LEARNING.fill_updates
     assert not path.exists()

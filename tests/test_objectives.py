@@ -233,7 +233,7 @@ def test_drafts_keep_to_the_budget_and_run(
 ) -> None:
     knobs: dict[str, Any] = {"ckpt_path": checkpoints[policy]}
     if policy == "learned":
-        knobs |= {"learning_samples": 2, "specialise_updates": 1, "fill_updates": 2}
+        knobs |= {"learning_samples": 2, "reorder_trials": 1, "specialise_updates": 1, "fill_updates": 2}
     drafts = [POLICIES[policy].write(setting, budget=budget, **knobs) for budget in BUDGETS]
     kept = [setting.kept(draft) for draft in drafts]
     assert all(0.5 * budget < k <= budget for budget, k in zip(BUDGETS, kept, strict=True))

@@ -25,7 +25,7 @@ SMALL_TRAINING = [
     "--model.sampling.num_inference_steps=4",
     "--model.objective.num_warm_start_batches=0",
 ]
-SMALL_EXPORT = ["--learning_samples=2", "--specialise_updates=1", "--fill_updates=1"]
+SMALL_EXPORT = ["--learning_samples=2", "--reorder_trials=1", "--specialise_updates=1", "--fill_updates=1"]
 # What to add so that a command takes seconds. A README command without a row here fails the test below.
 MORE_ARGUMENTS: dict[str, list[str]] = {
     "python train.py fit --config configs/demo.yaml": [*SMALL_TRAINING, "--trainer.limit_val_batches=0"],

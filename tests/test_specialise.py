@@ -69,7 +69,7 @@ def test_specialising_lowers_the_error(
 def test_deciding_again_finds_the_same_and_leaves_the_router(module: RouterModule) -> None:
     before = {name: value.clone() for name, value in module.router.state_dict().items()}
     data = SceneDataModule(num_train=4, num_val=2)
-    learning = Learning(learning_samples=2, specialise_updates=2, fill_updates=1)
+    learning = Learning(learning_samples=2, reorder_trials=2, specialise_updates=2, fill_updates=1)
     (first, draft), (second, _) = (decide(module, data, BUDGET, learning) for _ in range(2))
     assert torch.equal(first.compute, second.compute)
     assert torch.equal(first.reach, second.reach)
@@ -127,7 +127,7 @@ def test_a_quarter_judges() -> None:
 
 
 def test_numbers_out_of_range_are_refused(shared_module: RouterModule) -> None:
-    numbers = {"learning_samples": 0, "specialise_updates": -1, "fill_updates": -1}
+    numbers = {"learning_samples": 0, "reorder_trials": -1, "specialise_updates": -1, "fill_updates": -1}
     for name, number in numbers.items():
         with pytest.raises(ValueError, match=f"{name} is {number}; it must be"):
             Learning(**{name: number})

@@ -135,7 +135,12 @@ def test_export_writes_a_schedule_that_runs(
     ckpt_path = fit(teacher, tmp_path, 1)
     for budget in (0.4, 0.7):
         output = tmp_path / str(budget)
-        path = export(ckpt_path, output, budget, Learning(learning_samples=2, specialise_updates=1, fill_updates=2))
+        path = export(
+            ckpt_path,
+            output,
+            budget,
+            Learning(learning_samples=2, reorder_trials=1, specialise_updates=1, fill_updates=2),
+        )
         schedule = HGCSchedule.load(path)
         assert schedule.macs["cached"] <= budget * schedule.macs["full"]
         assert schedule.producer["settings"]["budget"] == budget
@@ -179,7 +184,7 @@ def test_export_misses_its_folder_at_once_and_does_without_validation(
     data = "--data=ControlDataModule", f"--data.dataset={write_folder(tmp_path / 'data')}", "--data.num_val=0"
     sizes = "--data.height=64", "--data.width=64"
     ckpt_path = fit(teacher, tmp_path / "b", 1, *data, *sizes)
-    few = Learning(learning_samples=2, specialise_updates=0, fill_updates=0)
+    few = Learning(learning_samples=2, reorder_trials=0, specialise_updates=0, fill_updates=0)
     of_scenes = fit(teacher, tmp_path / "c", 1, "--data.num_val=0")
     for name, path in (("out", ckpt_path), ("scenes", of_scenes)):
         assert HGCSchedule.load(export(path, tmp_path / name, learning=few)).fidelity == {}

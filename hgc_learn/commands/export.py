@@ -41,6 +41,7 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
     """How much is learned at an export, for every command that exports."""
     for name, words in (
         ("learning_samples", "training samples that the following learn from"),
+        ("reorder_trials", "trials whether steps should change places, for this budget alone; 0 for none"),
         ("specialise_updates", "more training steps of the router, for this budget alone; 0 for none"),
         ("fill_updates", "steps of learning how to fill in what is skipped; 0 for none"),
     ):

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from torch.utils.data import DataLoader, Subset
 
 from hgc_learn.evaluation import picture_psnr
-from hgc_learn.export import fills, specialise
+from hgc_learn.export import fills, reorder, specialise
 from hgc_learn.export.kept import Kept
 from hgc_learn.export.learning import ALL, Learning, OnUpdate
 from hgc_learn.figures import gate_heatmap, save_figure
@@ -63,7 +63,7 @@ def export(
     check_output(output / FILE_NAME)  # rather now than after all has been learned
     _check_teacher(module, data)
     if not module.objective.is_specialised:
-        learning = replace(learning, specialise_updates=0, fill_updates=0)
+        learning = replace(learning, reorder_trials=0, specialise_updates=0, fill_updates=0)
     settings = {"budget": budget, **asdict(learning), "max_patterns": max_patterns}
     kept = Kept(output / KEPT_NAME, {**settings, "checkpoint": hashlib.sha256(ckpt_path.read_bytes()).hexdigest()})
     with Progress() as progress, kept.interrupted():
@@ -84,6 +84,7 @@ def export(
             learning,
             max_patterns=max_patterns,
             kept=kept,
+            on_reorder=reporter("moving steps", learning.reorder_trials),
             on_specialise=reporter("specialising the router", learning.specialise_updates),
             on_fill=reporter("learning to fill in", learning.fill_updates),
         )
@@ -122,6 +123,7 @@ def decide(
     *,
     max_patterns: int | None = None,
     kept: Kept | None = None,
+    on_reorder: OnUpdate = lambda *_: None,
     on_specialise: OnUpdate = lambda *_: None,
     on_fill: OnUpdate = lambda *_: None,
 ) -> tuple[Gates, Draft]:
@@ -134,6 +136,16 @@ def decide(
     batches = partial(training_batches, module, data)
     trained = {name: value.clone() for name, value in module.router.state_dict().items()}
     try:
+        learned = batches(learning.learning_samples, reorder.BATCH_SIZE) if learning.reorder_trials else []
+        reorder.reorder(
+            module,
+            budget,
+            learned,
+            learning.reorder_trials,
+            max_patterns=max_patterns,
+            kept=kept,
+            on_update=on_reorder,
+        )
         learned = batches(learning.learning_samples, specialise.BATCH_SIZE) if learning.specialise_updates else []
         gates = specialise.specialise(
             module,

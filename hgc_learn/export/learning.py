@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 OnUpdate = Callable[[int, float], None]
-"""Called after every update of what is learned with its number and the mean log squared error of the outcome on its
-batch."""
+"""Called after every update or trial with its number and the mean log squared error of the outcome on its batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +16,7 @@ class Learning:
 
     Attributes:
         learning_samples: training samples to learn from; all, if there are fewer.
+        reorder_trials: of whether steps of the router should change places (`reorder`); 0 for none.
         specialise_updates: of the router (`specialise`); 0 for none.
         fill_updates: of how the schedule fills in what it skips (`fills`); 0 for none.
 
@@ -25,6 +25,7 @@ class Learning:
     """
 
     learning_samples: int = 256
+    reorder_trials: int = 128
     specialise_updates: int = 192
     fill_updates: int = 128
 
@@ -32,7 +33,7 @@ class Learning:
         if self.learning_samples < 1:
             raise ValueError(
                 f"learning_samples is {self.learning_samples}; it must be at least 1. For no learning at export set "
-                "specialise_updates and fill_updates to 0."
+                "reorder_trials, specialise_updates and fill_updates to 0."
             )
         for name, number in list(asdict(self).items())[1:]:
             if number < 0:

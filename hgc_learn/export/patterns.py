@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -10,6 +11,27 @@ from torch import Tensor
 
 from hgc_learn.training.gates import Gates
 from hgc_learn.training.router import Router
+
+if TYPE_CHECKING:
+    from hgc_learn.training.module import RouterModule
+
+
+def rounded(module: RouterModule, budget: float, max_patterns: int | None) -> Gates:
+    """The router's gates at a budget, of no more than so many different steps, if that is given.
+
+    Raises:
+        ValueError: as `cap`; or the router was trained for a policy whose rule that would undo.
+    """
+    gates = module.gates(budget)
+    if max_patterns is None:
+        return gates
+    capped = cap(module.router, gates, budget, max_patterns)
+    if capped is not gates and not module.objective.is_specialised:
+        raise ValueError(
+            f"max_patterns is {max_patterns}; the schedule of a router trained for {module.objective.policy} has more "
+            "different steps, and making them fewer would undo its rule. Leave max_patterns out."
+        )
+    return capped
 
 
 def cap(router: Router, gates: Gates, budget: float, max_patterns: int) -> Gates:

@@ -14,7 +14,7 @@ import torch
 from hgc_learn.data import hold_out
 from hgc_learn.export.kept import Kept
 from hgc_learn.export.learning import OnUpdate
-from hgc_learn.export.patterns import cap
+from hgc_learn.export.patterns import rounded
 from hgc_learn.objectives import Rollout
 from hgc_learn.training.gates import Gates
 
@@ -52,7 +52,7 @@ def specialise(
         ValueError: a budget that cannot be met, or a gradient that is not finite.
     """
     objective, router = module.objective, module.router
-    start = _rounded(module, budget, max_patterns)
+    start = rounded(module, budget, max_patterns)
     if not num_updates:
         return start
     assert isinstance(objective, Rollout)
@@ -83,18 +83,5 @@ def specialise(
             on_update(update, float(logs["loss"].clamp_min(1e-30).log()))
     finally:
         router.temperature = temperature
-    end = _rounded(module, budget, max_patterns)
+    end = rounded(module, budget, max_patterns)
     return min([end, start], key=lambda gates: module.log_error(judges, gates))
-
-
-def _rounded(module: RouterModule, budget: float, max_patterns: int | None) -> Gates:
-    gates = module.gates(budget)
-    if max_patterns is None:
-        return gates
-    capped = cap(module.router, gates, budget, max_patterns)
-    if capped is not gates and not module.objective.is_specialised:
-        raise ValueError(
-            f"max_patterns is {max_patterns}; the schedule of a router trained for {module.objective.policy} has more "
-            "different steps, and making them fewer would undo its rule. Leave max_patterns out."
-        )
-    return capped

@@ -14,6 +14,7 @@ def learned(
     ckpt_path: str = "",
     budget: float = 0.5,
     learning_samples: int = Learning.learning_samples,
+    reorder_trials: int = Learning.reorder_trials,
     specialise_updates: int = Learning.specialise_updates,
     fill_updates: int = Learning.fill_updates,
 ) -> Draft:
@@ -23,13 +24,17 @@ def learned(
         ckpt_path: checkpoint of `train.py fit`.
         budget: fraction of the full MACs to keep.
         learning_samples: of the training's own samples that all of the following learn from; all, if there are fewer.
+        reorder_trials: of whether steps should change places, for this budget alone; 0 for none.
         specialise_updates: of the router, for this budget alone; 0 for none.
         fill_updates: steps of learning how the schedule fills in what it skips; 0 for none.
     """
     from hgc_learn.export.export import decide, load_trained
 
     learning = Learning(
-        learning_samples=learning_samples, specialise_updates=specialise_updates, fill_updates=fill_updates
+        learning_samples=learning_samples,
+        reorder_trials=reorder_trials,
+        specialise_updates=specialise_updates,
+        fill_updates=fill_updates,
     )
     module, data = load_trained(setting, ckpt_path, "learned")
     _, draft = decide(module, data, budget, learning)

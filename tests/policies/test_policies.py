@@ -64,7 +64,7 @@ CASES = [
     Case("hyca", {"interval": 3, "site": "last_block"}),
     Case("hyca", {"interval": 3, "first_full": 2, "site": "prediction"}, kept=3 / 5),
     Case("evolutionary", {"budget": 0.5, "population": 2, "generations": 1}),
-    Case("learned", {"budget": 0.5, "specialise_updates": 0, "fill_updates": 2}),
+    Case("learned", {"budget": 0.5, "reorder_trials": 0, "specialise_updates": 0, "fill_updates": 2}),
     Case("l2c", {"budget": 0.7, "interval": 2}),
     Case("harmonica", {"budget": 0.5}),
 ]
