@@ -25,7 +25,7 @@ class Learning:
     """
 
     learning_samples: int = 256
-    reorder_trials: int = 128
+    reorder_trials: int = 192
     specialise_updates: int = 192
     fill_updates: int = 128
 
