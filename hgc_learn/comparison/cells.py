@@ -183,8 +183,12 @@ def tuned_otherwise(config: CompareConfig, cell: dict[str, Any]) -> str:
         path = training_file(config, sampler, policy.name)
         if not path.is_file() or cell["training"] != training_configuration(config, sampler, policy.name):
             return f"a training by another {path} than is there now"
-    ways = []
     fixed = [cell.get("fixed", {}), plain(config.fixed.get(policy.name, {}))]
+    had = cell.get("settings", {})  # none where nothing was within the budget
+    ways = []
+    for name, value in _untuned(config, sampler, policy.name).items() if had else ():
+        if name not in fixed[0] and had.get(name, "none") != value:
+            ways.append(f"{name} {had.get(name, 'none')} instead of {value}")
     if fixed[0] != fixed[1]:
         before, today = (", ".join(f"{name}={value}" for name, value in knobs.items()) or "nothing" for knobs in fixed)
         ways.append(f"{before} fixed instead of {today}")
@@ -200,6 +204,14 @@ def tuned_otherwise(config: CompareConfig, cell: dict[str, Any]) -> str:
     names = [name for name in {**now, **then} if name in compared and then.get(name) != now.get(name)]
     ways += [f"{name} {then.get(name, 'none')} instead of {now.get(name, 'none')}" for name in names]
     return ", ".join(ways)
+
+
+def _untuned(config: CompareConfig, sampler: str, name: str) -> dict[str, Any]:
+    """Knobs of a policy that neither tuning nor the configuration sets, as all its cells have them today."""
+    policy = POLICIES[name]
+    tuned = set[str]().union(*policy.candidates(_unmeasured(config.model, config.sampling(sampler))))
+    given = {*tuned, *config.fixed.get(name, {}), "budget", "ckpt_path"}
+    return {knob: value for knob, value in policy.knobs.items() if knob not in given}
 
 
 def _num_combinations(cell: dict[str, Any]) -> int:

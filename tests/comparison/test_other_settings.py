@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from small_comparison import SAMPLER, rows, write
 from hgc_learn.__main__ import main
 from hgc_learn.comparison.cells import Selection, cell_files, protocol, read_cell, tuned_otherwise
 from hgc_learn.comparison.config import read_config
+from hgc_learn.export.learning import Learning
 from hgc_learn.files import save_json
 
 
@@ -129,6 +131,20 @@ def test_a_cell_from_before_a_setting_came_is_one_without_it(settings: dict[str,
     config.samplers[SAMPLER].scheduler_config = {"solver_order": 3}
     with pytest.raises(ValueError, match="made with other settings"):
         read_cell(config, SAMPLER, "uniform", 0.6)
+
+
+def test_a_cell_that_learned_otherwise_is_told(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = read_config(write(settings, tmp_path))
+    today = {"budget": 0.6, "ckpt_path": "last.ckpt", **asdict(Learning())}
+    cell = {"sampler": SAMPLER, "policy": "learned", "protocol": protocol(config, SAMPLER), "settings": today}
+    assert not tuned_otherwise(config, cell)
+    before = {name: value for name, value in today.items() if name != "reorder_trials"} | {"fill_updates": 1}
+    told = (
+        f"reorder_trials none instead of {Learning.reorder_trials}, fill_updates 1 instead of {Learning.fill_updates}"
+    )
+    assert tuned_otherwise(config, cell | {"settings": before}) == told
+    config.fixed["learned"] = {"fill_updates": 1}
+    assert tuned_otherwise(config, cell | {"settings": before, "fixed": {"fill_updates": 1}}) == told.partition(",")[0]
 
 
 def test_a_cell_of_another_training_is_told(settings: dict[str, Any], tmp_path: Path) -> None:
