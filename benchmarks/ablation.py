@@ -102,7 +102,7 @@ ALONE = "trained for this budget alone"
 
 EXPORTS = {
     WHOLE: ALL,
-    "no moving of steps": Learning(reorder_trials=0),
+    "no reordering": Learning(reorder_trials=0),
     "no specialising": Learning(specialise_updates=0),
     "no learned fill-ins": Learning(fill_updates=0),
     "none of these": Learning(reorder_trials=0, specialise_updates=0, fill_updates=0),

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -35,8 +36,11 @@ def digest(raw: bytes) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
-def read_tensors(path: Path, expected: str | None) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected: Any) -> dict[str, Tensor]:
     """The tensors of a file with that digest; none where no file is expected.
+
+    Args:
+        expected: the digest as a stranger's file says it, or None.
 
     Raises:
         ScheduleError: it is missing, too large, another one, or cannot be read.

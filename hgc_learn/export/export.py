@@ -84,7 +84,7 @@ def export(
             learning,
             max_patterns=max_patterns,
             kept=kept,
-            on_reorder=reporter("moving steps", learning.reorder_trials),
+            on_reorder=reporter("reordering steps", learning.reorder_trials),
             on_specialise=reporter("specialising the router", learning.specialise_updates),
             on_fill=reporter("learning to fill in", learning.fill_updates),
         )

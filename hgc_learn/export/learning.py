@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 OnUpdate = Callable[[int, float], None]
-"""Called after every update or trial with its number and the mean log squared error of the outcome on its batch."""
+"""Called after every update or trial with its number and the mean log squared error of the outcome that it saw."""
 
 
 @dataclass(frozen=True, kw_only=True)
