@@ -72,6 +72,9 @@ def export(
             task = progress.add_task(description, total=total, visible=total > 0)
 
             def report(update: int, log_error: float) -> None:
+                for earlier in progress.tasks:
+                    if earlier.id < task:  # it may have ended early: no better order of steps is left
+                        progress.update(earlier.id, completed=earlier.total)
                 words = f"{description}, error {math.exp(log_error):.2e}"
                 progress.update(task, completed=update + 1, description=words)
 
