@@ -68,13 +68,17 @@ def export(
     kept = Kept(output / KEPT_NAME, {**settings, "checkpoint": hashlib.sha256(ckpt_path.read_bytes()).hexdigest()})
     with Progress() as progress, kept.interrupted():
 
+        def finish(before: int) -> None:
+            """Shows as done what may have ended early: no better order of steps is left, nothing is to be filled in."""
+            for task in progress.tasks:
+                if task.id < before:
+                    progress.update(task.id, completed=task.total)
+
         def reporter(description: str, total: int) -> OnUpdate:
             task = progress.add_task(description, total=total, visible=total > 0)
 
             def report(update: int, log_error: float) -> None:
-                for earlier in progress.tasks:
-                    if earlier.id < task:  # it may have ended early: no better order of steps is left
-                        progress.update(earlier.id, completed=earlier.total)
+                finish(before=task)
                 words = f"{description}, error {math.exp(log_error):.2e}"
                 progress.update(task, completed=update + 1, description=words)
 
@@ -91,7 +95,7 @@ def export(
             on_specialise=reporter("specialising the router", learning.specialise_updates),
             on_fill=reporter("learning to fill in", learning.fill_updates),
         )
-        progress.add_task("measuring on validation samples", total=None)
+        finish(before=progress.add_task("measuring on validation samples", total=None))
         fidelity = measure_fidelity(module, data, draft)
         if not fidelity:
             progress.console.print("There are no validation samples (data.num_val is 0): nothing has been measured.")
