@@ -147,12 +147,14 @@ def _section(config: CompareConfig, ranking: Ranking) -> list[str]:
             ]
             lines.append(_line(entries))
         lines.append("")
+        for names in ranking.same_pictures:
+            lines.append(f"- Tuned to the same pictures: {', '.join(f'`{name}`' for name in names)}.")
     for cell in ranking.others:
         if "reason" in cell:
             lines.append(f"- `{cell['policy']}` is not here: {cell['reason']}.")
         else:
             lines.append(f"- **`{cell['policy']}` failed**: {cell['error'].strip().splitlines()[-1]}")
-    return [*lines, ""] if ranking.others else lines
+    return lines if lines[-1] == "" else [*lines, ""]
 
 
 def _tuning_costs(config: CompareConfig, rankings: Sequence[Ranking]) -> list[str]:

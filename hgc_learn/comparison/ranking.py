@@ -44,6 +44,14 @@ class Ranking:
             if index == 0 or low <= 0 <= high
         ]
 
+    @property
+    def same_pictures(self) -> list[list[str]]:
+        """Policies whose tuned schedules do the same, best first: they agree on every sample."""
+        policies: dict[tuple[float, ...], list[str]] = {}
+        for cell in self.cells:
+            policies.setdefault(tuple(_psnr(cell)), []).append(cell["policy"])
+        return [names for names in policies.values() if len(names) > 1]
+
     def lead(self, policy: str) -> tuple[str, float, Interval] | None:
         """The best other policy, and the mean paired difference in PSNR of `policy` to it, with its interval."""
         own = next((cell for cell in self.cells if cell["policy"] == policy), None)

@@ -46,7 +46,7 @@ def reorder(
 ) -> None:
     """Moves steps of the router, their logits and reaches, wherever the rounded schedule gets better by it: two change
     places, or one goes to another place and those between make room. It goes on until no such move is left or the
-    trials are spent, and is undone if samples that were not looked at do not like the outcome better. The first step
+    trials are spent, and is undone if the samples that judge do not like the outcome better. The first step
     computes everything and stays.
 
     Args:

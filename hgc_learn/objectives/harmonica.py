@@ -7,9 +7,10 @@ weight is the error of the final latents that caching at that step alone causes.
 
 What is a reconstruction here: weights have mean 1; they are measured on a few samples, for each step alone, at the
 router's present schedule, and with everything cached at steps where that computes all (the authors' code measures soft
-gates, of all steps up to each). Values are kept above a threshold of 0.5, where the authors' commands have 0.1; logits
-begin alike instead of at random, for trainings are short. What is kept is what inference would keep, by liveness. One
-training serves all budgets, for each of which the threshold is solved: what is exported was not on policy.
+gates, of all steps up to each). The threshold is 0.5 unless it is set; the authors' commands and the comparison's
+configurations have 0.1. Logits begin alike instead of at random, for trainings are short. What is kept is what
+inference would keep, by liveness. One training serves all budgets, for each of which the threshold is solved: what is
+exported was not on policy.
 """
 
 from __future__ import annotations

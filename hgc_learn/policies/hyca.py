@@ -19,7 +19,7 @@ from hgc_learn.spacing import first_fulls, full_steps, intervals
 
 @register(
     "hyca",
-    paper="HyCa, Zheng et al. 2025, arXiv 2510.04188",
+    paper="HyCa, Zheng et al. 2025, arXiv 2510.04188 (its transformers' rule, on a UNet)",
     grid=lambda setting: {
         "interval": intervals(setting.num_steps, 20),
         "first_full": first_fulls(setting.num_steps),

@@ -21,7 +21,7 @@ LAYER_TYPES = {"attn1": "*.attn1:out", "attn2": "*.attn2:out", "ff": "*.ff:out",
 
 @register(
     "smoothcache",
-    paper="SmoothCache, Liu et al. 2024, arXiv 2411.10510",
+    paper="SmoothCache, Liu et al. 2024, arXiv 2411.10510 (its transformers' rule, on a UNet)",
     # The paper's max_skip is 3; a longer one is needed to reach few MACs.
     grid=lambda setting: {
         "alpha": sorted({ALPHA, *geometric(0.03, 3.0, 46)}),

@@ -53,3 +53,9 @@ def test_ranking_names_ties_and_the_lead() -> None:
     assert name in ("a", "b")
     assert gap == pytest.approx(-1)
     assert low <= gap <= high
+
+
+def test_policies_that_were_tuned_to_the_same_pictures_are_named() -> None:
+    base = [30.0, 31, 25]
+    cells = [cell("a", base), cell("b", [30.5, 31, 25]), cell("c", base), cell("d", [31.0, 30, 25])]
+    assert Ranking.of("s", 0.5, cells).same_pictures == [["a", "c"]]
