@@ -25,7 +25,7 @@ import torch
 
 from hgc_learn.__main__ import guarded
 from hgc_learn.comparison.samples import draw_batches
-from hgc_learn.export.export import decide, training_batches
+from hgc_learn.export.export import decide, in_batches, training_samples
 from hgc_learn.export.learning import Learning
 from hgc_learn.files import save_json
 from hgc_learn.models.macs import flop_counter
@@ -100,7 +100,7 @@ def learned_row(config: Path) -> dict[str, Any]:
     module, unit = cli.model, teacher_forward(cli)
     settings = cli.config["fit"]
     num_updates = settings["trainer"]["limit_train_batches"] * cli.trainer.max_epochs
-    for batch in training_batches(module, cli.datamodule, Learning.learning_samples, 8):
+    for batch in in_batches(training_samples(cli.datamodule, Learning.learning_samples), 8):
         module.teacher_latents(batch)
     teachers = Learning.learning_samples * module.num_steps
     exports = {f"{b:g}": round(export_flops(cli, b) / unit + teachers) for b in module.hparams["budgets"]}

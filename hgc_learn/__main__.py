@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(run: Callable[[], object]) -> int:
     """Runs a program; returns the exit status: 0, 2 for what the user can put right (a ValueError or OSError, a package
-    that is not installed), told in one line, or 130 if it was interrupted."""
+    that is not installed), told in one line, or 130 if it was interrupted. With HGC_TRACEBACK=1 in the environment
+    errors are raised: for those who look for one in their own module."""
     # Threads that wait by spinning starve each other when something else takes a core: some hundred times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # transformers warns of each image processor that it finds no torchvision for; none is used here.
@@ -84,6 +85,8 @@ def guarded(run: Callable[[], object]) -> int:
         )
         return 2
     except (ValueError, OSError) as error:
+        if os.environ.get("HGC_TRACEBACK") == "1":
+            raise
         print(f"hgc_learn: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0

@@ -66,9 +66,9 @@ class ControlDataModule(L.LightningDataModule):
         train_split: str = "train",
         val_split: str | None = None,
         streaming: bool = False,
-        num_train: int = 64,
+        num_train: int = 256,
         num_val: int = 16,
-        batch_size: int = 4,
+        batch_size: int = 1,
         prompt_dropout: float = 0.0,
         seed: int = 0,
     ):
@@ -301,7 +301,7 @@ class SceneDataModule(L.LightningDataModule):
         batch_size: scenes per step.
     """
 
-    def __init__(self, num_train: int = 64, num_val: int = 16, batch_size: int = 4):
+    def __init__(self, num_train: int = 256, num_val: int = 16, batch_size: int = 1):
         super().__init__()
         _check_sizes(num_train, num_val, batch_size)
         self.save_hyperparameters()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import CrossFrameAttnProcessor
 from oracle import by_definition
 from robustness_actions import MIDDLE, freeu, when
@@ -232,6 +233,18 @@ def across_the_batch() -> None:
         with apply_schedule(pipe, schedule_for(pipe, decoders), max_steps_at_once=max_steps_at_once):
             latents.append(run(pipe, num_images=3))
     assert torch.equal(*latents)
+
+
+def other_container() -> None:
+    """Of the same ControlNets: nobody would be told that one of them has changed."""
+    pipe = build(num_controlnets=2)
+    apply_schedule(pipe, schedule_for(pipe, {}))
+    run(pipe)
+    pipe.controlnet = MultiControlNetModel([*pipe.controlnet.nets])
+    with pytest.raises(ValueError, match=r"pipe.controlnet is not the one that the schedule was applied to"):
+        run(pipe)
+    remove_schedule(pipe)
+    run(pipe)
 
 
 def gradients_after_inference_mode() -> None:

@@ -3,8 +3,15 @@ schedule for each half."""
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +21,7 @@ import torch
 from processes import start
 from training_fixtures import fit
 
+from hgc_learn.__main__ import guarded
 from hgc_learn.objectives import Rollout
 from hgc_learn.training import distributed
 from hgc_learn.training.module import RouterModule
@@ -42,30 +50,72 @@ def fit_and_resume(teacher: Path, folder: Path, more: list[str], is_interrupted:
     fit(teacher, folder, NUM_STEPS, *more)
 
 
-def fit_on_two(teacher: Path, folder: Path, *more: str, is_interrupted: bool) -> Path:
-    """Trains in two processes that find in their environment what `torchrun` puts there; returns the last
-    checkpoint."""
+def start_two(function: Callable[..., None], folder: Path, *arguments: object) -> list[ForkServerProcess]:
+    """Two processes that find in their environment what `torchrun` puts there; what they print goes to files."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     of_both = {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     of_both |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
-    arguments = [*more, "--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=1"]
     folder.mkdir()
-    printed = [folder / f"printed-{rank}" for rank in range(2)]
-    processes = [
+    return [
         start(
-            fit_and_resume,
-            *(teacher, folder, arguments, is_interrupted),
-            output=printed[rank],
+            function,
+            *arguments,
+            output=folder / f"printed-{rank}",
             environment=of_both | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
         )
         for rank in range(2)
     ]
+
+
+def printed(folder: Path) -> list[str]:
+    return [(folder / f"printed-{rank}").read_text() for rank in range(2)]
+
+
+ON_TWO = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=1"]
+
+
+def fit_on_two(teacher: Path, folder: Path, *more: str, is_interrupted: bool) -> Path:
+    """Trains; returns the last checkpoint."""
+    processes = start_two(fit_and_resume, folder, teacher, folder, [*more, *ON_TWO], is_interrupted)
     for process in processes:
         process.join(600)
-    assert [process.exitcode for process in processes] == [0, 0], [path.read_text()[-3000:] for path in printed]
+    assert [process.exitcode for process in processes] == [0, 0], [text[-3000:] for text in printed(folder)]
     return folder / "checkpoints/last.ckpt"
+
+
+def fit_and_fail(teacher: Path, folder: Path, way: str) -> None:
+    """The second process fails at the second update, or is interrupted there, and the first while it waits for it."""
+    training_step = RouterModule.training_step
+
+    def failing(self: RouterModule, batch: dict[str, Any], batch_idx: int) -> None:
+        if self.global_step == 1 and way == "interrupted":
+            interruption = threading.Timer(1.0 + 2.0 * distributed.rank(), os.kill, (os.getpid(), signal.SIGINT))
+            interruption.start()
+        if self.global_step == 1 and distributed.rank() == 1:
+            if way == "interrupted":
+                time.sleep(60)
+            batch["conditioning_image"][:] = float("nan")
+        training_step(self, batch, batch_idx)
+
+    with patch.object(RouterModule, "training_step", failing):
+        sys.exit(guarded(lambda: fit(teacher, folder, NUM_STEPS, *ON_TWO)))
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.parametrize(("way", "status", "told"), [("error", 2, "holds NaN"), ("interrupted", 130, "interrupted")])
+def test_where_one_of_two_fails_none_waits_and_the_checkpoint_is_saved(
+    way: str, status: int, told: str, teacher: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / way
+    processes = start_two(fit_and_fail, folder, teacher, folder, way)
+    processes[1].join(120)
+    assert processes[1].exitcode == status, printed(folder)[1][-3000:]
+    assert told in printed(folder)[1]
+    processes[0].join(60)  # torchrun would end it
+    assert processes[0].exitcode not in (None, 0), printed(folder)[0][-3000:]
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
 
 
 GRADIENTS = Rollout.gradients

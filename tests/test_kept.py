@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def ckpt_path(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def count_updates(patch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[Path]:
-    """Of those that are kept; after so many comes Ctrl-C."""
+    """Of those that are kept, and of the beginning, which writes a file as well; after so many comes Ctrl-C."""
     seen: list[Path] = []
 
     def write_saved(path: Path, value: Any) -> None:
@@ -51,11 +52,11 @@ def test_an_interrupted_export_goes_on_to_the_same_schedule(
 ) -> None:
     export(ckpt_path, tmp_path / "whole", BUDGET, LEARNING)
     folder = tmp_path / "parts"
-    for stop_after in (1, 3, 2, None):  # in the midst of trials, of specialising, of the fill-ins, and never
+    for stop_after in (2, 4, 3, None):  # in the midst of trials, of specialising, of the fill-ins, and never
         with pytest.MonkeyPatch.context() as patch:
             seen = count_updates(patch, stop_after)
             status = guarded(lambda: export(ckpt_path, folder, BUDGET, LEARNING))
-        assert len(seen) == (stop_after or 2)
+        assert len(seen) == (stop_after or 3)
         assert status == (130 if stop_after else 0)
         assert (folder / KEPT_NAME).is_file() == bool(stop_after)
     assert capsys.readouterr().err.count("interrupted: the same command goes on from there\n") == 3
@@ -65,18 +66,49 @@ def test_an_interrupted_export_goes_on_to_the_same_schedule(
         torch.testing.assert_close(parts.tensors[name], tensor, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("is_damaged", [False, True])
-def test_what_was_kept_for_something_else_is_not_gone_on_from(
-    ckpt_path: Path, tmp_path: Path, is_damaged: bool
-) -> None:
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def interrupted_export(ckpt_path: Path, folder: Path, stop_after: int) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        count_updates(patch, 2)
+        count_updates(patch, stop_after)
+        export(ckpt_path, folder, BUDGET, LEARNING)
+
+
+def test_what_another_export_has_learned_is_not_lost(
+    ckpt_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted_export(ckpt_path, tmp_path, 3)
+    path = tmp_path / KEPT_NAME
+    before = path.read_bytes()
+    others: list[tuple[str, Callable[[], Path]]] = [
+        ("budget 0.5 instead of 0.6", lambda: export(ckpt_path, tmp_path, 0.6, LEARNING)),
+        ("fill_updates 3 instead of 4", lambda: export(ckpt_path, tmp_path, BUDGET, replace(LEARNING, fill_updates=4))),
+        ("max_patterns None instead of 3", lambda: export(ckpt_path, tmp_path, BUDGET, LEARNING, max_patterns=3)),
+    ]
+    for what, other in others:
+        assert guarded(other) == 2
+        assert f"{path} is what another export into this folder has learned ({what})" in capsys.readouterr().err
+        assert path.read_bytes() == before
+
+
+def test_of_an_export_that_has_learned_nothing_nothing_is_left(ckpt_path: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="no samples"):
+        patch.setattr("hgc_learn.export.export.decide", raising(ValueError("no samples")))
         export(ckpt_path, tmp_path, BUDGET, LEARNING)
-    path, budget = tmp_path / KEPT_NAME, BUDGET if is_damaged else 0.6
-    if is_damaged:
-        path.write_bytes(path.read_bytes()[:-100])
+    assert not (tmp_path / KEPT_NAME).exists()
+
+
+def test_what_is_damaged_is_not_gone_on_from(ckpt_path: Path, tmp_path: Path) -> None:
+    interrupted_export(ckpt_path, tmp_path, 3)
+    path = tmp_path / KEPT_NAME
+    path.write_bytes(path.read_bytes()[:-100])
     with pytest.MonkeyPatch.context() as patch:
         seen = count_updates(patch)
-        export(ckpt_path, tmp_path, budget, LEARNING)
-    assert len(seen) == LEARNING.reorder_trials + LEARNING.specialise_updates + LEARNING.fill_updates
+        export(ckpt_path, tmp_path, BUDGET, LEARNING)
+    assert len(seen) == 1 + LEARNING.reorder_trials + LEARNING.specialise_updates + LEARNING.fill_updates
     assert not path.exists()

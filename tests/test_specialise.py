@@ -9,7 +9,8 @@ import torch
 from training_fixtures import BUDGET
 
 from hgc_learn.data import SceneDataModule, hold_out
-from hgc_learn.export.export import decide, training_batches
+from hgc_learn.demo.scenes import SceneDataset
+from hgc_learn.export.export import decide, in_batches, training_samples
 from hgc_learn.export.learning import Learning
 from hgc_learn.export.specialise import specialise
 from hgc_learn.objectives import Rollout
@@ -68,7 +69,7 @@ def test_specialising_lowers_the_error(
 
 def test_deciding_again_finds_the_same_and_leaves_the_router(module: RouterModule) -> None:
     before = {name: value.clone() for name, value in module.router.state_dict().items()}
-    data = SceneDataModule(num_train=4, num_val=2)
+    data = SceneDataModule(num_train=4, num_val=2, batch_size=4)
     learning = Learning(learning_samples=2, reorder_trials=2, specialise_updates=2, fill_updates=1)
     (first, draft), (second, _) = (decide(module, data, BUDGET, learning) for _ in range(2))
     assert torch.equal(first.compute, second.compute)
@@ -126,13 +127,19 @@ def test_a_quarter_judges() -> None:
     assert hold_out([0, 1, 2]) == ([0, 1, 2], [0, 1, 2])
 
 
-def test_numbers_out_of_range_are_refused(shared_module: RouterModule) -> None:
+def test_numbers_out_of_range_are_refused() -> None:
     numbers = {"learning_samples": 0, "reorder_trials": -1, "specialise_updates": -1, "fill_updates": -1}
     for name, number in numbers.items():
         with pytest.raises(ValueError, match=f"{name} is {number}; it must be"):
             Learning(**{name: number})
-    data = SceneDataModule(num_train=4, num_val=2)
-    assert [len(batch["text"]) for batch in training_batches(shared_module, data, 3, 2)] == [2, 1]
+
+
+def test_samples_to_learn_from_are_the_first_in_batches() -> None:
+    samples = training_samples(SceneDataModule(num_train=4, num_val=2), 3)
+    batches = in_batches(samples, 2)
+    assert [len(batch["text"]) for batch in batches] == [2, 1]
+    assert [*batches[0]["text"], *batches[1]["text"]] == [SceneDataset("train", 4)[i]["text"] for i in range(3)]
+    assert len(training_samples(SceneDataModule(num_train=4, num_val=2), 9)) == 4
 
 
 def test_what_is_left_is_spent(deep_module: RouterModule) -> None:

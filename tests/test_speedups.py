@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from oracle import by_definition
 from robustness_adapters import ip_image, load_ip_adapter
 from robustness_pipelines import SDXL, build, run, schedule_for
@@ -236,6 +237,62 @@ def test_batches_give_the_unet_residuals_as_its_hooks_do(own: TinyPipeline) -> N
             latents[num_steps] = own()
             assert bool(handle.runtime.batches) == (num_steps > 1)
     assert (latents[4] - latents[1]).norm() < 1e-5 * latents[1].norm()
+
+
+def weigh_output(module: Any, args: Any, output: Any) -> Any:
+    down, mid = output
+    return [residual * 0.5 for residual in down], mid * 0.5
+
+
+class WeighInPlace:
+    """From the third step on, where residuals are lines through two kept ones: new tensors, which nobody keeps."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def __call__(self, module: Any, args: Any, output: Any) -> None:
+        self.num_calls += 1
+        if self.num_calls % NUM_STEPS not in (1, 2):
+            output[0][-1].mul_(0.5)
+
+
+def weigh_input(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    names = "down_block_additional_residuals", "mid_block_additional_residual"
+    return args, kwargs | {name: tree_map(lambda residual: residual * 0.5, kwargs[name]) for name in names}
+
+
+class Weighing(MultiControlNetModel):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return weigh_output(self, args, super().forward(*args, **kwargs))
+
+
+@pytest.mark.parametrize("num_controlnets", [1, 2])
+@pytest.mark.parametrize("way", ["controlnet", "first net", "in place", "unet", "class"])
+def test_batches_keep_what_is_done_to_residuals_on_their_way(num_controlnets: int, way: str) -> None:
+    if num_controlnets == 1 and way in ("first net", "class"):
+        return
+    tiny = build_pipeline("sd15", num_controlnets=num_controlnets)
+    pipe, image = tiny.pipe, tiny.arguments()["image"]
+    pipe.to(torch.float64)
+    if way == "class":
+        pipe.controlnet = Weighing([*pipe.controlnet.nets])
+    reused = "CC" + ("1" if way == "in place" else "-") * (NUM_STEPS - 2)
+    rows = {site: reused for site in tiny.sites() if not site.startswith(("unet.up_blocks", "unet:"))}
+    call = {"image": [image, image.flip(2)]} if num_controlnets == 2 else {}
+    plain = tiny(**call)
+    if way == "unet":
+        pipe.unet.register_forward_pre_hook(weigh_input, with_kwargs=True)
+    elif way == "first net":
+        pipe.controlnet.nets[0].register_forward_hook(weigh_output)
+    elif way in ("controlnet", "in place"):
+        pipe.controlnet.register_forward_hook(WeighInPlace() if way == "in place" else weigh_output)
+    latents = {}
+    for num_steps in (1, 4):
+        with apply_schedule(pipe, tiny.schedule(rows), max_steps_at_once=num_steps) as handle:
+            assert bool(handle.runtime.batches) == (num_steps > 1)
+            latents[num_steps] = tiny(**call)
+    assert (latents[1] - plain).norm() > 1e-4 * plain.norm()
+    assert (latents[4] - latents[1]).norm() < 1e-9 * latents[1].norm()
 
 
 def test_batches_leave_what_is_kept_of_the_prompt(own: TinyPipeline) -> None:

@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.evaluation import closeness, side_by_side
-from hgc_learn.export.export import check_folder, export
+from hgc_learn.export.export import KEPT_NAME, check_folder, export
 from hgc_learn.export.learning import ALL, Learning
 from hgc_learn.figures import picture_grid, save_figure
 from hgc_learn.files import save_json
@@ -52,6 +52,8 @@ def run_demo(
         arguments += ["--ckpt_path", str(ckpt_path)]
     elif ckpt_path.is_file():
         console.print(f"{ckpt_path} of an earlier training will be replaced; --resume goes on with it instead.")
+    if not resumed:
+        (output / KEPT_NAME).unlink(missing_ok=True)  # of an export of that training
     cli = train(arguments)
 
     console.rule(f"2. exporting the schedule at a budget of {budget:g}")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.progress import Progress
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import default_collate
 
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.export import fills, reorder, specialise
@@ -54,7 +53,7 @@ def export(
 
     Raises:
         ValueError: the checkpoint cannot be found or read, the budget cannot be met, or the folder holds the schedule
-            of another budget.
+            of another budget or what another export has learned so far.
         OSError: the folder cannot be made.
     """
     check_folder(output, budget)
@@ -102,6 +101,7 @@ def export(
     settings = {"ckpt_path": ckpt_path.name, **settings, **module.hparams}
     schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
     path = output / FILE_NAME
+    check_folder(output, budget)  # hours may have passed
     schedule.save(path)
     kept.remove()
     dead = module.router.dead(gates.compute)
@@ -140,24 +140,23 @@ def decide(
     Raises:
         BudgetError: it cannot be met.
     """
-    batches = partial(training_batches, module, data)
+    is_any = learning.reorder_trials or learning.specialise_updates or learning.fill_updates
+    samples = training_samples(data, learning.learning_samples) if is_any else []
     trained = {name: value.clone() for name, value in module.router.state_dict().items()}
     try:
-        learned = batches(learning.learning_samples, reorder.BATCH_SIZE) if learning.reorder_trials else []
         reorder.reorder(
             module,
             budget,
-            learned,
+            in_batches(samples, reorder.BATCH_SIZE),
             learning.reorder_trials,
             max_patterns=max_patterns,
             kept=kept,
             on_update=on_reorder,
         )
-        learned = batches(learning.learning_samples, specialise.BATCH_SIZE) if learning.specialise_updates else []
         gates = specialise.specialise(
             module,
             budget,
-            learned,
+            in_batches(samples, specialise.BATCH_SIZE),
             learning.specialise_updates,
             max_patterns=max_patterns,
             kept=kept,
@@ -166,18 +165,26 @@ def decide(
     finally:
         module.router.load_state_dict(trained)
     gates = replace(gates, compute=gates.compute | module.router.dead(gates.compute))  # not in the file's rows
-    learned = batches(learning.learning_samples, fills.BATCH_SIZE) if learning.fill_updates else []
-    at_once = data.train_dataloader().batch_size  # where memory is short, no more than the training needed
     return gates, fills.learn_fills(
-        module, gates, learned, learning.fill_updates, at_once=at_once, kept=kept, on_update=on_fill
+        module,
+        gates,
+        in_batches(samples, fills.BATCH_SIZE),
+        learning.fill_updates,
+        at_once=data.train_dataloader().batch_size or 1,  # where memory is short, no more than the training needed
+        kept=kept,
+        on_update=on_fill,
     )
 
 
-def training_batches(module: RouterModule, data: Any, learning_samples: int, batch_size: int) -> list[dict[str, Any]]:
-    """The first samples of the training's own data, all if there are fewer, on the module's device."""
+def training_samples(data: Any, num_samples: int) -> list[dict[str, Any]]:
+    """The first samples of the training's own data, all if there are fewer. They stay on the CPU: pictures of all would
+    take gigabytes of a GPU."""
     dataset = data.train_dataloader().dataset
-    first = Subset(dataset, range(min(learning_samples, len(dataset))))
-    return [module.transfer_batch_to_device(batch, module.device, 0) for batch in DataLoader(first, batch_size)]
+    return [dataset[i] for i in range(min(num_samples, len(dataset)))]
+
+
+def in_batches(samples: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:
+    return [default_collate(list(samples[i : i + batch_size])) for i in range(0, len(samples), batch_size)]
 
 
 def load_trained(setting: Setting, ckpt_path: str, policy: str) -> tuple[RouterModule, Any]:

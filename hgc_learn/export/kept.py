@@ -18,7 +18,10 @@ class Kept:
 
     Args:
         path: of the file; none keeps nothing.
-        made_for: all that decides what is learned. What was kept for something else is not gone on from.
+        made_for: all that decides what is learned.
+
+    Raises:
+        ValueError: the file is another export's: one that is running, or was interrupted.
     """
 
     def __init__(self, path: Path | None = None, made_for: dict[str, Any] | None = None):
@@ -26,8 +29,10 @@ class Kept:
         self.parts: dict[str, State] = {}
         if path is not None and path.is_file():
             kept = read_saved(path)
-            if isinstance(kept, dict) and kept.get("made_for") == made_for:
+            if isinstance(kept, dict) and "made_for" in kept:
+                _check_same(path, kept["made_for"], made_for or {})
                 self.parts = kept["parts"]
+        self._write()  # for others to see
 
     def updates(
         self, part: str, num_updates: int, state: Callable[[], State], restore: Callable[[State], None]
@@ -42,16 +47,33 @@ class Kept:
             yield update
             if self.path is not None:
                 self.parts[part] = {"num_done": update + 1, "state": deepcopy(state())}
-                write_saved(self.path, {"made_for": self.made_for, "parts": self.parts})
+                self._write()
+
+    def _write(self) -> None:
+        if self.path is not None:
+            write_saved(self.path, {"made_for": self.made_for, "parts": self.parts})
 
     @contextmanager
     def interrupted(self) -> Iterator[None]:
-        """An interruption meanwhile says how to go on."""
+        """An interruption meanwhile says how to go on, and leaves no file in which nothing is."""
         try:
             yield
         except KeyboardInterrupt:
             raise KeyboardInterrupt(*["the same command goes on from there"] if self.parts else []) from None
+        finally:
+            if not self.parts:
+                self.remove()
 
     def remove(self) -> None:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+
+def _check_same(path: Path, made_for: dict[str, Any], asked: dict[str, Any]) -> None:
+    names = [name for name in {**made_for, **asked} if made_for.get(name) != asked.get(name)]
+    if names:
+        others = ", ".join(f"{name} {made_for.get(name)} instead of {asked.get(name)}" for name in names)
+        raise ValueError(
+            f"{path} is what another export into this folder has learned ({others}). Let that one end, by the command "
+            "that it was begun with; or give this one a folder of its own; or delete the file."
+        )

@@ -96,7 +96,12 @@ def named_models(unet: Any, controlnet: Any = None) -> dict[str, Any]:
     nets = controlnet_list(controlnet)
     names = ["controlnet"] if len(nets) == 1 else [f"controlnet.nets.{i}" for i in range(len(nets))]
     models = {"unet": unet, **dict(zip(names, nets, strict=True))}
-    return {name: getattr(model, "_orig_mod", model) for name, model in models.items()}
+    return {name: original(model) for name, model in models.items()}
+
+
+def original(model: Any) -> Any:
+    """Of a compiled model the one that was compiled."""
+    return getattr(model, "_orig_mod", model)
 
 
 def build_graph(

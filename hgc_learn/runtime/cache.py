@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hgc_learn.plan import Load
 from hgc_learn.predictors import BY_CODE, Fill
+from hgc_learn.runtime.unchanged import state
 from hgc_learn.strict import ScheduleError
 
 
@@ -24,7 +25,7 @@ class Cache:
     def __init__(self, rows: Mapping[str, str], tensors: Mapping[str, Tensor]):
         self.rows, self.tensors = rows, tensors
         self.values: dict[tuple[str, int], Tensor] = {}
-        self.versions: dict[tuple[str, int], int] = {}  # of the values when they were kept
+        self.states: dict[tuple[str, int], int] = {}  # of the values when they were kept
         self.fills: dict[Any, Fill] = {}  # by site, step, sources and device: made when they are first needed
 
     @property
@@ -35,20 +36,19 @@ class Cache:
 
     def keep(self, site: str, step: int, value: Tensor) -> None:
         self.values[site, step] = value
-        if not value.is_inference():
-            self.versions[site, step] = value._version
+        self.states[site, step] = state(value)
 
     def drop(self, key: tuple[str, int]) -> None:
         self.values.pop(key, None)
-        self.versions.pop(key, None)
+        self.states.pop(key, None)
 
     def clear(self) -> None:
         self.values.clear()
-        self.versions.clear()
+        self.states.clear()
 
     def _kept(self, site: str, step: int) -> Tensor:
-        value, version = self.values[site, step], self.versions.get((site, step))
-        if version is not None and value._version != version:
+        value = self.values[site, step]
+        if state(value) != self.states[site, step]:
             raise ScheduleError(
                 f"sites: what was kept of {site!r} has been written into since, by a hook or an attention processor. "
                 "Make that give a new tensor instead (x * 2, not x.mul_(2))."

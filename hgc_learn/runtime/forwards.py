@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.models.controlnets.controlnet import ControlNetOutput
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor, nn
 
 from hgc_learn.models import ops
-from hgc_learn.models.graph import Graph, named_models
+from hgc_learn.models.graph import Graph, named_models, original
 from hgc_learn.runtime.takeover import give_back, has_own_forward, owner_of_forward, take_over
-from hgc_learn.runtime.unchanged import Settings, Signature
+from hgc_learn.runtime.unchanged import Settings, Signature, state
 from hgc_learn.timesteps import last_step
 
 _ALL_CONTROLNETS = "controlnet"  # the name that a single one has
@@ -39,6 +40,7 @@ class RoutedForwards:
         self.models = routed_models(pipe)
         self.residuals = {model: self._residual_names(model) for model in self.models if model != "unet"}
         self.replaced: dict[str, Any] = {}  # by model: the forward that stood in the instance, if any
+        self.multi: Any = None  # what calls several ControlNets, and the hook that is on it
         self.multi_hook: Any = None
         self.timesteps: Tensor | None = None
         self.num_calls: dict[str, int] = {}
@@ -95,8 +97,8 @@ class RoutedForwards:
             self.replaced[model] = take_over(module, forward)
             setattr(module, _SLOT, self)
         if len(self.models) > 2:
-            controlnets = self.pipe.controlnet
-            self.multi_hook = controlnets.register_forward_pre_hook(self.before_controlnets, with_kwargs=True)
+            self.multi = self.pipe.controlnet
+            self.multi_hook = self.multi.register_forward_pre_hook(self.before_controlnets, with_kwargs=True)
 
     def uninstall(self) -> None:
         """Does nothing if it is not installed.
@@ -130,6 +132,7 @@ class RoutedForwards:
     def new_run(self) -> None:
         self.num_calls = dict.fromkeys([*self.models, _ALL_CONTROLNETS], 0)
         self.seen: dict[str, Signature] = {}
+        self.handed_on: list[tuple[Tensor, int]] = []  # what the latest ControlNet gave, and what state it was in
         self.refreshed = set()
         self.first_step, self.last_step = 0, self.num_steps - 1
         self.is_offloaded = False
@@ -179,12 +182,17 @@ class RoutedForwards:
     def _check_pipeline(self) -> None:
         """Whether it is the pipeline itself that calls: only then is it known whether there is guidance."""
         models = routed_models(self.pipe)
-        for model in self.models.keys() | models.keys():
-            if models.get(model) is not self.models.get(model):
-                raise ValueError(
-                    f"pipe.{model} is not the one that the schedule was applied to. Call handle.remove(), then apply "
-                    "the schedule again."
-                )
+        others = [
+            model for model in self.models.keys() | models.keys() if models.get(model) is not self.models.get(model)
+        ]
+        if not others and len(models) > 2 and original(self.pipe.controlnet) is not original(self.multi):
+            others = [_ALL_CONTROLNETS]
+        for model in others:
+            raise ValueError(
+                f"pipe.{model} is not the one that the schedule was applied to. Call handle.remove(), then apply the "
+                "schedule again."
+            )
+        for model in self.models:
             if _is_group_offload_enabled(self.models[model]):
                 raise ValueError(
                     f"Group offload of the {model} is not supported with a schedule: it waits for calls of whole "
@@ -220,8 +228,7 @@ class RoutedForwards:
     def before_controlnets(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Several ControlNets run one after the other: what changes for the last of them must be known before the
         first, for all are refreshed together."""
-        original: nn.Module = getattr(module, "_orig_mod", module)
-        inputs = signature(type(original).forward).bind(module, *args, **kwargs).arguments
+        inputs = signature(MultiControlNetModel.forward).bind(module, *args, **kwargs).arguments
         sample, timestep = inputs.pop("sample"), inputs.pop("timestep")
         del inputs["self"]
         self.begin(_ALL_CONTROLNETS, timestep, sample, inputs)
@@ -340,6 +347,7 @@ def _controlnet_forward(
     *down, mid = [values.get(name, empty) for name in forwards.residuals[model]]
     if len(forwards.models) > 2:
         mid = mid.clone()  # MultiControlNetModel adds the others' to it in place, and it may be kept
+    forwards.handed_on = [(residual, state(residual)) for residual in (*down, mid)]
     if not return_dict:
         return down, mid
     return ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=mid)

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from diffusers.models import attention_processor
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import Tensor
 
 from hgc_learn.models import ops
 from hgc_learn.models.architectures import Architecture
-from hgc_learn.models.graph import Graph
+from hgc_learn.models.graph import Graph, original
 from hgc_learn.plan import Load, StepPlan, compile_plan
 from hgc_learn.runtime.ahead import find_batches, stack_call, stack_steps, unstack_steps
 from hgc_learn.runtime.cache import Cache
@@ -21,6 +22,7 @@ from hgc_learn.runtime.compiled import CompiledPrograms, check_options
 from hgc_learn.runtime.forwards import RoutedForwards, routed_models
 from hgc_learn.runtime.once import Once
 from hgc_learn.runtime.program import Program, compile_program, run_program
+from hgc_learn.runtime.unchanged import state
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.scheduler_config import other_setting
 from hgc_learn.strict import ScheduleError
@@ -35,11 +37,18 @@ class RuntimeOptions:
         resample: accept runs with other timesteps or settings of the scheduler.
         exact_savings: compute once per run what does not change in it, and no ControlNet whose scale is 0.
         max_steps_at_once: how many steps that do not depend on each other's latents may run as one batch.
+
+    Raises:
+        ValueError: `max_steps_at_once` is not a whole number of at least 1.
     """
 
     resample: bool = False
     exact_savings: bool = True
     max_steps_at_once: int = 4
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_steps_at_once, int) or self.max_steps_at_once < 1:
+            raise ValueError(f"max_steps_at_once is {self.max_steps_at_once!r}; it must be at least 1 (no batches).")
 
 
 class Runtime(RoutedForwards):
@@ -217,7 +226,7 @@ class Runtime(RoutedForwards):
                 return self._keep(model, step, program, values, is_refresh)
         elif step in self.ahead and not is_refresh:
             return self.ahead.pop(step)
-        elif not is_refresh and step in self.batches and self._may_run_ahead(step, call):
+        elif not is_refresh and step in self.batches and self._may_run_ahead(step, call, given):
             return self._execute_ahead(step, *self.batches[step], call, given)
         values = given
         self._load(values, program.load, step, call)
@@ -282,13 +291,27 @@ class Runtime(RoutedForwards):
             if name in read
         }
 
-    def _may_run_ahead(self, step: int, call: ops.Call) -> bool:
+    def _may_run_ahead(self, step: int, call: ops.Call, given: dict[str, Tensor]) -> bool:
         """Whether the steps of a batch are part of this run, and nothing tells them apart from samples."""
         num_steps, _ = self.batches[step]
         is_part = step + num_steps - 1 <= self.last_step
         # Others may look across the batch, from one frame of a video to the next.
         are_known = all(type(m.processor).__module__ == attention_processor.__name__ for m in self.settings.attentions)
-        return is_part and are_known and not self.in_guess_mode and not call.cross_attention_kwargs
+        is_told = not self.in_guess_mode and not call.cross_attention_kwargs and self._are_as_handed_on(given)
+        return is_part and are_known and is_told
+
+    def _are_as_handed_on(self, given: dict[str, Tensor]) -> bool:
+        """Whether the UNet was given what the ControlNets gave. Later steps of a batch take that from the cache, where
+        what hooks and the like do to it on its way is not."""
+        if len(self.models) < 3:
+            residuals = [given[name] for name in self.graph.residuals]
+            pairs = zip(residuals, self.handed_on, strict=True)
+            return all(ours is theirs and state(ours) == before for ours, (theirs, before) in pairs)
+        # Sums of several are other tensors, and comparing values would wait for the device.
+        multi = original(self.pipe.controlnet)
+        giving = [multi, *(net for model, net in self.models.items() if model != "unet")]
+        are_hooked = any(module._forward_hooks for module in giving) or self.models["unet"]._forward_pre_hooks
+        return type(multi) is MultiControlNetModel and not are_hooked
 
     def _execute_ahead(
         self, first: int, num_steps: int, program: Program, call: ops.Call, given: dict[str, Tensor]
@@ -307,7 +330,7 @@ class Runtime(RoutedForwards):
                 for name in self.plan.steps[step].run:
                     if name in graph.residuals:
                         residual = ops.add_all(call, *[values[control] for control in graph.nodes[name].inputs])
-                        values[name] = residual.to(given[name])  # hooks may move or cast what the UNet is given
+                        values[name] = residual.to(given[name])  # which offloading may have moved
                 by_step.append(values)
             self._free(self.programs["unet"][step])
         read = {name for op in program.ops for name in op.inputs}

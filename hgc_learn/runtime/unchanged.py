@@ -44,6 +44,11 @@ def _has(module: nn.Module, name: str) -> bool:
     return name in module.__dict__ or name in module._modules
 
 
+def state(tensor: Tensor) -> int:
+    """Another one after each write into a tensor; those made in inference mode do not tell."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class Signature:
     """Identity of everything that must stay the same for kept tensors to be right. Tensors are compared by memory
     and version, not by value, so that nothing is read from the device; they are held so that no other tensor can
@@ -67,12 +72,9 @@ class Signature:
     def _key(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             self.held.append(value)
-            version = 0
             if value.is_inference():
                 self.copies.append(value.clone())
-            else:
-                version = value._version
-            return (value.data_ptr(), version, tuple(value.shape), value.stride(), value.dtype, value.device)
+            return (value.data_ptr(), state(value), tuple(value.shape), value.stride(), value.dtype, value.device)
         if isinstance(value, dict):
             return tuple((key, self._key(value[key])) for key in sorted(value))
         if isinstance(value, list | tuple):

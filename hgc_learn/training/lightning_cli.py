@@ -67,6 +67,18 @@ class AtomicCheckpoints(TorchCheckpointIO):
         return self.resumed_from is not None and self.resumed_from.is_file() and target.samefile(self.resumed_from)
 
 
+class Checkpoints(ModelCheckpoint):
+    """Where one of several processes has failed, the others do not come to the barrier at which Lightning's own waits
+    after saving: all would hang, and nobody would be told why. So the first process saves alone."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if trainer.world_size > 1:
+            if not trainer.is_global_zero:
+                return
+            vars(trainer.strategy)["barrier"] = lambda name=None: None  # all that follows is to end this process
+        super().on_exception(trainer, pl_module, exception)
+
+
 def _put_aside(target: Path) -> None:
     names = itertools.chain(["previous.ckpt"], (f"previous-{i}.ckpt" for i in itertools.count(1)))
     free = next(path for path in map(target.with_name, names) if not path.exists())
@@ -83,7 +95,7 @@ class RouterCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ScheduleMonitor, "monitor")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
             {
                 "model.objective": {"class_path": "Rollout"},

@@ -204,6 +204,13 @@ class RouterModule(L.LightningModule):
                 "data: the training's data do not say how many samples they have; learning rate and temperature fall "
                 "to an end. Give a dataset with a length."
             )
+        asked, num_batches = self.trainer.limit_train_batches, int(self.trainer.num_training_batches)
+        if isinstance(asked, int) and asked > num_batches:
+            raise ValueError(
+                f"trainer.limit_train_batches is {asked}, but the training's data make {num_batches} batches on each "
+                "process: there would be fewer updates than were asked for. Set it to as many or fewer, and "
+                "trainer.max_epochs to as many more; or raise data.num_train."
+            )
 
     def _check_precision(self) -> None:
         if self.trainer.precision != "32-true":

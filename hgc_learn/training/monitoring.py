@@ -47,9 +47,10 @@ class ScheduleMonitor(L.Callback):
         board, step = boards[0], trainer.global_step
         router = pl_module.router
         for budget in pl_module.hparams["budgets"]:
-            p = router.probabilities(router.price(budget))
             gates = pl_module.gates(budget)
-            board.add_figure(f"gates/{budget:g}/soft", gate_heatmap(p.cpu(), router.sites, "P(compute)"), step)
+            if pl_module.objective.draw(router, budget, torch.Generator(pl_module.device)) is not None:
+                p = router.probabilities(router.price(budget))
+                board.add_figure(f"gates/{budget:g}/soft", gate_heatmap(p.cpu(), router.sites, "P(compute)"), step)
             heatmap = gate_heatmap(gates.compute, router.sites, "exported", router.dead(gates.compute))
             board.add_figure(f"gates/{budget:g}/hard", heatmap, step)
         if self.num_pictures < 1:
