@@ -1,9 +1,11 @@
 """How many steps a pipeline is asked for, how many model calls it makes (nearly twice as many with Heun), at which
-timesteps, and which is the last of a run."""
+timesteps, which step a timestep belongs to, and which is the last of a run."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from torch import Tensor
 
 SPACINGS = ("leading", "linspace", "trailing")
 """Values of `timestep_spacing` that diffusers' schedulers have."""
@@ -45,3 +47,18 @@ def last_step(pipe: Any, first_step: int) -> int:
         number = min(number, sum(timestep >= cutoff for timestep in timesteps[first_step:].tolist()))
     last: int = first_step + number - 1
     return last
+
+
+def place_in(timesteps: Tensor, timestep: Any) -> int | None:
+    """The index of a timestep that is a view of the scheduler's `timesteps`, read off its place in memory."""
+    if not isinstance(timestep, Tensor):
+        return None
+    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    return (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
+
+
+def nearest_in(timesteps: Tensor, timestep: Any) -> int:
+    """The same from its value; of a pair of equal ones, a step begins at the latter."""
+    distances = [abs(t - float(timestep)) for t in timesteps.tolist()]
+    return max(i for i, distance in enumerate(distances) if distance == min(distances))

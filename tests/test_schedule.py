@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny_models import TinyPipeline, build_pipeline, random_rows, shared_pipeline
 
 from hgc_learn.inference import apply_schedule
@@ -236,9 +237,15 @@ def tiny() -> TinyPipeline:
     return shared_pipeline("sd15")
 
 
-def zero(pipe: Any) -> None:
+def other_weight(pipe: Any) -> None:
     with torch.no_grad():
         pipe.controlnet.conv_in.weight.mul_(1.01)
+
+
+def other_weight_offloaded(pipe: Any) -> None:
+    other_weight(pipe)
+    cpu_offload(pipe.controlnet, torch.device("cpu"))
+    assert pipe.controlnet.conv_in.weight.is_meta
 
 
 @pytest.mark.parametrize(
@@ -249,7 +256,8 @@ def zero(pipe: Any) -> None:
             lambda pipe: setattr(pipe, "unet", shared_pipeline("sd2").pipe.unet),
             r"architecture: unet is \w+ where \w+ is expected\). Use the model it was made for",
         ),
-        (zero, r"weights: the norm of controlnet.conv_in.weight is .* Pass allow_other_weights=True"),
+        (other_weight_offloaded, r"weights: the norm of controlnet.conv_in.weight is .* Pass allow_other_weights=True"),
+        (other_weight, r"weights: the norm of controlnet.conv_in.weight is .* Pass allow_other_weights=True"),
     ],
 )
 def test_another_model_is_refused(change: Callable[[Any], None], message: str) -> None:

@@ -106,9 +106,15 @@ def _norms(model: nn.Module) -> dict[str, float]:
             module: Any = model.get_submodule(path)
         except AttributeError:
             continue
-        weight = getattr(module, "base_layer", module).weight  # a LoRA layer wraps the original
-        # Sequential offload keeps weights away until they are used; rounded to 8 bits they have another norm.
-        if not weight.is_meta and weight.dtype.itemsize > 1:
+        weight = _weight(getattr(module, "base_layer", module))  # a LoRA layer wraps the original
+        if not weight.is_meta and weight.dtype.itemsize > 1:  # rounded to 8 bits it has another norm
             norm = float(torch.linalg.vector_norm(weight.detach().float()))
             norms[path] = float(f"{norm:.8g}")
     return norms
+
+
+def _weight(module: Any) -> torch.Tensor:
+    """Sequential offload keeps it elsewhere until it is used."""
+    elsewhere = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    weight: torch.Tensor = elsewhere["weight"] if module.weight.is_meta and elsewhere is not None else module.weight
+    return weight

@@ -23,7 +23,7 @@ from hgc_learn.models import ops
 from hgc_learn.models.graph import Graph, named_models, original
 from hgc_learn.runtime.takeover import give_back, has_own_forward, owner_of_forward, take_over
 from hgc_learn.runtime.unchanged import Settings, Signature, state
-from hgc_learn.timesteps import last_step
+from hgc_learn.timesteps import last_step, nearest_in, place_in
 
 _ALL_CONTROLNETS = "controlnet"  # the name that a single one has
 _SLOT = "_hgc_forwards"
@@ -141,7 +141,7 @@ class RoutedForwards:
     def begin(self, model: str, timestep: Any, sample: Tensor, inputs: Any) -> int:
         """Returns the step's index; notes in `refreshed` if the inputs differ from those of the step before."""
         timesteps = self.pipe.scheduler.timesteps
-        place = _place(timestep, timesteps)
+        place = place_in(timesteps, timestep)
         if timesteps is not self.timesteps:  # set_timesteps has been called: a new run
             self.new_run()
             self._check_pipeline()
@@ -149,7 +149,7 @@ class RoutedForwards:
             self.timesteps, self.settings = timesteps, Settings(self.models)
             offloaded = [*self.models.values(), getattr(self.pipe, "controlnet", None)]
             self.is_offloaded = any(hasattr(module, "_hf_hook") for module in offloaded)  # by copies of the arguments
-            self.first_step = _nearest(timestep, timesteps) if place is None else place
+            self.first_step = nearest_in(timesteps, timestep) if place is None else place
             if self.first_step:  # image to image
                 self.refreshed.add(self.first_step)
             self.last_step = last_step(self.pipe, self.first_step)
@@ -170,7 +170,8 @@ class RoutedForwards:
                 self.timesteps = None
                 raise ValueError(
                     f"At step {step} the UNet's inputs changed and the ControlNet's did not. The schedule cannot be "
-                    "followed; remove_schedule(pipe) for such runs."
+                    "followed; remove_schedule(pipe) for such runs. With offloading, tensors of cross_attention_kwargs "
+                    "(ip_adapter_masks) must be on the device that the models run on: others are copied at every step."
                 )
             self.refreshed.add(step)
             self.settings = Settings(self.models)  # with the layers that a LoRA has brought
@@ -385,18 +386,3 @@ def _check_parts(pipe: Any, sample: Tensor, is_guided: bool) -> None:
             "The batch has other parts than an unguided and a guided half of the same latents: PAG, InstructPix2Pix "
             "and the like have a third. Schedules do not support that; remove_schedule(pipe) first."
         )
-
-
-def _place(timestep: Any, timesteps: Tensor) -> int | None:
-    """The index of a timestep that is a view of the scheduler's `timesteps`, read off its place in memory."""
-    if not isinstance(timestep, Tensor):
-        return None
-    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
-        return None
-    return (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
-
-
-def _nearest(timestep: Any, timesteps: Tensor) -> int:
-    """The same from its value; of a pair of equal ones, a step begins at the latter."""
-    distances = [abs(t - float(timestep)) for t in timesteps.tolist()]
-    return max(i for i, distance in enumerate(distances) if distance == min(distances))
