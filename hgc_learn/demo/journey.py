@@ -13,9 +13,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 
-from hgc_learn.demo.metrics import ColorAccuracy, ControlMeanIoU
+from hgc_learn.demo.metrics import scene_metrics
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.evaluation import closeness, side_by_side
 from hgc_learn.export.export import KEPT_NAME, check_folder, export
@@ -112,11 +111,10 @@ def judge(path: Path, pipe: Any, sampling: SamplingConfig, num_scenes: int) -> t
 
 def _obedience(pictures: Tensor, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
     """To control and caption."""
-    metrics: dict[str, Metric] = {"control_miou": ControlMeanIoU(), "color_accuracy": ColorAccuracy()}
-    for metric in metrics.values():
-        for part, batch in zip(pictures.split(EVALUATION_BATCH_SIZE), batches, strict=True):
-            metric.update(part, batch["label_map"], batch["object_colors"])
-    return {name: float(metric.compute()) for name, metric in metrics.items()}
+    metrics = scene_metrics()
+    for part, batch in zip(pictures.split(EVALUATION_BATCH_SIZE), batches, strict=True):
+        metrics.update(part, batch["label_map"], batch["object_colors"])
+    return {name: float(value) for name, value in metrics.compute().items()}
 
 
 def summary_table(summary: dict[str, Any]) -> Table:

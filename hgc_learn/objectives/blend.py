@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,15 +19,35 @@ from hgc_learn.objectives.base import Objective
 from hgc_learn.plan import live_step
 from hgc_learn.runtime.forwards import RoutedForwards
 from hgc_learn.sampling import SamplingConfig, generate
+from hgc_learn.training.router import Router
 
 if TYPE_CHECKING:
     from hgc_learn.training.module import RouterModule
 
 VisitStep = Callable[[int], Tensor]
 
+MAX_LOGIT = 5.0
+
 
 class BlendedObjective(Objective):
-    """One that trains blends, step by step, each with a graph and a loss of its own."""
+    """One that trains blends, step by step, each with a graph and a loss of its own. It routes the residual branches of
+    the UNet's layers and the ControlNet's residuals."""
+
+    default_sites: ClassVar[tuple[str, ...]] = (
+        "unet.*.resnets.?:branch",
+        "unet.*.attn?:out",
+        "unet.*.ff:out",
+        "*:control",
+    )
+    learning_rate: float
+
+    def optimizer(self, router: Router) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(router.parameters(), lr=self.learning_rate, weight_decay=0.0)
+
+    def update(self, module: RouterModule) -> None:
+        """Moves the logits along their gradients, and keeps betas where they can still move."""
+        module.update_router()
+        module.router.logits.data.clamp_(-MAX_LOGIT, MAX_LOGIT)
 
     def prepare(self, module: RouterModule) -> None:
         guidance = module.graph.guidance

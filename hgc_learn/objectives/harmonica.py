@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from hgc_learn.objectives.blend import BlendedObjective
-from hgc_learn.objectives.l2c import LAYER_SITES, MAX_LOGIT
 from hgc_learn.training.distributed import mean_over_processes
 from hgc_learn.training.router import Router
 
@@ -49,7 +48,6 @@ class HarmoniCa(BlendedObjective):
     """
 
     policy: ClassVar[str] = "harmonica"
-    default_sites: ClassVar[tuple[str, ...]] = LAYER_SITES
     weights: Tensor
     weights_epoch: Tensor
 
@@ -79,9 +77,6 @@ class HarmoniCa(BlendedObjective):
         self.register_buffer("weights", torch.ones(module.num_steps))
         self.register_buffer("weights_epoch", torch.tensor(-1))  # in which they were measured
 
-    def optimizer(self, router: Router) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(router.parameters(), lr=self.learning_rate, weight_decay=0.0)
-
     def step(self, module: RouterModule, batch: dict[str, Any]) -> dict[str, Any]:
         """Rolls one trajectory out. A step's loss depends on its own row of logits alone (what is kept is taken as
         given), so one update of the table after the trajectory is the paper's update at every step."""
@@ -107,8 +102,7 @@ class HarmoniCa(BlendedObjective):
 
         module.zero_grad()
         latents = self.forwards.follow(module.sampling, batch, visit_step)
-        module.update_router()
-        logits.data.clamp_(-MAX_LOGIT, MAX_LOGIT)
+        self.update(module)
         return {
             "loss": (torch.stack(errors) * self.weights[1:]).mean(),
             "final_error": (latents - module.teacher_latents(batch)).square().mean(),

@@ -20,17 +20,13 @@ import torch
 from torch import Tensor
 
 from hgc_learn.models.macs import BudgetError
-from hgc_learn.objectives.blend import BlendedObjective
+from hgc_learn.objectives.blend import MAX_LOGIT, BlendedObjective
 from hgc_learn.training.distributed import own_noise
 from hgc_learn.training.gates import Gates
 from hgc_learn.training.router import Router
 
 if TYPE_CHECKING:
     from hgc_learn.training.module import RouterModule
-
-LAYER_SITES = ("unet.*.resnets.?:branch", "unet.*.attn?:out", "unet.*.ff:out", "*:control")
-"""The residual branches of the UNet's layers, and the ControlNet's residuals."""
-MAX_LOGIT = 5.0
 
 
 class L2C(BlendedObjective):
@@ -44,7 +40,6 @@ class L2C(BlendedObjective):
     """
 
     policy: ClassVar[str] = "l2c"
-    default_sites: ClassVar[tuple[str, ...]] = LAYER_SITES
 
     def __init__(
         self, intervals: list[int] | tuple[int, ...] = (2,), penalty: float = 1e-4, learning_rate: float = 1e-2
@@ -75,7 +70,7 @@ class L2C(BlendedObjective):
                 f"{least[interval]:.3f} of the MACs. A larger interval reaches lower budgets."
             )
         logits = torch.where(self._full_steps(router, interval), 2 * MAX_LOGIT, router.logits.detach())
-        return router.gates(logits >= router.price(budget, logits))
+        return router.threshold(budget, logits)
 
     @staticmethod
     def _full_steps(router: Router, interval: int) -> Tensor:
@@ -83,9 +78,6 @@ class L2C(BlendedObjective):
         full = torch.zeros_like(router.logits, dtype=torch.bool)
         full[::interval] = True
         return full
-
-    def optimizer(self, router: Router) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(router.parameters(), lr=self.learning_rate, weight_decay=0.0)
 
     def step(self, module: RouterModule, batch: dict[str, Any]) -> dict[str, Any]:
         """Visits all steps of a run. A routed step's loss depends on its own row of logits alone, so one update of
@@ -116,8 +108,7 @@ class L2C(BlendedObjective):
 
         module.zero_grad()
         forwards.follow(module.sampling, batch, visit_step)
-        module.update_router()
-        logits.data.clamp_(-MAX_LOGIT, MAX_LOGIT)
+        self.update(module)
         return {"loss": torch.stack(errors).mean(), "beta": logits.data.sigmoid().mean()}
 
 

@@ -150,13 +150,14 @@ class Router(nn.Module):
         others = (~torch.eye(len(self.sites), dtype=torch.bool)).tolist()
         return torch.tensor([1 - self._kept_by(row) for row in others])
 
-    def threshold(self, budget: float) -> Gates:
-        """Gates that compute as many of the highest logits as the budget allows.
+    def threshold(self, budget: float, logits: Tensor | None = None) -> Gates:
+        """Gates that compute as many of the highest logits as the budget allows, of other logits if given.
 
         Raises:
             BudgetError: it cannot be met.
         """
-        return self.gates(self.logits.detach() >= self.price(budget))
+        logits = self.logits.detach() if logits is None else logits
+        return self.gates(logits >= self.price(budget, logits))
 
     def spend(
         self,
