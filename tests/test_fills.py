@@ -42,9 +42,9 @@ def test_learning_lowers_the_error(
     monkeypatch.setitem(module.hparams, "gradient_checkpointing", gradient_checkpointing)
     seen: list[float] = []
     one_by_one: list[float] = []
-    after = learn_fills(module, gates, [batch], NUM_UPDATES, on_update=lambda _, error: seen.append(error))
+    after = learn_fills(module, gates, [batch], NUM_UPDATES, on_update=lambda part, i, error: seen.append(error))
     assert len(seen) == NUM_UPDATES
-    learn_fills(module, gates, [batch], 3, at_once=1, on_update=lambda _, error: one_by_one.append(error))
+    learn_fills(module, gates, [batch], 3, at_once=1, on_update=lambda part, i, error: one_by_one.append(error))
     assert one_by_one == pytest.approx(seen[:3], rel=1e-3)
     assert module.log_error([batch], after) < module.log_error([batch], gates) - 0.05
     start = per_channel(module, gates)

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.progress import Progress
 from training_fixtures import fit
 
 from hgc_learn.__main__ import guarded
 from hgc_learn.export import kept
-from hgc_learn.export.export import KEPT_NAME, export
+from hgc_learn.export.export import KEPT_NAME, Bars, export
 from hgc_learn.export.learning import Learning
 from hgc_learn.schedule import HGCSchedule
 
@@ -112,3 +113,14 @@ def test_what_is_damaged_is_not_gone_on_from(ckpt_path: Path, tmp_path: Path) ->
         export(ckpt_path, tmp_path, BUDGET, LEARNING)
     assert len(seen) == 1 + LEARNING.reorder_trials + LEARNING.specialise_updates + LEARNING.fill_updates
     assert not path.exists()
+
+
+def test_the_bar_of_a_part_that_ended_early_ends_as_done() -> None:
+    progress = Progress(disable=True)
+    bars = Bars(progress, LEARNING)
+    bars.on_update("reorder", 0, -1.0)
+    assert [task.finished for task in progress.tasks] == [False, False, False]
+    bars.on_update("specialise", 0, -1.0)
+    assert [task.finished for task in progress.tasks] == [True, False, False]
+    bars.finish()  # nothing was to be filled in
+    assert [task.finished for task in progress.tasks] == [True, True, True]

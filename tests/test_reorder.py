@@ -47,7 +47,7 @@ def test_moves_are_orders_that_keep_the_first_step_and_go_no_farther_than_they_m
 def test_the_error_falls_and_steps_stay_whole(distinct: RouterModule, batch: dict[str, Any]) -> None:
     before, error = rows(distinct), distinct.log_error([batch], distinct.gates(BUDGET))
     errors: list[float] = []
-    reorder(distinct, BUDGET, [batch], 20, on_update=lambda trial, error: errors.append(error))
+    reorder(distinct, BUDGET, [batch], 20, on_update=lambda part, trial, error: errors.append(error))
     assert sorted(rows(distinct)) == sorted(before)
     assert rows(distinct)[0] == before[0]
     assert rows(distinct) != before
@@ -106,5 +106,5 @@ def test_equal_steps_are_not_tried(module: RouterModule, batch: dict[str, Any]) 
     module.router.logits.data.copy_(torch.arange(len(module.router.sites)).expand_as(module.router.logits))
     assert module.gates(1.0).compute.all()
     trials: list[int] = []
-    reorder(module, 1.0, [batch], 10, on_update=lambda trial, error: trials.append(trial))
+    reorder(module, 1.0, [batch], 10, on_update=lambda part, trial, error: trials.append(trial))
     assert trials == []

@@ -59,7 +59,7 @@ def test_specialising_lowers_the_error(
     monkeypatch.setattr(module.objective, "learning_rate", 0.3)  # the logits are random ones
     start = module.gates(BUDGET)
     errors: list[float] = []
-    found = specialise(module, BUDGET, [batch], 16, on_update=lambda _, error: errors.append(error))
+    found = specialise(module, BUDGET, [batch], 16, on_update=lambda part, i, error: errors.append(error))
     assert len(errors) == 16
     assert (found.compute != start.compute).any()
     assert module.router.kept(found.compute) <= BUDGET
@@ -99,7 +99,7 @@ def test_what_other_samples_do_not_confirm_is_left(
 def test_nothing_to_gain_at_the_full_budget(module: RouterModule, batch: dict[str, Any]) -> None:
     """The error is 0 there."""
     errors: list[float] = []
-    found = specialise(module, 1.0, [batch], 1, on_update=lambda _, error: errors.append(error))
+    found = specialise(module, 1.0, [batch], 1, on_update=lambda part, i, error: errors.append(error))
     assert found.compute.all()
     assert errors[0] < -25
 

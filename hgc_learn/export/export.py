@@ -19,7 +19,7 @@ from torch.utils.data import default_collate
 
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.export import fills, reorder, specialise
-from hgc_learn.export.kept import Kept
+from hgc_learn.export.kept import NOWHERE, Kept
 from hgc_learn.export.learning import ALL, Learning, OnUpdate
 from hgc_learn.figures import gate_heatmap, save_figure
 from hgc_learn.sampling import default_device
@@ -66,35 +66,12 @@ def export(
     settings = {"budget": budget, **asdict(learning), "max_patterns": max_patterns}
     kept = Kept(output / KEPT_NAME, {**settings, "checkpoint": hashlib.sha256(ckpt_path.read_bytes()).hexdigest()})
     with Progress() as progress, kept.interrupted():
-
-        def finish(before: int) -> None:
-            """Shows as done what may have ended early: no better order of steps is left, nothing is to be filled in."""
-            for task in progress.tasks:
-                if task.id < before:
-                    progress.update(task.id, completed=task.total)
-
-        def reporter(description: str, total: int) -> OnUpdate:
-            task = progress.add_task(description, total=total, visible=total > 0)
-
-            def report(update: int, log_error: float) -> None:
-                finish(before=task)
-                words = f"{description}, error {math.exp(log_error):.2e}"
-                progress.update(task, completed=update + 1, description=words)
-
-            return report
-
+        bars = Bars(progress, learning)
         gates, draft = decide(
-            module,
-            data,
-            budget,
-            learning,
-            max_patterns=max_patterns,
-            kept=kept,
-            on_reorder=reporter("reordering steps", learning.reorder_trials),
-            on_specialise=reporter("specialising the router", learning.specialise_updates),
-            on_fill=reporter("learning to fill in", learning.fill_updates),
+            module, data, budget, learning, max_patterns=max_patterns, kept=kept, on_update=bars.on_update
         )
-        finish(before=progress.add_task("measuring on validation samples", total=None))
+        bars.finish()
+        progress.add_task("measuring on validation samples", total=None)
         fidelity = measure_fidelity(module, data, draft)
         if not fidelity:
             progress.console.print("There are no validation samples (data.num_val is 0): nothing has been measured.")
@@ -108,6 +85,32 @@ def export(
     figure = gate_heatmap(gates.compute, module.router.sites, f"budget {budget:g}", dead)
     save_figure(figure, output / "hgc_schedule.png", dpi=150)
     return path
+
+
+class Bars:
+    """One for each part of an export that learns."""
+
+    def __init__(self, progress: Progress, learning: Learning):
+        self.progress = progress
+        parts = {
+            "reorder": ("reordering steps", learning.reorder_trials),
+            "specialise": ("specialising the router", learning.specialise_updates),
+            "fill": ("learning to fill in", learning.fill_updates),
+        }
+        self.words = {part: words for part, (words, _) in parts.items()}
+        self.tasks = {part: progress.add_task(words, total=n, visible=n > 0) for part, (words, n) in parts.items()}
+
+    def on_update(self, part: str, update: int, log_error: float) -> None:
+        self.finish(before=part)
+        description = f"{self.words[part]}, error {math.exp(log_error):.2e}"
+        self.progress.update(self.tasks[part], completed=update + 1, description=description)
+
+    def finish(self, before: str = "") -> None:
+        """Shows as done what may have ended early: no better order of steps is left, nothing is to be filled in."""
+        for part, task in self.tasks.items():
+            if part == before:
+                return
+            self.progress.update(task, completed=self.progress.tasks[task].total)
 
 
 def check_folder(output: Path, budget: float) -> None:
@@ -129,10 +132,8 @@ def decide(
     learning: Learning = ALL,
     *,
     max_patterns: int | None = None,
-    kept: Kept | None = None,
-    on_reorder: OnUpdate = lambda *_: None,
-    on_specialise: OnUpdate = lambda *_: None,
-    on_fill: OnUpdate = lambda *_: None,
+    kept: Kept = NOWHERE,
+    on_update: OnUpdate = lambda *_: None,
 ) -> tuple[Gates, Draft]:
     """The gates of a trained router at a budget, and the draft that they make with fill-ins learned; all learns from
     the first samples of the training's own data, and goes on from what is `kept`. The router itself stays as it is.
@@ -151,7 +152,7 @@ def decide(
             learning.reorder_trials,
             max_patterns=max_patterns,
             kept=kept,
-            on_update=on_reorder,
+            on_update=on_update,
         )
         gates = specialise.specialise(
             module,
@@ -160,7 +161,7 @@ def decide(
             learning.specialise_updates,
             max_patterns=max_patterns,
             kept=kept,
-            on_update=on_specialise,
+            on_update=on_update,
         )
     finally:
         module.router.load_state_dict(trained)
@@ -172,7 +173,7 @@ def decide(
         learning.fill_updates,
         at_once=data.train_dataloader().batch_size or 1,  # where memory is short, no more than the training needed
         kept=kept,
-        on_update=on_fill,
+        on_update=on_update,
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hgc_learn.data import hold_out
-from hgc_learn.export.kept import Kept
+from hgc_learn.export.kept import NOWHERE, Kept
 from hgc_learn.export.learning import OnUpdate
 from hgc_learn.inference import apply_schedule
 from hgc_learn.plan import row_of
@@ -38,7 +38,7 @@ def learn_fills(
     num_updates: int,
     *,
     at_once: int = BATCH_SIZE,
-    kept: Kept | None = None,
+    kept: Kept = NOWHERE,
     on_update: OnUpdate = lambda *_: None,
 ) -> Draft:
     """The schedule filled in by `fitted_per_channel`, whose scales and reaches lower the mean log error of the outcome;
@@ -74,7 +74,7 @@ def learn_fills(
         decay.load_state_dict(states["decay"])
 
     with apply_schedule(module.pipe, file) as handle:
-        for update in (kept or Kept()).updates("fill", num_updates, state, restore):
+        for update in kept.updates("fill", num_updates, state, restore):
             samples, loss = learned[update % len(learned)], 0.0
             num_samples = len(samples["text"])
             optimizer.zero_grad()
@@ -90,7 +90,7 @@ def learn_fills(
             if all(t.grad is None or t.grad.isfinite().all() for t in tensors.values()):  # else a trajectory is lost
                 optimizer.step()
             decay.step()
-            on_update(update, loss)
+            on_update("fill", update, loss)
     after = Draft(start.sites, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
     drafts = [after, module.draft(gates)]
     return min(drafts, key=lambda draft: module.log_error(judges, draft))

@@ -69,6 +69,9 @@ class Kept:
             self.path.unlink(missing_ok=True)
 
 
+NOWHERE = Kept()
+
+
 def _check_same(path: Path, made_for: dict[str, Any], asked: dict[str, Any]) -> None:
     names = [name for name in {**made_for, **asked} if made_for.get(name) != asked.get(name)]
     if names:

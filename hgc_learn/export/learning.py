@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-OnUpdate = Callable[[int, float], None]
-"""Called after every update or trial with its number and the mean log squared error of the outcome that it saw."""
+OnUpdate = Callable[[str, int, float], None]
+"""Called after every update or trial with what it is part of (`reorder`, `specialise` or `fill`), its number, and the
+mean log squared error of the outcome that it saw."""
 
 
 @dataclass(frozen=True, kw_only=True)

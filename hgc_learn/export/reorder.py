@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hgc_learn.data import hold_out
-from hgc_learn.export.kept import Kept
+from hgc_learn.export.kept import NOWHERE, Kept
 from hgc_learn.export.learning import OnUpdate
 from hgc_learn.export.patterns import rounded
 from hgc_learn.training.gates import Gates
@@ -41,7 +41,7 @@ def reorder(
     num_trials: int,
     *,
     max_patterns: int | None = None,
-    kept: Kept | None = None,
+    kept: Kept = NOWHERE,
     on_update: OnUpdate = lambda *_: None,
 ) -> None:
     """Moves steps of the router, their logits and reaches, wherever the rounded schedule gets better by it: two change
@@ -55,7 +55,7 @@ def reorder(
         num_trials: of schedules that are rolled out, on 4 samples if they are worse there, on up to 96 if not.
         max_patterns: how many different steps the schedule may have (`hgc_learn.export.patterns`).
         kept: to go on from where it was interrupted.
-        on_update: called with the trial's number and the mean log error of the best so far.
+        on_update: called with the mean log error of the best so far.
 
     Raises:
         ValueError: a budget that cannot be met.
@@ -66,10 +66,10 @@ def reorder(
     before = {name: value.clone() for name, value in router.state_dict().items()}
     start = rounded(module, budget, max_patterns)
     search = _Search(module, budget, max_patterns, learned[: NUM_SAMPLES // BATCH_SIZE], start)
-    for trial in (kept or Kept()).updates("reorder", num_trials, search.state, search.restore):
+    for trial in kept.updates("reorder", num_trials, search.state, search.restore):
         if not search.try_next():
             break
-        on_update(trial, search.log_error())
+        on_update("reorder", trial, search.log_error())
     if search.best is not start and module.log_error(judges, search.best) >= module.log_error(judges, start):
         router.load_state_dict(before)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hgc_learn.data import hold_out
-from hgc_learn.export.kept import Kept
+from hgc_learn.export.kept import NOWHERE, Kept
 from hgc_learn.export.learning import OnUpdate
 from hgc_learn.export.patterns import rounded
 from hgc_learn.objectives import Rollout
@@ -35,7 +35,7 @@ def specialise(
     num_updates: int,
     *,
     max_patterns: int | None = None,
-    kept: Kept | None = None,
+    kept: Kept = NOWHERE,
     on_update: OnUpdate = lambda *_: None,
 ) -> Gates:
     """The router's gates at a budget, after more updates for it, or rounded as they are, if samples that were
@@ -71,7 +71,7 @@ def specialise(
         module.generator.set_state(states["generator"])
 
     try:
-        for update in (kept or Kept()).updates("specialise", num_updates, state, restore):
+        for update in kept.updates("specialise", num_updates, state, restore):
             progress = update / num_updates
             router.temperature = first * (last / first) ** progress
             for group in optimizer.param_groups:
@@ -80,7 +80,7 @@ def specialise(
             router.check_gradients()
             optimizer.step()
             router.clamp()
-            on_update(update, float(logs["loss"].clamp_min(1e-30).log()))
+            on_update("specialise", update, float(logs["loss"].clamp_min(1e-30).log()))
     finally:
         router.temperature = temperature
     end = rounded(module, budget, max_patterns)
