@@ -256,6 +256,19 @@ def test_an_interruption_is_told_in_one_line(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == "hgc_learn: interrupted\n"
 
 
+def test_errors_say_where_they_come_from_if_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run() -> None:
+        raise ValueError("of one's own module")
+
+    assert guarded(run) == 2
+    assert capsys.readouterr().err == "hgc_learn: of one's own module\n"
+    monkeypatch.setenv("HGC_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="own module"):
+        guarded(run)
+
+
 def test_where_nothing_can_be_written_is_told_before_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
