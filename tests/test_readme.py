@@ -20,7 +20,6 @@ README = (ROOT / "README.md").read_text()
 SMALL_TRAINING = [
     "--trainer.max_steps=1",
     "--data.num_train=2",
-    "--trainer.limit_train_batches=1",
     "--data.num_val=2",
     "--data.batch_size=2",
     "--model.sampling.num_inference_steps=4",

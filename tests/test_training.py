@@ -216,7 +216,10 @@ def test_export_misses_its_folder_at_once_and_does_without_validation(
         ("--model.controlnet={teacher}/controlnet", "has a ControlNet already, and"),
         ("--trainer.max_time=00:00:10:00", "trainer.max_time would stop before learning rate and temperature"),
         ("--trainer.overfit_batches=1", "Set limit_train_batches, or data.num_train"),
-        ("--trainer.limit_train_batches=3", "limit_train_batches is 3, but the training's data make 2 batches on each"),
+        (
+            "--trainer.limit_train_batches=3 --trainer.max_epochs=4 --trainer.max_steps=9",
+            "data make 2 batches on each process: 8 updates instead of 9. Set limit_train_batches to 2",
+        ),
         ("--model.sampling.guidance_scale=.nan", "guidance_scale is nan; it must be a finite number"),
         ("--model.sampling.controlnet_conditioning_scale=.inf", "controlnet_conditioning_scale is inf"),
     ],

@@ -204,12 +204,21 @@ class RouterModule(L.LightningModule):
                 "data: the training's data do not say how many samples they have; learning rate and temperature fall "
                 "to an end. Give a dataset with a length."
             )
-        asked, num_batches = self.trainer.limit_train_batches, int(self.trainer.num_training_batches)
-        if isinstance(asked, int) and asked > num_batches:
+        self._check_num_updates()
+
+    def _check_num_updates(self) -> None:
+        """Lightning takes `limit_train_batches` for a limit, and cuts it down without a word."""
+        trainer = self.trainer
+        limit, num_batches = trainer.limit_train_batches, int(trainer.num_training_batches)
+        if not isinstance(limit, int) or trainer.max_epochs is None or trainer.max_epochs < 0:
+            return
+        asked = limit * trainer.max_epochs
+        asked = min(asked, trainer.max_steps) if trainer.max_steps > 0 else asked
+        if num_batches * trainer.max_epochs < asked:
             raise ValueError(
-                f"trainer.limit_train_batches is {asked}, but the training's data make {num_batches} batches on each "
-                "process: there would be fewer updates than were asked for. Set it to as many or fewer, and "
-                "trainer.max_epochs to as many more; or raise data.num_train."
+                f"trainer.limit_train_batches is {limit}, but the training's data make {num_batches} batches on each "
+                f"process: {num_batches * trainer.max_epochs} updates instead of {asked}. Set limit_train_batches to "
+                f"{num_batches} or fewer and trainer.max_epochs to more, or raise data.num_train."
             )
 
     def _check_precision(self) -> None:
