@@ -296,16 +296,6 @@ def write_into_control(pipe: Any) -> None:
     pipe.controlnet.register_forward_hook(halve)
 
 
-def weigh_control(pipe: Any) -> None:
-    """Less in the deeper levels, in new tensors, as regional and scheduled control do it."""
-
-    def weigh(module: Any, args: Any, output: Any) -> Any:
-        down, mid = output
-        return [residual * 0.9**i for i, residual in enumerate(down)], mid * 0.5
-
-    pipe.controlnet.register_forward_hook(weigh)
-
-
 def subclass_of(path: str) -> Callable[[Any], None]:
     """As packages that merge tokens do it."""
 

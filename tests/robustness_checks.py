@@ -235,6 +235,28 @@ def across_the_batch() -> None:
     assert torch.equal(*latents)
 
 
+def weighed_control() -> None:
+    """In new tensors, at single steps and at those that run as one batch."""
+
+    def weigh(module: Any, args: Any, output: Any) -> Any:
+        down, mid = output
+        return [residual * 0.9**i for i, residual in enumerate(down)], mid * 0.5
+
+    pipe = build()
+    pipe.controlnet.register_forward_hook(weigh)
+    plain = run(pipe)
+    with apply_schedule(pipe, schedule_for(pipe, {})):
+        assert torch.equal(run(pipe), plain)
+    latents = []
+    for max_steps_at_once in (1, 4):
+        with apply_schedule(
+            pipe, schedule_for(pipe, schedules(pipe)[2]), max_steps_at_once=max_steps_at_once
+        ) as handle:
+            latents.append(run(pipe))
+    assert handle.runtime.batches
+    assert_close(*latents)
+
+
 def other_container() -> None:
     """Of the same ControlNets: nobody would be told that one of them has changed."""
     pipe = build(num_controlnets=2)

@@ -332,7 +332,7 @@ def around() -> list[Row]:
             change=act.write_into_control,
             refused="what was kept of .* has been written into since",
         ),
-        row("a hook that weighs what the ControlNet gives", change=act.weigh_control),
+        row("a hook that weighs what the ControlNet gives", check=check.weighed_control),
         row(
             "another MultiControlNetModel around the same ControlNets",
             check=check.other_container,

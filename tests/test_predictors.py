@@ -279,7 +279,7 @@ def test_half_precision_fills_in_by_exact_coefficients(small: TinyPipeline, scal
     tensors = {f"{EPS}/scale": torch.full((1, 4), scale), f"{EPS}/reach": torch.zeros(1, 4)}
     cache = Cache({EPS: "CtCCCC"}, tensors)
     kept = torch.randn(2, 4, 8, 8).bfloat16()
-    cache.values[EPS, 0] = kept
+    cache.keep(EPS, 0, kept)
     (load,) = plan.steps[1].load
     assert torch.equal(cache.load(load, 1), (scale * kept.float()).bfloat16())
 
