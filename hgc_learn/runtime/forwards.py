@@ -183,15 +183,14 @@ class RoutedForwards:
     def _check_pipeline(self) -> None:
         """Whether it is the pipeline itself that calls: only then is it known whether there is guidance."""
         models = routed_models(self.pipe)
-        others = [
-            model for model in self.models.keys() | models.keys() if models.get(model) is not self.models.get(model)
-        ]
-        if not others and len(models) > 2 and original(self.pipe.controlnet) is not original(self.multi):
-            others = [_ALL_CONTROLNETS]
-        for model in others:
+        names = sorted(self.models.keys() | models.keys())
+        others = [model for model in names if models.get(model) is not self.models.get(model)]
+        if not others and self.multi is not None and original(self.pipe.controlnet) is not original(self.multi):
+            others = [_ALL_CONTROLNETS]  # another one of the same
+        if others:
             raise ValueError(
-                f"pipe.{model} is not the one that the schedule was applied to. Call handle.remove(), then apply the "
-                "schedule again."
+                f"pipe.{others[0]} is not the one that the schedule was applied to. Call handle.remove(), then apply "
+                "the schedule again."
             )
         for model in self.models:
             if _is_group_offload_enabled(self.models[model]):
@@ -296,6 +295,7 @@ def _unet_forward(
         unet, sample, timestep, encoder_hidden_states, has_halves=has_halves, is_half=is_half, **kwargs
     )
     values = forwards.execute("unet", step, call, dict(zip(forwards.graph.residuals, residuals, strict=True)))
+    forwards.handed_on = []  # holds neither memory nor a graph after the step
     if step >= forwards.last_step:
         forwards.end_run()
     prediction = values[forwards.graph.output]
