@@ -110,11 +110,15 @@ def test_where_one_of_two_fails_none_waits_and_the_checkpoint_is_saved(
 ) -> None:
     folder = tmp_path / way
     processes = start_two(fit_and_fail, folder, teacher, folder, way)
-    processes[1].join(120)
-    assert processes[1].exitcode == status, printed(folder)[1][-3000:]
-    assert told in printed(folder)[1]
-    processes[0].join(60)  # torchrun would end it
-    assert processes[0].exitcode not in (None, 0), printed(folder)[0][-3000:]
+    try:
+        processes[1].join(120)
+        assert processes[1].exitcode == status, printed(folder)[1][-3000:]
+        assert told in printed(folder)[1]
+        processes[0].join(60)  # torchrun would end it
+        assert processes[0].exitcode not in (None, 0), printed(folder)[0][-3000:]
+    finally:
+        for process in processes:
+            process.kill()
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
 
 
