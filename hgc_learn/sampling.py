@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class SamplingConfig:
     negative_prompt: str = ""
     controlnet_conditioning_scale: float = 1.0
     scheduler: str | None = None
-    scheduler_config: dict[str, Any] | None = None
+    scheduler_config: dict[str, Any] | None = field(default=None, hash=False)  # settings stay usable as keys
 
     def __post_init__(self) -> None:
         for name in ("num_inference_steps", "height", "width"):

@@ -14,8 +14,9 @@ from training_fixtures import fit
 
 from hgc_learn.__main__ import guarded
 from hgc_learn.export import kept
-from hgc_learn.export.export import KEPT_NAME, Bars, export
+from hgc_learn.export.export import KEPT_NAME, Bars, export, load_run
 from hgc_learn.export.learning import Learning
+from hgc_learn.plan import compile_plan
 from hgc_learn.schedule import HGCSchedule
 
 pytestmark = pytest.mark.filterwarnings(
@@ -95,6 +96,15 @@ def test_what_another_export_has_learned_is_not_lost(
         assert guarded(other) == 2
         assert f"{path} is what another export into this folder has learned ({what})" in capsys.readouterr().err
         assert path.read_bytes() == before
+
+
+def test_a_schedule_has_no_more_patterns_than_it_may(ckpt_path: Path, tmp_path: Path) -> None:
+    module, _ = load_run(ckpt_path)
+    numbers = []
+    for max_patterns in (None, 2):
+        schedule = HGCSchedule.load(export(ckpt_path, tmp_path / f"{max_patterns}", BUDGET, LEARNING, max_patterns))
+        numbers.append(compile_plan(module.graph, schedule.sites, schedule.num_steps).num_patterns())
+    assert numbers[0] > numbers[1] == 2
 
 
 def test_of_an_export_that_has_learned_nothing_nothing_is_left(ckpt_path: Path, tmp_path: Path) -> None:

@@ -15,12 +15,13 @@ from training_fixtures import SAMPLING, fit
 
 from hgc_learn.data import SceneDataModule
 from hgc_learn.inference import apply_schedule
-from hgc_learn.objectives import L2C, HarmoniCa
+from hgc_learn.objectives import L2C, HarmoniCa, Rollout
 from hgc_learn.objectives.blend import BlendedForwards
 from hgc_learn.objectives.l2c import add_noise, ddim_step
 from hgc_learn.policies import POLICIES
 from hgc_learn.sampling import SamplingConfig, generate, load_pipeline
 from hgc_learn.setting import Setting
+from hgc_learn.training.gates import Gates
 from hgc_learn.training.module import RouterModule
 
 pytestmark = pytest.mark.filterwarnings(
@@ -183,6 +184,61 @@ def test_training_lowers_the_loss(kind: type[L2C | HarmoniCa], teacher: Path) ->
     ).fit(module, SceneDataModule(num_train=2, num_val=2, batch_size=2))  # fmt: skip
     assert len(losses.values) == 12
     assert sum(losses.values[-3:]) < 0.7 * sum(losses.values[:3])
+
+
+def train(module: RouterModule, num_updates: int) -> None:
+    L.Trainer(
+        accelerator="cpu", max_steps=num_updates, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0,
+    ).fit(module, SceneDataModule(num_train=2, num_val=2, batch_size=2))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [L2C, HarmoniCa])
+def test_a_penalty_closes_gates(kind: type[L2C | HarmoniCa], teacher: Path) -> None:
+    betas = []
+    for penalty in (0.0, 1e3):
+        objective = kind(penalty=penalty, learning_rate=0.3)
+        module = RouterModule(str(teacher), SAMPLING, objective=objective, budgets=[0.8])
+        train(module, 3)
+        betas.append(float(module.router.logits.data[1].sigmoid().mean()))
+    assert betas[1] < betas[0] - 0.1
+
+
+def test_l2c_takes_turns_with_its_intervals(teacher: Path) -> None:
+    routed = []
+    for num_updates in (1, 2):
+        module = RouterModule(str(teacher), SAMPLING, objective=L2C(intervals=[2, 3]), budgets=[0.8])
+        train(module, num_updates)
+        routed.append(module.router.logits.data.any(1).nonzero()[:, 0].tolist())
+    assert routed == [[1, 3], [1, 2, 3, 4]]  # step 3 is full in the second update
+
+
+def test_rollouts_take_turns_with_budgets_and_cool_down(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[float, float]] = []
+    gradients = Rollout.gradients
+
+    def watched(self: Rollout, module: RouterModule, batch: dict[str, Any], budget: float) -> dict[str, Any]:
+        seen.append((budget, module.router.temperature))
+        return gradients(self, module, batch, budget)
+
+    monkeypatch.setattr(Rollout, "gradients", watched)
+    objective = Rollout(final_temperature=0.0625, num_warm_start_batches=0)
+    train(RouterModule(str(teacher), SAMPLING, objective=objective, budgets=[0.8, 0.4]), 4)
+    budgets, temperatures = zip(*seen, strict=True)
+    assert budgets == (0.8, 0.4, 0.8, 0.4)
+    assert temperatures == pytest.approx([1.0, 0.5, 0.25, 0.125])
+
+
+def test_a_warm_start_holds_dear_what_does_much_for_little(teacher: Path, batch: dict[str, Any]) -> None:
+    module = RouterModule(str(teacher), SAMPLING, objective=Rollout(), budgets=[0.8])
+    assert isinstance(module.objective, Rollout)
+    module.objective.warm_start(module, [batch])
+    module.seed(0)
+    effects = module.effects(batch, Gates.full(*module.router.logits.shape)).of_each_flip()
+    expected = (effects - module.router.savings().log())[1:]
+    logits = module.router.logits.data[1:]
+    expected = 2 * (expected - expected.mean()) / expected.std()
+    torch.testing.assert_close(logits, expected.to(logits), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", [L2C, HarmoniCa])

@@ -188,9 +188,9 @@ WITH_TENSORS = HGCSchedule(
     sites={"unet.a:out": "CfCff", "unet.b:out": "CttCt", "unet.c:out": "C-pCC", "unet.d:out": "CsssC"},
     **{k: v for k, v in vars(SCHEDULE).items() if k not in ("sites", "tensors")},
     tensors={
-        "unet.a:out/scale": torch.ones(5),
+        "unet.a:out/scale": torch.arange(5.0),
         "unet.a:out/reach": torch.zeros(5),
-        "unet.b:out/scale": torch.ones(3, 4),
+        "unet.b:out/scale": torch.arange(12.0).view(3, 4),
         "unet.b:out/reach": torch.zeros(3, 4),
         "unet.c:out/predictor": torch.zeros(4, dtype=torch.uint8),
         "unet.d:out/scale": torch.ones(5, 4),
@@ -224,8 +224,11 @@ def test_resampled_to_other_timesteps() -> None:
     schedule = WITH_TENSORS.resampled(timesteps)
     assert schedule.timesteps == timesteps
     assert schedule.sites["unet.b:out"] == "CtttttCCt"  # of two that are equally near the earlier
-    assert schedule.tensors["unet.b:out/scale"].shape == (6, 4)
-    assert schedule.tensors["unet.a:out/reach"].shape == (9,)
+    assert (
+        schedule.tensors["unet.b:out/scale"].tolist()
+        == WITH_TENSORS.tensors["unet.b:out/scale"][[0, 0, 1, 1, 1, 2]].tolist()
+    )
+    assert schedule.tensors["unet.a:out/scale"].tolist() == [0, 1, 1, 2, 2, 2, 3, 3, 4]
     assert WITH_TENSORS.resampled(WITH_TENSORS.timesteps).sites == WITH_TENSORS.sites
 
 

@@ -133,6 +133,9 @@ def test_export_writes_a_schedule_that_runs(
     teacher: Path, tmp_path: Path, module: RouterModule, batch: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     ckpt_path = fit(teacher, tmp_path, 1)
+    _, data = load_run(ckpt_path)
+    (judges,) = data.val_dataloader()
+    full = generate(module.pipe, SAMPLING, judges, output_type="pt")
     for budget in (0.4, 0.7):
         output = tmp_path / str(budget)
         path = export(
@@ -149,6 +152,8 @@ def test_export_writes_a_schedule_that_runs(
         with apply_schedule(module.pipe, path) as handle:
             generate(module.pipe, SAMPLING, batch)
             assert handle.stats()["macs_cached"] == schedule.macs["cached"]
+            errors = (generate(module.pipe, SAMPLING, judges, output_type="pt") - full).square().flatten(1).mean(1)
+        assert schedule.fidelity["psnr_db"] == pytest.approx(float((-10 * errors.log10()).mean()), abs=0.01)
     with pytest.raises(ValueError, match=r"0\.7/hgc_schedule\.json is the schedule of another budget, 0\.7\."):
         export(ckpt_path, output, 0.4)
     assert main(["inspect", str(path)]) == 0

@@ -171,7 +171,8 @@ def _tuning_costs(config: CompareConfig, rankings: Sequence[Ranking]) -> list[st
     for policy in config.policy_names:
         costs = [cell["tuning"] for ranking in rankings for cell in ranking.cells if cell["policy"] == policy]
         done = [Path(config.output) / "trained" / sampler / policy / "trained.json" for sampler in config.samplers]
-        trained = [read_json(path) for path in done if path.is_file()]
+        records = [read_json(path) for path in done if path.is_file()]
+        trained = [record for record in records if "minutes" in record]  # the others have not ended yet
         if costs:
             totals = {name: sum(cost[name] for cost in costs) for name in costs[0]}
             entries = [f"`{policy}`", f"{totals['num_candidates']}", f"{totals['num_tried']}"]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
-from typing import Any
-
 import torch
 from rich.progress import track
 
 from hgc_learn.comparison.cells import Selection, cell_files
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.samples import read_batches
-from hgc_learn.evaluation import timed
+from hgc_learn.evaluation import side_by_side, timed
 from hgc_learn.files import save_json
-from hgc_learn.sampling import SamplingConfig, load_pipeline
+from hgc_learn.sampling import load_pipeline
 from hgc_learn.schedule import HGCSchedule
 
 NUM_PAIRS = 3
@@ -34,11 +31,6 @@ def time_cells(config: CompareConfig, selection: Selection) -> None:
         pipe = load_pipeline(config.model, sampling)
         timed(pipe, sampling, batch)  # warm-up
         for files in track(cells, description=f"timing {sampler}"):
-            ratios = _ratios(pipe, sampling, HGCSchedule.load(files.schedule), batch)
-            timing = {"wall_clock_speedup": round(statistics.median(ratios), 3), "num_pairs": len(ratios)}
+            _, _, speedup = side_by_side(pipe, sampling, HGCSchedule.load(files.schedule), [batch] * NUM_PAIRS)
+            timing = {"wall_clock_speedup": round(speedup, 3), "num_pairs": NUM_PAIRS}
             save_json(files.timing, timing | {"batch_size": BATCH_SIZE, "num_threads": torch.get_num_threads()})
-
-
-def _ratios(pipe: Any, sampling: SamplingConfig, schedule: HGCSchedule, batch: dict[str, Any]) -> list[float]:
-    pairs = [[timed(pipe, sampling, batch, each)[1] for each in (None, schedule)] for _ in range(NUM_PAIRS)]
-    return [full / cached for full, cached in pairs]

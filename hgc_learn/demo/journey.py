@@ -99,7 +99,10 @@ def judge(path: Path, pipe: Any, sampling: SamplingConfig, num_scenes: int) -> t
         "psnr_ci95_db": 1.96 * float(per_sample["psnr_db"].std()) / len(full) ** 0.5,
         "wall_clock_speedup": speedup,
         **{f"{name}_{way}": value for way, values in obedience.items() for name, value in values.items()},
-        **{f"{name}_relative_loss": 1 - value / obedience["full"][name] for name, value in obedience["cached"].items()},
+        **{
+            f"{name}_relative_loss": _loss(value, obedience["full"][name])
+            for name, value in obedience["cached"].items()
+        },
         "num_threads": torch.get_num_threads(),
     }, {
         "text": batches[0]["text"][:NUM_SHOWN],
@@ -115,6 +118,11 @@ def _obedience(pictures: Tensor, batches: Sequence[dict[str, Any]]) -> dict[str,
     for part, batch in zip(pictures.split(EVALUATION_BATCH_SIZE), batches, strict=True):
         metrics.update(part, batch["label_map"], batch["object_colors"])
     return {name: float(value) for name, value in metrics.compute().items()}
+
+
+def _loss(cached: float, full: float) -> float:
+    """Relative; nothing of nothing is lost."""
+    return 1 - cached / full if full else 0.0
 
 
 def summary_table(summary: dict[str, Any]) -> Table:

@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 from processes import run_python, start
 from small_comparison import SAMPLER, rows, write
+from torch import Tensor
 
 from hgc_learn.__main__ import main
 from hgc_learn.comparison.cells import Selection, cell_files, read_cell
@@ -21,10 +22,12 @@ from hgc_learn.comparison.config import CompareConfig, read_config
 from hgc_learn.comparison.samples import claim, full_samples, read_batches
 from hgc_learn.comparison.trained import checkpoint
 from hgc_learn.evaluation import Samples
+from hgc_learn.files import save_json
+from hgc_learn.inference import apply_schedule
 from hgc_learn.models.fingerprint import ModelFingerprint
 from hgc_learn.models.macs import BudgetError
 from hgc_learn.policies import POLICIES, Policy
-from hgc_learn.sampling import load_pipeline
+from hgc_learn.sampling import generate, load_pipeline
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.training.module import RouterModule
@@ -33,7 +36,10 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def test_a_comparison_writes_figures_reasons_tables_and_pictures(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["samplers"][SAMPLER]["scheduler_config"] = {"solver_order": 1}
     config = write(settings, tmp_path)
+    begun = tmp_path / "run" / "trained" / SAMPLER / "uniform" / "trained.json"  # as of a training that runs elsewhere
+    save_json(begun, {"training": "x.yaml", "configuration": {}})
     assert main(["compare", "--config", str(config)]) == 0
     found = rows(settings)
     assert len(found) == 4
@@ -59,13 +65,29 @@ def test_a_comparison_writes_figures_reasons_tables_and_pictures(settings: dict[
     schedule = HGCSchedule.load(tmp_path / "run" / "cells" / SAMPLER / "uniform" / "0.6.schedule.json")
     assert schedule.producer["policy"] == "uniform"
     assert schedule.producer["paper"] == POLICIES["uniform"].paper
-    assert schedule.fidelity["psnr_db"] == row["psnr_db"]
+    assert schedule.fidelity["psnr_db"] == row["psnr_db"] == pytest.approx(paired_psnr(config, schedule), abs=0.01)
+    assert schedule.scheduler_config["solver_order"] == 1
 
     figures = tmp_path / "run" / "cells" / SAMPLER / "uniform" / "0.6.json"
     figures.write_text(json.dumps(json.loads(figures.read_text()) | {"kept_macs_attention": 0.1234}))
     assert main(["compare", "--config", str(config), "--timing"]) == 0
     assert rows(settings)["uniform", 0.6]["wall_clock_speedup"] > 0
     assert f" | {row['kept_macs']:.4f} | 0.1234 | " in (tmp_path / "report" / "tiny.md").read_text()
+
+
+def paired_psnr(path: Path, schedule: HGCSchedule) -> float:
+    """Mean over the test scenes, by the pipeline and the definition alone."""
+    config = read_config(path)
+    (batch,) = read_batches(config, "test", 3, 3)
+    pipe = load_pipeline(config.model, config.sampling(SAMPLER))
+
+    def pictures() -> Tensor:
+        return generate(pipe, config.sampling(SAMPLER), batch, output_type="pt")
+
+    full = pictures()
+    with apply_schedule(pipe, schedule):
+        errors = (pictures() - full).square().flatten(1).mean(1)
+    return float((-10 * errors.log10()).mean())
 
 
 def test_a_comparison_on_ones_own_pictures(settings: dict[str, Any], tmp_path: Path) -> None:
