@@ -29,8 +29,8 @@ def full_steps(num_steps: int, interval: float, first_full: int = 1) -> list[int
 
 
 def intervals(num_steps: int, longest: int) -> list[float]:
-    """For grids: whole ones, and those that spread any number of full steps over the run; from 2 to `longest`."""
-    spread = (num_steps / number for number in range(1, num_steps // 2 + 1))
+    """For grids: whole ones from 2 on, and those that spread any number of full steps over the run; up to `longest`."""
+    spread = (num_steps / number for number in range(1, num_steps))
     return sorted({*range(2, longest + 1), *(interval for interval in spread if interval <= longest)})
 
 

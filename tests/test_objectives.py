@@ -143,21 +143,27 @@ def test_l2c_needs_steps_to_route(intervals: list[int]) -> None:
 
 
 def test_weight_of_a_step_is_the_error_that_its_cache_causes(module: RouterModule, batch: dict[str, Any]) -> None:
+    """Gates that are all but hard; and a step that computes a little more of everything weighs a little less."""
     objective, router = module.objective, module.router
     assert isinstance(objective, HarmoniCa)
-    generator = torch.Generator().manual_seed(0)
-    router.logits.data.copy_(torch.randn(router.logits.shape, generator=generator))
-    router.logits.data[3] = 1.0  # computes everything: measured with everything reused
+    computes = torch.rand(router.logits.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    router.logits.data.copy_(torch.where(computes, 40.0, -40.0))
     objective.measure_weights(module, [batch])
     target = module.teacher_latents(batch)
     errors = []
     for step in (2, 3):
-        compute = torch.ones_like(router.logits, dtype=torch.bool)
-        compute[step] = router.logits[step] > 0 if step == 2 else False
+        compute = torch.ones_like(computes)
+        compute[step] = computes[step]
         latents = module.rollout(batch, module.draft(router.gates(compute)))
         errors.append((latents - target).square().mean())
     assert objective.weights[1:].mean() == pytest.approx(1.0)
     torch.testing.assert_close(objective.weights[3] / objective.weights[2], errors[1] / errors[0])
+    ratios = []
+    for logit in (1.0, 1.1):
+        router.logits.data[3] = logit
+        objective.measure_weights(module, [batch])
+        ratios.append(float(objective.weights[3] / objective.weights[2]))
+    assert 0.7 * ratios[0] < ratios[1] < ratios[0]
 
 
 # All of them

@@ -60,6 +60,7 @@ def test_strips_are_what_the_plan_says(own: TinyPipeline) -> None:
     assert [macs > 0 for macs in mid.macs] == [True, False, False, False, True, False]
     assert mid.full == mid.macs[0] > 0
     assert total.macs[2] < total.macs[3] / 1.9  # step 2 runs the guided half
+    assert sites["unet:guidance"].states == "RDFRRD"
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ class Obedience:
             for metric in (miou, accuracy):
                 metric.reset()
                 metric.update(*sample)
-            counts["confusion"].append(miou.confusion.numpy())
+            counts["confusion"].append(miou.confmat.numpy())
             counts["correct"].append(accuracy.correct.numpy())
             counts["total"].append(accuracy.total.numpy())
         return cls(**{name: np.stack(values) for name, values in counts.items()})

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassJaccardIndex
 
 from hgc_learn.demo.scenes import COLOR_HUES, COLORS, NUM_CLASSES
 
@@ -66,38 +67,26 @@ def _check(images: Tensor, label_map: Tensor, object_colors: Tensor) -> None:
         raise ValueError(f"object_colors must be {(batch, NUM_CLASSES)}, got {tuple(object_colors.shape)}")
 
 
-class ControlMeanIoU(Metric):
+class ControlMeanIoU(MulticlassJaccardIndex):
     """Mean intersection over union between the control and the label map recovered from the pictures.
 
     The standard measure of semantic segmentation: one confusion matrix over the data set, classes = background and
     kinds, the mean over the classes that occur. In [0, 1], higher is better.
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    confusion: Tensor
-
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("confusion", torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.long), dist_reduce_fx="sum")
+        super().__init__(NUM_CLASSES, **kwargs)
 
-    def update(self, images: Tensor, label_map: Tensor, object_colors: Tensor) -> None:
+    def update(  # type: ignore[override]  # as torchmetrics' own subclasses do
+        self, images: Tensor, label_map: Tensor, object_colors: Tensor
+    ) -> None:
         """Add pictures [B, 3, H, W] in [0, 1], class ids [B, H, W] and colours [B, NUM_CLASSES].
 
         Raises:
             ValueError: if a shape or the range of the pictures is wrong.
         """
         _check(images, label_map, object_colors)
-        recovered = recover_label_map(images, object_colors)
-        pairs = (label_map.long() * NUM_CLASSES + recovered).flatten()
-        self.confusion += torch.bincount(pairs, minlength=NUM_CLASSES**2).view(NUM_CLASSES, NUM_CLASSES)
-
-    def compute(self) -> Tensor:
-        """Mean IoU, a scalar in [0, 1]."""
-        intersection = self.confusion.diagonal().float()
-        union = self.confusion.sum(0) + self.confusion.sum(1) - self.confusion.diagonal()
-        return (intersection[union > 0] / union[union > 0]).mean()
+        super().update(recover_label_map(images, object_colors), label_map.long())
 
 
 class ColorAccuracy(Metric):

@@ -5,12 +5,11 @@ their kept value, and a layer's value is kept anew only where beta > threshold. 
 full models predict from the same latents, guided: weight[step] * |full - blended|^2 + penalty * sum(beta). A step's
 weight is the error of the final latents that caching at that step alone causes.
 
-What is a reconstruction here: weights have mean 1; they are measured on a few samples, for each step alone, at the
-router's present schedule, and with everything cached at steps where that computes all (the authors' code measures soft
-gates, of all steps up to each). The threshold is 0.5 unless it is set; the authors' commands and the comparison's
-configurations have 0.1. Logits begin alike instead of at random, for trainings are short. What is kept is what
-inference would keep, by liveness. One training serves all budgets, for each of which the threshold is solved: what is
-exported was not on policy.
+What is a reconstruction here: weights have mean 1; they are measured on a few samples, for each step alone, with the
+step's present blends (the authors' code measures those of all steps up to each). The threshold is 0.5 unless it is
+set; the authors' commands and the comparison's configurations have 0.1. Logits begin alike instead of at random, for
+trainings are short. What is kept is what inference would keep, by liveness. One training serves all budgets, for each
+of which the threshold is solved: what is exported was not on policy.
 """
 
 from __future__ import annotations
@@ -116,16 +115,18 @@ class HarmoniCa(BlendedObjective):
 
     @torch.no_grad()
     def measure_weights(self, module: RouterModule, batches: Iterable[dict[str, Any]]) -> None:
-        """The error of the final latents that the cache of each step alone causes, relative to their mean."""
-        hard = self.hard(module.router)
+        """The error of the final latents that blends at each step alone cause, relative to their mean."""
+        betas = module.router.logits.sigmoid()
         self.weights.zero_()
         for batch in batches:
             batch = module.transfer_batch_to_device(batch, module.device, 0)
             target = module.teacher_latents(batch)
-            for step in range(1, len(hard)):
-                compute = torch.ones_like(hard)
-                compute[step] = hard[step] & ~hard[step].all()
-                latents = module.rollout(batch, module.draft(module.router.gates(compute)))
+            for step in range(1, len(betas)):
+
+                def visit_step(i: int, step: int = step) -> Tensor:
+                    return self.forwards.blend(betas[step]) if i == step else self.forwards.full(keep=i == step - 1)
+
+                latents = self.forwards.follow(module.sampling, batch, visit_step)
                 self.weights[step] += (latents - target).square().flatten(1).mean(1).sum()
         self.weights.copy_(mean_over_processes(self.weights))
         self.weights /= self.weights[1:].mean()

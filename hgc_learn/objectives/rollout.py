@@ -63,9 +63,6 @@ class Rollout(Objective):
         self.num_directions = num_directions
         self.register_buffer("warm_started", torch.tensor(False))
 
-    def gates(self, router: Router, budget: float) -> Gates:
-        return router.spend(router.threshold(budget), budget)
-
     def draw(self, router: Router, budget: float, generator: torch.Generator) -> Gates:
         return router.sample(budget, generator)[0]
 

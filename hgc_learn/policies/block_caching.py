@@ -15,7 +15,10 @@ from hgc_learn.sites import ControlNetLayers, layer_sites
 from hgc_learn.spacing import geometric
 
 PAPER = "Cache Me if You Can, Wimbauer et al., CVPR 2024, arXiv 2312.03209"
-BLOCKS = {"transformers": ("*.attentions.*:branch",), "all": ("*.resnets.*:branch", "*.attentions.*:branch")}
+BLOCKS = {
+    "transformers": ("*.attentions.*:branch",),
+    "all": ("*.resnets.*:branch", "*.attentions.*:branch", "*samplers.?:out"),
+}
 DELTA = 0.5
 GRID = {
     "delta": sorted({DELTA, *geometric(0.02, 10.0, 82)}),
@@ -35,12 +38,12 @@ def block_caching(
     """Recomputes a block when its relative L1 changes since the last time have added up to more than delta.
 
     Blocks are the residual branches of transformers, as in the paper's Fig. 4, or of resnets, too, whose MACs are most
-    of a small UNet's; their changes from step to step are measured on uncached trajectories.
+    of a small UNet's, and what samplers put out; their changes from step to step are measured on uncached trajectories.
 
     Args:
         delta: threshold of the accumulated change.
         controlnet: `computed`, `layers` (like the UNet's) or `residuals` (its outputs are the blocks).
-        blocks: `transformers`, or `all`, resnets among them.
+        blocks: `transformers`, or `all`, resnets and samplers among them.
     """
     draft, _ = _accumulate(setting, delta, controlnet, blocks, "-")
     return draft
@@ -62,7 +65,7 @@ def block_caching_scale_shift(
     Args:
         delta: threshold of the accumulated change.
         controlnet: `computed`, `layers` (like the UNet's) or `residuals` (its outputs are the blocks).
-        blocks: `transformers`, or `all`, resnets among them.
+        blocks: `transformers`, or `all`, resnets and samplers among them.
     """
     return fit_scale_shift(setting, *_accumulate(setting, delta, controlnet, blocks, "s"))
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from hgc_learn.models.graph import Graph
 from hgc_learn.plan import live_step, row_of
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
@@ -27,7 +28,7 @@ from hgc_learn.spacing import full_steps, intervals
         "control": ("held", "fresh") if setting.graph.residuals else ("held",),
         # Of the authors' 1.4. Powers of 1.2 to 1.5 move full steps by one at most in 20 steps, by three in 50.
         "spacing": ("uniform", "quadratic"),
-        "center": sorted({setting.num_steps * tenths // 10 for tenths in (1, 2, 3)}),  # the default, None, is the last
+        "center": sorted({setting.num_steps * tenths // 10 for tenths in range(4)}),  # the default, None, is the last
     },
 )
 def deepcache(
@@ -73,8 +74,13 @@ def shell_between(
     row = row_of(i in full for i in range(setting.num_steps))
     reused = [site for site in inputs[-1 - branch] if not site.endswith(":control")]
     if control == "held" and "-" in row:
-        reused += [site for site in live_step(setting.graph, reused).run if site.endswith(":control")]
+        reused += residuals_read(setting.graph, reused)
     return dict.fromkeys(reused, row)
+
+
+def residuals_read(graph: Graph, reused: Collection[str]) -> list[str]:
+    """Of the ControlNets, by what a step still runs that reuses some sites."""
+    return [site for site in live_step(graph, reused).run if site.endswith(":control")]
 
 
 def quadratic_steps(num_steps: int, num_full: int, *, center: int, power: float) -> list[int]:

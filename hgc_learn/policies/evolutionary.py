@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 FORECASTS = [PREDICTORS[name].code for name in ("hold", "linear", "taylor2", "ab2")]
 """Codes of the predictors of the prediction."""
 
+LINES = FORECASTS[:2]
+"""Codes of those of the decoder's features."""
+
 CLEARLY = 1.0
 """dB below the worst survivor on the first batch, with which a schedule is dropped."""
 
@@ -65,6 +68,8 @@ def evolutionary(
     encoding = Encoding(setting)
     if not encoding.least_kept() <= budget <= 1:
         raise BudgetError(f"budget is {budget}; with this model it can be {encoding.least_kept():.3f} to 1.")
+    if setting.num_steps < 2:
+        raise ValueError("A run of one step computes everything: there is nothing to search.")
     if population < 2 or generations < 0:
         raise ValueError(f"population is {population}, generations {generations}; at least 2 and 0 are needed.")
     if not 0 <= rank < population:
@@ -200,10 +205,10 @@ class Encoding:
 
 
 def trunk_alternatives(graph: Graph) -> list[Alternative]:
-    """Compute all; hold the encoder (Faster-Diffusion); hold the decoder up to one of its layers (DeepCache); hold or
-    forecast the prediction."""
+    """Compute all; hold the encoder (Faster-Diffusion); hold the decoder up to one of its layers (DeepCache), or take
+    it from the line through its last two values; hold or forecast the prediction."""
     encoder = [site for site in encoder_outputs(graph) if not site.endswith(":control")]
-    deeper = [dict.fromkeys(sites, "-") for sites in decoder_inputs(graph) if len(sites) == 1]
+    deeper = [dict.fromkeys(sites, code) for sites in decoder_inputs(graph) if len(sites) == 1 for code in LINES]
     return [{}, dict.fromkeys(encoder, "-"), *deeper, *({graph.output: code} for code in FORECASTS)]
 
 

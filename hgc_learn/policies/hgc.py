@@ -7,6 +7,7 @@ from hgc_learn.plan import row_of
 from hgc_learn.policies.registry import Grid, register
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import attention_sites, encoder_outputs
+from hgc_learn.spacing import full_steps, intervals
 
 GATE, GATE_STEPS = 13, 20  # the gate that comes closest to the paper's MACs, and the steps of its run
 
@@ -17,7 +18,7 @@ def _grid(setting: Setting) -> Grid:
     # The default, and the same part of this run. One that the run does not reach is as good as the last of the tenths.
     gates = {gate for gate in (GATE, GATE * num_steps // GATE_STEPS) if 1 <= gate <= num_steps}
     return {
-        "interval": (2, 3, 4, 5, 7, 10),
+        "interval": intervals(num_steps, 10),
         "fresh_decoder_blocks": range(1, len(_up_blocks(setting.graph)) + 1),
         "encoder": (True, False),
         "cross_interval": (1, 2),
@@ -29,7 +30,7 @@ def _grid(setting: Setting) -> Grid:
 def hgc(
     setting: Setting,
     *,
-    interval: int = 3,
+    interval: float = 3,
     encoder: bool = True,
     fresh_decoder_blocks: int = 1,
     cross_interval: int = 2,
@@ -43,9 +44,9 @@ def hgc(
     the settings within 0.5 % that reuse encoder and decoder they keep the demonstration teacher's pictures best (24.3
     dB PSNR on 8 training scenes, against at most 21.3).
 
-    Coarse: at steps that are no multiple of `interval` the ControlNets' residuals and the encoder's outputs (if
-    `encoder`) and the outputs of the decoder's blocks but the last `fresh_decoder_blocks` are those of the last step
-    that computed them. So 1 - 1/`interval` is the density over the steps, the share of blocks that over the blocks.
+    Coarse: but for every `interval`-th step the ControlNets' residuals and the encoder's outputs (if `encoder`) and the
+    outputs of the decoder's blocks but the last `fresh_decoder_blocks` are those of the last step that computed them.
+    So 1 - 1/`interval` is the density over the steps, the share of blocks that over the blocks.
 
     Fine: before `gate` cross-attention, where it runs, is computed at multiples of `cross_interval` and at step
     `gate - 1`. From `gate` on every cross-attention gives the mean of the guided and the unguided half of its last
@@ -53,20 +54,21 @@ def hgc(
     reach drops nothing.
 
     Args:
-        interval: steps from one computation of the blocks to the next.
+        interval: steps from one computation of the blocks to the next; 2.5 for the steps 0, 2, 5, 7, ...
         encoder: whether the encoder's outputs are among them.
         fresh_decoder_blocks: how many of the decoder's last blocks are computed at every step.
         cross_interval: steps from one cross-attention to the next before the gate.
         gate: step from which on there is neither cross-attention nor guidance.
     """
     up_blocks = _up_blocks(setting.graph)
-    for name, value in (("interval", interval), ("cross_interval", cross_interval), ("gate", gate)):
+    full = full_steps(setting.num_steps, interval)
+    for name, value in (("cross_interval", cross_interval), ("gate", gate)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     if not 1 <= fresh_decoder_blocks <= len(up_blocks):
         raise ValueError(f"fresh_decoder_blocks is {fresh_decoder_blocks}; this decoder has 1 to {len(up_blocks)}.")
     steps = range(setting.num_steps)
-    coarse = row_of(i % interval == 0 for i in steps)
+    coarse = row_of(i in full for i in steps)
     held = "m" if setting.is_guided else "-"  # without guidance there is one half only
     fine = row_of(i < gate and (i % cross_interval == 0 or i == gate - 1) for i in steps)
     fine = fine[:gate] + held * (len(steps) - gate)

@@ -49,5 +49,6 @@ def random(setting: Setting, *, budget: float = 0.5, seed: int = 0, sites: str =
     index = bisect.bisect_right(probabilities, budget, key=lambda keep: setting.kept(draft(keep)))
     if index == 0:
         least = setting.kept(draft(0.0))
-        raise BudgetError(f"budget is {budget:g}; with {sites!r} the least is {least:.3f}: more sites reach further.")
+        why = "the first step computes everything" if least * setting.num_steps < 1.001 else "more sites reach further"
+        raise BudgetError(f"budget is {budget:g}; with {sites!r} the least is {least:.3f}: {why}.")
     return draft(probabilities[index - 1])

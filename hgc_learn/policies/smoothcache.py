@@ -15,8 +15,15 @@ from hgc_learn.sites import ControlNetLayers, layer_sites
 from hgc_learn.spacing import geometric
 
 ALPHA = 0.2
-LAYER_TYPES = {"attn1": "*.attn1:out", "attn2": "*.attn2:out", "ff": "*.ff:out", "resnet": "*.resnets.*:branch"}
-"""All are residual branches. The paper's transformers have no resnets; here most of the MACs are theirs."""
+LAYER_TYPES = {
+    "attn1": "*.attn1:out",
+    "attn2": "*.attn2:out",
+    "ff": "*.ff:out",
+    "resnet": "*.resnets.*:branch",
+    "sampler": "*samplers.?:out",
+}
+"""All but the last are residual branches. The paper's transformers have neither resnets nor samplers, the convolutions
+between resolutions; here most of the MACs are the former's, and the latter's are all that is left in the end."""
 
 
 @register(
@@ -68,6 +75,8 @@ def layer_type(site: str) -> str:
     """The model that a layer is in and its type, for example `unet attn1`."""
     path, _, kind = site.partition(":")
     model = "unet" if path.startswith("unet.") else "controlnet"
+    if "samplers." in path:
+        return f"{model} sampler"
     kinds = {"branch": "resnet", "control": "control"}
     return f"{model} {kinds.get(kind) or path.rpartition('.')[2]}"
 

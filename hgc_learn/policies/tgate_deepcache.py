@@ -10,7 +10,7 @@ from hgc_learn.policies.registry import Grid, register
 from hgc_learn.policies.tgate import gated_rows
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import decoder_inputs
-from hgc_learn.spacing import full_steps
+from hgc_learn.spacing import full_steps, intervals
 
 
 def _grid(setting: Setting) -> Grid:
@@ -21,7 +21,7 @@ def _grid(setting: Setting) -> Grid:
         "gate": sorted({*gates, max(1, num_steps - 1)}),
         "self_attention_interval": (1, 5),
         "late_self_attention_interval": (1, 5),
-        "interval": (2, 3, 4, 5, 7, 10, num_steps),
+        "interval": [*intervals(num_steps, 10), num_steps],
         "branch": range(min(4, len(decoder_inputs(setting.graph)))),
         "control": ("held", "fresh") if setting.graph.residuals else ("held",),
     }

@@ -13,7 +13,7 @@ from hgc_learn.spacing import first_fulls, full_steps, intervals
 
 @register(
     "uniform",
-    paper="whole steps, spaced as in FORA (Selvaraju et al. 2024, arXiv 2407.01425), which keeps every layer's output",
+    paper="whole steps; where layers are kept or forecast, as in FORA and TaylorSeer, it is `taylorseer`",
     grid=lambda setting: {
         "interval": intervals(setting.num_steps, 20),
         "first_full": first_fulls(setting.num_steps),

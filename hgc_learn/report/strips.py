@@ -90,16 +90,18 @@ def strips(schedule: HGCSchedule, graph: Graph, costs: Mapping[str, NodeCost]) -
     for site in list_sites(graph):
         part = site.partition(":")[0]
         row = strip(site, part, (node for node in graph.nodes if node.startswith((f"{part}.", f"{part}:"))))
-        _fill(row, plan)
+        _fill(row, graph, plan)
         blocks[_block(site)].sites.append(row)
     total = strip("all", "all", graph.nodes)
     return total, [block for block in blocks.values() if block.full or block.sites], plan
 
 
-def _fill(row: Strip, plan: Plan) -> None:
+def _fill(row: Strip, graph: Graph, plan: Plan) -> None:
+    # The plan runs the node of the guidance difference where it is to be kept; both halves run besides.
+    node = graph.output if row.name == graph.guidance else row.name
     for i, step in enumerate(plan.steps):
         load = next((load for load in step.load if load.site == row.name), None)
-        row.states += FILLED if load else RUN if row.name in step.run else DEAD
+        row.states += FILLED if load else RUN if node in step.run else DEAD
         row.fills.append(_words(load.code, i, load.guided, load.unguided) if load else "")
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from measured import measured_setting, shared_setting, single_sample_setting
@@ -106,7 +108,7 @@ def test_ranks_are_those_of_one_search() -> None:
         psnr = [mean_psnr(setting, evolutionary(setting, **knobs, rank=rank)) for rank in range(4)]
     num_samples = sum(len(batch["seed"]) for batch in setting.batches)
     assert psnr == sorted(psnr, reverse=True)
-    assert rollouts.num_samples <= num_samples * (1 + len(rules(Encoding(setting), 0.5)) + 4)
+    assert rollouts.num_samples <= num_samples * (1 + len(rules(Encoding(setting), 0.5)) + 4) + 1e-6
     with pytest.raises(ValueError, match="rank is 4; it can be 0 to 3"):
         evolutionary(setting, **knobs, rank=4)
     num_rules = len(rules(Encoding(setting), 0.5))
@@ -132,6 +134,12 @@ def test_the_search_finds_a_known_optimum_within_its_budget() -> None:
     assert [error(genes) for genes in last] == sorted(error(genes) for genes in last)
     assert len({genes.tobytes() for genes in last}) == len(last)
     assert max(evaluated) <= 0.5
+
+
+def test_in_one_step_there_is_nothing_to_search() -> None:
+    setting = shared_setting()
+    with pytest.raises(ValueError, match="A run of one step computes everything"):
+        evolutionary(replace(setting, timesteps=setting.timesteps[:1]), budget=1.0)
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_the_grid_reaches_every_budget() -> None:
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"interval": 0}, r"interval is 0; it must be at least 1\."),
+        ({"interval": 0}, "interval is 0; it must be at least 1, and finite"),
         ({"gate": 0}, "gate is 0"),
         ({"fresh_decoder_blocks": 0}, r"fresh_decoder_blocks is 0; this decoder has 1 to 4\."),
     ],

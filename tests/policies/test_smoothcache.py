@@ -50,7 +50,7 @@ def test_layers_of_a_type_share_the_row_of_their_mean_error() -> None:
     draft = smoothcache(setting, alpha=0.3, grouping="type", controlnet="layers")
     types = {layer_type(site) for site in draft.sites}
     assert types == {
-        f"{model} {kind}" for model in ("unet", "controlnet") for kind in ("attn1", "attn2", "ff", "resnet")
+        f"{model} {kind}" for model in ("unet", "controlnet") for kind in ("attn1", "attn2", "ff", "resnet", "sampler")
     }
     for kind in types:
         members = [site for site in draft.sites if layer_type(site) == kind]
