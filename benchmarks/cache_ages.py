@@ -25,7 +25,7 @@ def ages(path: Path) -> dict[str, list[int]]:
     schedule = HGCSchedule.load(path)
     architecture = load_architecture(str(TEACHER_DIR))
     graph = build_graph(architecture.unet, architecture.controlnet, to_lay_open(schedule.sites))
-    found = defaultdict(list)
+    found: dict[str, list[int]] = defaultdict(list)
     for site, row in compile_plan(graph, schedule.sites, schedule.num_steps).ages().items():
         found[site.rpartition(":")[2]] += [age for age in row if age]
     return dict(found)

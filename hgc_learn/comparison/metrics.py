@@ -113,27 +113,40 @@ def closeness_figures(per_sample: dict[str, Tensor]) -> dict[str, Any]:
     return result
 
 
-def optional_metric(name: str) -> Callable[[Samples, Samples, Sequence[str]], float]:
-    """LPIPS to the uncached pictures or CLIP score to the prompts: `metric(samples, full, prompts)`.
+OptionalMetric = Callable[[Samples, Samples, Sequence[str]], float]
+"""`metric(samples, full, prompts)`: of what a policy made, beside the uncached samples or the prompts."""
 
-    Their networks are not part of this project, and nothing is downloaded.
+
+def _lpips() -> OptionalMetric:
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / "alexnet-owt-7be5be79.pth"
+    if importlib.util.find_spec("torchvision") is None or not weights.is_file():
+        raise ValueError(f"optional_metrics: lpips needs torchvision and its AlexNet weights at {weights}.")
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    lpips = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+    return lambda samples, full, prompts: float(lpips(samples.pictures, full.pictures))
+
+
+def _clip() -> OptionalMetric:
+    if not isinstance(try_to_load_from_cache(CLIP_MODEL, "config.json"), str):
+        raise ValueError(f"optional_metrics: clip needs {CLIP_MODEL} in the Hugging Face cache.")
+    from torchmetrics.multimodal.clip_score import CLIPScore
+
+    clip = CLIPScore(CLIP_MODEL)
+    return lambda samples, full, prompts: float(clip(list((255 * samples.pictures).byte()), list(prompts)))
+
+
+OPTIONAL_METRICS: dict[str, Callable[[], OptionalMetric]] = {"lpips": _lpips, "clip": _clip}
+"""LPIPS to the uncached pictures, CLIP score to the prompts. Each that is asked for has a column in the report. Their
+networks are not part of this project, and nothing is downloaded."""
+
+
+def optional_metric(name: str) -> OptionalMetric:
+    """One of `OPTIONAL_METRICS`, ready to use.
 
     Raises:
         ValueError: an unknown name, or a package or weights that are missing; the message says what to install.
     """
-    if name == "lpips":
-        weights = Path(torch.hub.get_dir()) / "checkpoints" / "alexnet-owt-7be5be79.pth"
-        if importlib.util.find_spec("torchvision") is None or not weights.is_file():
-            raise ValueError(f"optional_metrics: lpips needs torchvision and its AlexNet weights at {weights}.")
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-        lpips = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-        return lambda samples, full, prompts: float(lpips(samples.pictures, full.pictures))
-    if name == "clip":
-        if not isinstance(try_to_load_from_cache(CLIP_MODEL, "config.json"), str):
-            raise ValueError(f"optional_metrics: clip needs {CLIP_MODEL} in the Hugging Face cache.")
-        from torchmetrics.multimodal.clip_score import CLIPScore
-
-        clip = CLIPScore(CLIP_MODEL)
-        return lambda samples, full, prompts: float(clip(list((255 * samples.pictures).byte()), list(prompts)))
-    raise ValueError(f"optional_metrics: {name!r} is not one of lpips, clip.")
+    if name not in OPTIONAL_METRICS:
+        raise ValueError(f"optional_metrics: {name!r} is not one of {', '.join(OPTIONAL_METRICS)}.")
+    return OPTIONAL_METRICS[name]()
