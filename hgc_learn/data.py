@@ -76,6 +76,8 @@ class ControlDataModule(L.LightningDataModule):
         _check_sizes(num_train, num_val, batch_size)
         if not 0 <= prompt_dropout <= 1:
             raise ValueError(f"prompt_dropout is {prompt_dropout}; it must be 0 (none) to 1.")
+        if condition not in (None, "canny"):
+            raise ValueError(f"condition is {condition!r}; it is canny, or None where there are control images.")
         self.save_hyperparameters()
 
     def setup(self, stage: str) -> None:

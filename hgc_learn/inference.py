@@ -71,8 +71,9 @@ def apply_schedule(
             f"sites: {schedule.guided_sites[0]!r} is about the two halves of a guided batch, and a "
             f"{type(pipe).__name__} does not tell whether it has them. Use a schedule without such sites."
         )
+    options = RuntimeOptions(resample, exact_savings, max_steps_at_once)
     try:
-        runtime = Runtime(pipe, schedule, graph, RuntimeOptions(resample, exact_savings, max_steps_at_once))
+        runtime = Runtime(pipe, schedule, graph, options)
     except ValueError as error:
         raise ScheduleError(f"sites: {error}") from None
     _replace(runtime)

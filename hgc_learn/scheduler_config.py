@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 SEEN_IN_TIMESTEPS = ("timestep_spacing", "steps_offset")
+MAX_TEXT = 100
+JSON, DIGEST = "json ", "sha256 "  # what begins text for a list or an object
 
 
 def scheduler_config(scheduler: Any) -> dict[str, Any]:
-    """Settings of a scheduler that are single, finite values: its constructor's, without what timesteps say as well."""
+    """Settings of a scheduler: its constructor's, without what timesteps say as well. Lists and objects are text."""
     own = getattr(scheduler, "config", {})  # schedulers of other makers may have none
     names = [name for name in default_settings(type(scheduler)) if name in own and name not in SEEN_IN_TIMESTEPS]
-    return {name: own[name] for name in names if _is_single(own[name])}
+    return {name: _single(own[name]) for name in names}
 
 
 def default_settings(scheduler: type) -> dict[str, Any]:
@@ -32,10 +36,32 @@ def other_setting(made_with: Mapping[str, Any], scheduler: Any) -> tuple[str, An
     return None
 
 
-def _is_single(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)  # JSON has no infinity
-    return value is None or isinstance(value, str | int)
+def is_stand_in(value: Any) -> bool:
+    """Whether it is text for a list or an object, which no scheduler can be set by."""
+    return isinstance(value, str) and value.startswith((JSON, DIGEST))
+
+
+def how_to_set(scheduler: str, name: str, value: Any) -> str:
+    """What to do where a setting is not `value`; a sentence without its end."""
+    if isinstance(value, str) and value.startswith(DIGEST):
+        return f"Set {name} of pipe.scheduler as it was"
+    text = value.removeprefix(JSON) if is_stand_in(value) else repr(value)
+    return f"Set pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, {name}={text})"
+
+
+def _single(value: Any) -> Any:
+    """The value, or text that tells it from others where JSON has no single value for it."""
+    if isinstance(value, str | int) or value is None or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    text = json.dumps(value, default=_inside)
+    return f"{JSON}{text}" if len(text) <= MAX_TEXT else f"{DIGEST}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _inside(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # an array
+        return value.tolist()
+    settings = dict(getattr(value, "config", {}))
+    return {type(value).__name__: {name: _single(setting) for name, setting in settings.items()}}
 
 
 def _is_same(one: Any, other: Any) -> bool:

@@ -80,6 +80,8 @@ class Setting:
         batches: Sequence[dict[str, Any]] = (),
         search_batches: Sequence[dict[str, Any]] = (),
     ) -> Setting:
+        """Raises ValueError where the pipeline's scheduler is not the one that `sampling` names, or set otherwise."""
+        _check_scheduler(pipe.scheduler, sampling)
         graph, costs = Architecture.of(pipe).measure((sampling.height, sampling.width))
         timesteps = scheduler_timesteps(pipe.scheduler, sampling.num_inference_steps)
         return cls(graph, costs, sampling, timesteps, pipe, batches, search_batches)
@@ -158,3 +160,15 @@ def scheduler_timesteps(scheduler: Any, num_inference_steps: int) -> tuple[float
     """The timestep of each model call of a run; the scheduler is set to them."""
     scheduler.set_timesteps(num_inference_steps)
     return tuple(scheduler.timesteps.tolist())
+
+
+def _check_scheduler(scheduler: Any, sampling: SamplingConfig) -> None:
+    name, advice = (
+        type(scheduler).__name__,
+        "Set pipe.scheduler accordingly, or load it with load_pipeline(..., sampling).",
+    )
+    if sampling.scheduler not in (None, name):
+        raise ValueError(f"scheduler: sampling has {sampling.scheduler}, the pipeline {name}. {advice}")
+    for setting, value in (sampling.scheduler_config or {}).items():
+        if (now := scheduler.config.get(setting)) != value:
+            raise ValueError(f"scheduler_config: sampling has {setting}={value!r}, the pipeline {now!r}. {advice}")

@@ -162,6 +162,7 @@ def facts(schedule: HGCSchedule) -> dict[str, dict[str, Any]]:
             "guidance scale": f"{schedule.guidance_scale:g} ({guided} guidance)",
             "size": f"{schedule.height} x {schedule.width} pixels (height x width)",
         },
+        "Settings of the scheduler": dict(schedule.scheduler_config),
         "MACs of one picture": {**schedule.reductions(), **schedule.macs},
         "Measured against the uncached pipeline": dict(schedule.fidelity),
         "Written by": {

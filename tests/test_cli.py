@@ -41,7 +41,7 @@ def test_inspect_shows_what_the_file_holds(capsys: pytest.CaptureFixture[str], t
         "policy: router",
         "psnr_db: 31.5",
         "saved, attention matmuls not counted: 55.0%",
-        "1 out, 1 eps; 3 distinct steps",
+        "1 out, 1 eps; 3 different steps",
     ):
         assert part in text
     rows = [line.split() for line in text.splitlines()]

@@ -325,3 +325,8 @@ def test_the_order_of_the_keys_makes_no_difference(tmp_path: Path, streaming: bo
     for sample in data.train_data:
         brightness = 40 * int(sample["text"][-1]) / 255
         assert float(sample["conditioning_image"][0].mean()) == pytest.approx(brightness, abs=1e-3)
+
+
+def test_a_condition_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="condition is 'cany'; it is canny, or None"):
+        ControlDataModule(str(tmp_path), condition="cany")  # type: ignore[arg-type]

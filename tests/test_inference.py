@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -148,6 +149,23 @@ def test_half_precision_keeps_its_type(own: TinyPipeline) -> None:
     latents = own()
     assert latents.dtype == torch.bfloat16
     assert latents.isfinite().all()
+
+
+@pytest.mark.parametrize("number", [0, 1.5])
+def test_steps_at_once_are_whole_and_no_fault_of_the_schedule(own: TinyPipeline, number: Any) -> None:
+    with pytest.raises(ValueError, match=f"^max_steps_at_once is {number}; it must be at least 1"):
+        apply_schedule(own.pipe, own.schedule(), max_steps_at_once=number)
+
+
+def test_another_weight_of_the_controlnet_is_told(own: TinyPipeline) -> None:
+    sampling = {"controlnet_conditioning_scale": 1.0}
+    schedule = replace(own.schedule(some_rows(own)), producer={"settings": {"sampling": sampling}})
+    apply_schedule(own.pipe, schedule)
+    own()
+    for call, scale in (({"controlnet_conditioning_scale": 0.3}, "0.3"), ({"control_guidance_end": 0.5}, "0.0")):
+        message = f"controlnet_conditioning_scale is {scale}, the schedule was made for 1.0: its measured quality"
+        with pytest.warns(UserWarning, match=message):
+            own(**call)
 
 
 def test_a_guidance_scale_other_than_the_schedules_is_told(own: TinyPipeline) -> None:

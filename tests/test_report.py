@@ -154,6 +154,12 @@ def test_the_chosen_point_is_in_the_panel_of_its_sampler() -> None:
     assert (y - low[1]) / (high[1] - low[1]) == pytest.approx(0.15, abs=0.01)
     assert low[1] > high[1]  # more decibels are further up
 
+    for row in rows:
+        row["architecture"] = {"unet": "of another teacher"}
+    assert not any(panel["chosen"] for panel in panels(rows, SCHEDULE))
+    for row in rows:
+        row["architecture"] = SCHEDULE.model.architecture
+
     of_twenty = replace(SCHEDULE, producer={"settings": {"sampling": {"num_inference_steps": 20}}})  # fewer_steps
     drawn = {panel["sampler"]: panel for panel in panels(rows, of_twenty)}
     assert [name for name, panel in drawn.items() if panel["chosen"]] == ["UniPC-20"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -28,7 +29,7 @@ from hgc_learn.files import to_json
 from hgc_learn.inference import apply_schedule
 from hgc_learn.policies import POLICIES
 from hgc_learn.sampling import generate, load_pipeline
-from hgc_learn.scheduler_config import other_setting, scheduler_config
+from hgc_learn.scheduler_config import how_to_set, other_setting, scheduler_config
 from hgc_learn.setting import Setting
 
 
@@ -82,6 +83,40 @@ def test_settings_survive_a_file(name: str) -> None:
     assert other_setting(settings, type(scheduler)(beta_end=0.0123456789)) is None  # timesteps tell
     assert other_setting(settings, type(scheduler)(beta_end=0.0125)) == ("beta_end", 0.0123456789, 0.0125)
     assert other_setting({"of_another_version": 1}, scheduler) is None
+
+
+def test_lists_and_objects_among_the_settings_are_compared() -> None:
+    def unipc(**settings: Any) -> Any:
+        return diffusers.UniPCMultistepScheduler(**settings)
+
+    plain, betas = scheduler_config(unipc()), np.linspace(1e-4, 2e-2, 1000)
+    for name, value in (
+        ("disable_corrector", [0, 1]),
+        ("trained_betas", betas),
+        ("solver_p", diffusers.DPMSolverMultistepScheduler()),
+    ):
+        made_with = json.loads(to_json(scheduler_config(unipc(**{name: value}))))
+        assert other_setting(made_with, unipc(**{name: value})) is None
+        for one, other in ((made_with, unipc()), (plain, unipc(**{name: value}))):
+            assert (difference := other_setting(one, other)) is not None
+            assert difference[0] == name
+    assert how_to_set(
+        "X", "disable_corrector", scheduler_config(unipc(disable_corrector=[0, 1]))["disable_corrector"]
+    ) == ("Set pipe.scheduler = X.from_config(pipe.scheduler.config, disable_corrector=[0, 1])")
+    assert how_to_set("X", "solver_order", 2).endswith("solver_order=2)")
+    digest = scheduler_config(unipc(trained_betas=betas))["trained_betas"]
+    assert how_to_set("X", "trained_betas", digest) == "Set trained_betas of pipe.scheduler as it was"
+
+
+def test_a_setting_is_of_the_pipelines_own_scheduler(teacher: Path) -> None:
+    pipe = load_pipeline(str(teacher), SAMPLING)
+    for sampling, message in (
+        (replace(SAMPLING, scheduler="DDIMScheduler"), "sampling has DDIMScheduler, the pipeline UniPCMultistep"),
+        (replace(SAMPLING, scheduler_config={"solver_order": 3}), "sampling has solver_order=3, the pipeline 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Setting.of_pipeline(pipe, sampling)
+        assert Setting.of_pipeline(load_pipeline(str(teacher), sampling), sampling).num_steps == 5
 
 
 @pytest.mark.parametrize(

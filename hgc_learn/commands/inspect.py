@@ -43,6 +43,8 @@ def describe(schedule: HGCSchedule, architecture: Architecture | None = None) ->
     Raises:
         ValueError: the schedule is not for this architecture.
     """
+    from hgc_learn.plan import COMPUTE
+
     steps = schedule.num_steps
     guided = "with" if schedule.guidance_scale > 1 else "without"
     timesteps = " ".join(f"{t:g}" for t in schedule.timesteps)
@@ -59,8 +61,8 @@ def describe(schedule: HGCSchedule, architecture: Architecture | None = None) ->
     lines += _section("fidelity", schedule.fidelity)
     kinds = Counter(site.rpartition(":")[2] for site in schedule.sites)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none: every step computes all"
-    columns = {tuple(row[i] for row in schedule.sites.values()) for i in range(steps)}
-    lines += [f"sites      {counts}; {len(columns)} distinct steps"]
+    columns = {tuple(row[i] == COMPUTE for row in schedule.sites.values()) for i in range(steps)}
+    lines += [f"sites      {counts}; {len(columns)} different steps"]
     if architecture is None:
         return lines + _site_table(schedule.sites, steps)
     sites, shares = _with_model(schedule, architecture)

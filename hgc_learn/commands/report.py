@@ -137,8 +137,12 @@ def _own_sampling(schedule: HGCSchedule) -> dict[str, Any]:
 
 def _scheduler_config(schedule: HGCSchedule) -> dict[str, Any]:
     """What the schedule's field says, and the spacing that it leaves to timesteps to tell. Not how many timesteps there
-    are: a stranger's file could ask for billions, and where it differs it is refused in the run."""
-    settings = {name: value for name, value in schedule.scheduler_config.items() if name != "num_train_timesteps"}
+    are: a stranger's file could ask for billions; where that, or a list among the settings, differs, it is refused in
+    the run."""
+    from hgc_learn.scheduler_config import is_stand_in
+
+    given = {name: value for name, value in schedule.scheduler_config.items() if not is_stand_in(value)}
+    settings = {name: value for name, value in given.items() if name != "num_train_timesteps"}
     own = schedule.sampling.get("scheduler_config")
     if isinstance(own, dict) and own.get("timestep_spacing") in SPACINGS:
         settings["timestep_spacing"] = own["timestep_spacing"]

@@ -86,8 +86,9 @@ def public_rows(config: CompareConfig, ranking: Ranking) -> list[Row]:
     for cell, (gap, interval) in zip(ranking.cells, ranking.gaps, strict=True):
         row = {name: value for name, value in cell.items() if name not in NOT_PUBLIC}
         row |= {"gap_to_best_db": round(gap, 4), "gap_to_best_ci": [round(bound, 4) for bound in interval]}
-        timing = cell_files(config, ranking.sampler, cell["policy"], ranking.budget).timing
-        rows.append(row | (read_json(timing) if timing.is_file() else {}))
+        files = cell_files(config, ranking.sampler, cell["policy"], ranking.budget)
+        row["architecture"] = files.weights.architecture if files.weights else {}
+        rows.append(row | (read_json(files.timing) if files.timing.is_file() else {}))
     for cell in ranking.others:
         row = {name: value for name, value in cell.items() if name not in NOT_PUBLIC}
         rows.append(row | ({"error": cell["error"].strip().splitlines()[-1]} if "error" in cell else {}))

@@ -46,8 +46,8 @@ def is_finite(value: Any) -> bool:
 
 
 def panels(rows: Sequence[Row], schedule: HGCSchedule) -> list[dict[str, Any]]:
-    """What the template draws, a panel per sampler; `chosen` is the schedule where it was made for that sampler, which
-    its name says (`UniPC-20`)."""
+    """What the template draws, a panel per sampler; `chosen` is the schedule where it was made for models of the same
+    architecture and for that sampler, which its name says (`UniPC-20`)."""
     full, cached = (schedule.macs.get(name) for name in ("full", "cached"))
     kept = cached / full if full and cached is not None else None
     psnr = schedule.fidelity.get("psnr_db")
@@ -57,6 +57,7 @@ def panels(rows: Sequence[Row], schedule: HGCSchedule) -> list[dict[str, Any]]:
         own = [row for row in rows if row["sampler"] == sampler]
         name, _, steps = sampler.rpartition("-")
         fits = bool(name) and schedule.scheduler.startswith(name) and steps == str(num_steps)
+        fits = fits and all(row.get("architecture") in (None, schedule.model.architecture) for row in own)
         chosen = (kept, psnr) if fits and kept is not None and is_finite(psnr) else None
         result.append(_panel(sampler, own, chosen))
     return result

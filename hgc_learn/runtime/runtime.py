@@ -24,7 +24,7 @@ from hgc_learn.runtime.once import Once
 from hgc_learn.runtime.program import Program, compile_program, run_program
 from hgc_learn.runtime.unchanged import state
 from hgc_learn.schedule import HGCSchedule
-from hgc_learn.scheduler_config import other_setting
+from hgc_learn.scheduler_config import how_to_set, other_setting
 from hgc_learn.strict import ScheduleError
 from hgc_learn.timesteps import steps_for_calls
 
@@ -169,10 +169,8 @@ class Runtime(RoutedForwards):
             name, made_with, now = otherwise
             problem = f"scheduler_config: the schedule was made with {name}={made_with!r}, the pipeline has {now!r}"
             if not self.options.resample:
-                raise ScheduleError(
-                    f"{problem}. Set pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, "
-                    f"{name}={made_with!r}), or apply_schedule(..., resample=True)."
-                )
+                advice = how_to_set(scheduler, name, made_with)
+                raise ScheduleError(f"{problem}. {advice}, or apply_schedule(..., resample=True).")
             warnings.warn(f"{problem}: its measured quality does not carry over.", stacklevel=2)
         if is_same:
             if self.schedule is not self.original:
@@ -203,13 +201,7 @@ class Runtime(RoutedForwards):
                 f"timesteps: this run visits {_brief(actual)}, the schedule was made for {_brief(expected)}. Use the "
                 "scheduler settings (timestep_spacing, ...) it was made with, or apply_schedule(..., resample=True)."
             )
-        guidance_scale = getattr(self.pipe, "_guidance_scale", None)
-        if guidance_scale is not None and abs(guidance_scale - self.original.guidance_scale) > 1e-6:
-            warnings.warn(
-                f"guidance_scale is {guidance_scale}, the schedule was made for {self.original.guidance_scale}: "
-                "its measured quality does not carry over.",
-                stacklevel=2,
-            )
+        _compare_scale("guidance_scale", getattr(self.pipe, "_guidance_scale", None), self.original.guidance_scale)
 
     # A step
 
@@ -219,6 +211,9 @@ class Runtime(RoutedForwards):
             self.once.clear()  # what it depends on may have changed
         program = self.refresh[model] if is_refresh else self.programs[model][step]
         if model != "unet":
+            if self.original is not None:
+                name = "controlnet_conditioning_scale"
+                _compare_scale(name, call.conditioning_scale, self.original.sampling.get(name))
             self.in_guess_mode |= call.guess_mode
             if self.options.exact_savings and _is_off(call.conditioning_scale):
                 values = self._zero_controls(model, program, call)
@@ -377,6 +372,15 @@ def _of_batch(steps: Sequence[StepPlan]) -> StepPlan:
     """Of steps that run the same: what any of them keeps is kept."""
     kept = {name for step in steps for name in step.store}
     return replace(steps[0], store=tuple(name for name in steps[0].run if name in kept))
+
+
+def _compare_scale(name: str, scale: Any, made_with: Any) -> None:
+    numbers = isinstance(scale, int | float) and isinstance(made_with, int | float)
+    if numbers and abs(scale - made_with) > 1e-6:
+        warnings.warn(
+            f"{name} is {scale}, the schedule was made for {made_with}: its measured quality does not carry over.",
+            stacklevel=3,
+        )
 
 
 def _is_off(conditioning_scale: Any) -> bool:

@@ -129,9 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.num_scenes < 1:
         parser.error(f"--num_scenes is {args.num_scenes}; it must be at least 1.")
     output = args.output or args.pipeline
-    output.mkdir(parents=True, exist_ok=True)
 
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(args.pipeline)
+    output.mkdir(parents=True, exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
     figures = evaluate_teacher(
         pipeline, split=args.split, num_scenes=args.num_scenes, guidance_scale=args.guidance_scale
