@@ -10,7 +10,7 @@ import itertools
 import random
 from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import datasets
 import lightning as L
@@ -21,8 +21,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.training.distributed import num_processes, rank
-
-T = TypeVar("T")
 
 # Arrow says that it has not implemented the cast of numbers to pictures; an empty metadata.jsonl makes an IndexError.
 UNREADABLE = OSError, ValueError, TypeError, IndexError, NotImplementedError, datasets.exceptions.DatasetsError
@@ -367,10 +365,3 @@ class _TrainLoader(DataLoader[dict[str, Any]]):
 
 def _words(cut: dict[str, int]) -> str:
     return f"{cut['samples']} samples with batch_size {cut['batch_size']} on {cut['processes']} process(es)"
-
-
-def hold_out(batches: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
-    """All but the last quarter, to learn from, and the last quarter, to judge by; of fewer than four all serve for
-    both."""
-    num_judges = len(batches) // 4
-    return (batches[:-num_judges], batches[-num_judges:]) if num_judges else (batches, batches)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from training_fixtures import BUDGET
 
-from hgc_learn.data import SceneDataModule, hold_out
+from hgc_learn.data import SceneDataModule
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.export.export import decide, in_batches, training_samples
-from hgc_learn.export.learning import Learning
+from hgc_learn.export.learning import Learning, hold_out
 from hgc_learn.export.specialise import specialise
 from hgc_learn.objectives import Rollout
 from hgc_learn.training.gates import Gates

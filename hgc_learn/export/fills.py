@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hgc_learn.data import hold_out
 from hgc_learn.export.kept import NOWHERE, Kept
-from hgc_learn.export.learning import OnUpdate
+from hgc_learn.export.learning import OnUpdate, hold_out
 from hgc_learn.inference import apply_schedule
 from hgc_learn.plan import row_of
 from hgc_learn.predictors.fitted_per_channel import FITTED_PER_CHANNEL

@@ -1,9 +1,12 @@
-"""How much an export learns."""
+"""How much an export learns, and which samples judge it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 OnUpdate = Callable[[str, int, float], None]
 """Called after every update or trial with what it is part of (`reorder`, `specialise` or `fill`), its number, and the
@@ -43,3 +46,10 @@ class Learning:
 
 ALL = Learning()
 """As much as the project's own figures are of."""
+
+
+def hold_out(batches: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """All but the last quarter, to learn from, and the last quarter, to judge by; of fewer than four all serve for
+    both."""
+    num_judges = len(batches) // 4
+    return (batches[:-num_judges], batches[-num_judges:]) if num_judges else (batches, batches)

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hgc_learn.data import hold_out
 from hgc_learn.export.kept import NOWHERE, Kept
-from hgc_learn.export.learning import OnUpdate
+from hgc_learn.export.learning import OnUpdate, hold_out
 from hgc_learn.export.patterns import rounded
 from hgc_learn.training.gates import Gates
 
