@@ -46,11 +46,13 @@ class Policy:
         return {p.name: p.default for p in parameters}
 
     def candidates(self, setting: Setting) -> Iterator[dict[str, Any]]:
-        """Every combination of the grid's values."""
+        """Every combination of the grid's values; of several grids, with the defaults of what only others vary."""
         grids = self.grid(setting)
-        for grid in [grids] if isinstance(grids, Mapping) else grids:
+        grids = [grids] if isinstance(grids, Mapping) else grids
+        defaults = {name: self.knobs[name] for grid in grids for name in grid}
+        for grid in grids:
             for values in itertools.product(*grid.values()):
-                yield dict(zip(grid, values, strict=True))
+                yield {**defaults, **dict(zip(grid, values, strict=True))}
 
     def check(self, knobs: Mapping[str, Any]) -> None:
         """Raises ValueError for a knob that it does not have, or a value that is none of a knob's choices."""

@@ -13,6 +13,8 @@ from torch.utils.data import default_collate
 from training_fixtures import SAMPLING, fit
 from unmeasured import unmeasured_setting
 
+from hgc_learn.comparison.config import TuningConfig
+from hgc_learn.comparison.tune import list_candidates, shortlist
 from hgc_learn.demo.scenes import SceneDataset
 from hgc_learn.inference import HGCSchedule, apply_schedule
 from hgc_learn.policies import POLICIES
@@ -188,6 +190,16 @@ def test_it_says_in_a_line_what_it_does_and_where_it_is_from(name: str) -> None:
 def test_an_unknown_knob_is_refused(setting: Setting) -> None:
     with pytest.raises(ValueError, match="deepcache has no knob 'depth'; it has interval, branch"):
         POLICIES["deepcache"].schedule(setting, depth=3)
+
+
+def test_of_several_grids_all_are_tried(setting: Setting) -> None:
+    offered = list_candidates(POLICIES["taylorseer"], setting, {})
+    assert not offered.refused
+    tried = shortlist(offered.found, 0.6, TuningConfig(max_candidates=16))
+    assert len(tried) == 16
+    branches = {candidate.knobs["branch"] for candidate in tried}
+    assert None in branches
+    assert len(branches) > 2
 
 
 def test_the_random_policy_comes_close_to_its_budget_from_below(setting: Setting) -> None:
