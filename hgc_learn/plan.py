@@ -263,15 +263,18 @@ def _load(site: str, code: str, history: Sequence[tuple[int, bool]], step: int, 
 def _with_lifetimes(steps: Sequence[StepPlan], guidance: str) -> Iterable[StepPlan]:
     """Adds what to store and to free, walking backwards over the steps. The guidance difference runs only where a later
     step loads it."""
-    wanted: set[tuple[str, int]] = set()  # kept values that a later step loads
+    wanted: list[set[str]] = [set() for _ in steps]  # by step, the sites whose values a later one loads
     result = []
     for i in reversed(range(len(steps))):
-        step = steps[i]
-        run = tuple(name for name in step.run if name != guidance or (name, i) in wanted)
-        store = tuple(name for name in run if (name, i) in wanted)
+        step, run = steps[i], steps[i].run
+        if run[-1:] == (guidance,) and guidance not in wanted[i]:
+            run = run[:-1]
+        store = tuple(name for name in run if name in wanted[i]) if wanted[i] else ()
         keys = set().union(*(load.keys for load in step.load))
-        result.append(replace(step, run=run, store=store, free=tuple(sorted(keys - wanted))))
-        wanted |= keys
+        free = tuple(sorted((site, j) for site, j in keys if site not in wanted[j]))
+        result.append(replace(step, run=run, store=store, free=free))
+        for site, j in keys:
+            wanted[j].add(site)
     return result[::-1]
 
 
