@@ -166,7 +166,7 @@ def test_independent_steps_run_as_one_batch(tiny: TinyPipeline) -> None:
         {"control_guidance_end": 0.9},
     ],
 )
-@pytest.mark.filterwarnings("ignore:guidance_scale is")
+@pytest.mark.filterwarnings("ignore:guidance_scale is", "ignore:controlnet_conditioning_scale is")
 def test_batches_of_steps_give_what_single_ones_give(own: TinyPipeline, call: dict[str, Any]) -> None:
     own.pipe.to(torch.float64)
     latents, _ = Decoders(own).run(**call)

@@ -87,16 +87,16 @@ def test_cells_tuned_with_other_settings_are_kept_told_and_marked(
 @pytest.mark.parametrize(
     ("record", "then", "how"),
     [
-        ({"num_tried": 3, "num_candidates": 160}, {"max_candidates": 3}, "max_candidates 3 instead of 4"),
-        ({"num_tried": 3, "num_candidates": 160}, {"num_calibration": 9, "tolerance": 0.5}, ""),  # these are refused
-        ({"num_tried": 3, "num_candidates": 160}, {}, ""),
-        ({"num_tried": 0, "num_candidates": 160}, {"max_candidates": 3}, ""),  # one was within the budget
+        ({"num_tried": 3, "num_candidates": 176}, {"max_candidates": 3}, "max_candidates 3 instead of 4"),
+        ({"num_tried": 3, "num_candidates": 176}, {"num_calibration": 9, "tolerance": 0.5}, ""),  # these are refused
+        ({"num_tried": 3, "num_candidates": 176}, {}, ""),
+        ({"num_tried": 0, "num_candidates": 176}, {"max_candidates": 3}, ""),  # one was within the budget
         (
-            {"num_tried": 0, "num_candidates": 160},
+            {"num_tried": 0, "num_candidates": 176},
             {"max_candidates": 1},
             "max_candidates 1 instead of 4",
         ),  # one or more
-        ({"num_tried": 0, "num_candidates": 9}, {"max_candidates": 3}, "a grid of 9 instead of 160"),
+        ({"num_tried": 0, "num_candidates": 9}, {"max_candidates": 3}, "a grid of 9 instead of 176"),
         (None, {"max_candidates": 3}, ""),  # none was
     ],
 )

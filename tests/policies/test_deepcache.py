@@ -121,6 +121,7 @@ class TwoControlNets(TinyPipeline):
 
 
 @needs_package
+@pytest.mark.filterwarnings("ignore:controlnet_conditioning_scale is")
 def test_two_controlnets_and_another_sampler() -> None:
     pipe = build_pipeline("sd15", num_controlnets=2, scheduler=UniPCMultistepScheduler()).pipe
     tiny = TwoControlNets("sd15", pipe)
