@@ -163,10 +163,8 @@ def scheduler_timesteps(scheduler: Any, num_inference_steps: int) -> tuple[float
 
 
 def _check_scheduler(scheduler: Any, sampling: SamplingConfig) -> None:
-    name, advice = (
-        type(scheduler).__name__,
-        "Set pipe.scheduler accordingly, or load it with load_pipeline(..., sampling).",
-    )
+    name = type(scheduler).__name__
+    advice = "Set pipe.scheduler accordingly, or load it with load_pipeline(..., sampling)."
     if sampling.scheduler not in (None, name):
         raise ValueError(f"scheduler: sampling has {sampling.scheduler}, the pipeline {name}. {advice}")
     for setting, value in (sampling.scheduler_config or {}).items():

@@ -61,7 +61,8 @@ def commands() -> list[str]:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like the repository and may be written to."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("hgc_learn", "configs", "examples", "train.py", "export.py"):
+    (folder / "benchmarks").mkdir()
+    for name in ("hgc_learn", "configs", "examples", "train.py", "export.py", "benchmarks/second_teacher"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 

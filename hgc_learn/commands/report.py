@@ -141,8 +141,8 @@ def _scheduler_config(schedule: HGCSchedule) -> dict[str, Any]:
     the run."""
     from hgc_learn.scheduler_config import is_stand_in
 
-    given = {name: value for name, value in schedule.scheduler_config.items() if not is_stand_in(value)}
-    settings = {name: value for name, value in given.items() if name != "num_train_timesteps"}
+    settings = {name: value for name, value in schedule.scheduler_config.items() if not is_stand_in(value)}
+    settings.pop("num_train_timesteps", None)
     own = schedule.sampling.get("scheduler_config")
     if isinstance(own, dict) and own.get("timestep_spacing") in SPACINGS:
         settings["timestep_spacing"] = own["timestep_spacing"]

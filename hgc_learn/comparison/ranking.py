@@ -87,7 +87,7 @@ def public_rows(config: CompareConfig, ranking: Ranking) -> list[Row]:
         row = {name: value for name, value in cell.items() if name not in NOT_PUBLIC}
         row |= {"gap_to_best_db": round(gap, 4), "gap_to_best_ci": [round(bound, 4) for bound in interval]}
         files = cell_files(config, ranking.sampler, cell["policy"], ranking.budget)
-        row["architecture"] = files.weights.architecture if files.weights else {}
+        row["architecture"] = weights.architecture if (weights := files.weights) else {}
         rows.append(row | (read_json(files.timing) if files.timing.is_file() else {}))
     for cell in ranking.others:
         row = {name: value for name, value in cell.items() if name not in NOT_PUBLIC}

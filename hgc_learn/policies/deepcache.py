@@ -68,14 +68,23 @@ def shell_between(
     Raises:
         ValueError: a branch that the UNet does not have.
     """
-    inputs = decoder_inputs(setting.graph)
-    if not 0 <= branch < len(inputs):
-        raise ValueError(f"branch is {branch}; this UNet has branches 0 to {len(inputs) - 1}.")
+    reused = sites_below(setting.graph, branch)
     row = row_of(i in full for i in range(setting.num_steps))
-    reused = [site for site in inputs[-1 - branch] if not site.endswith(":control")]
     if control == "held" and "-" in row:
         reused += residuals_read(setting.graph, reused)
     return dict.fromkeys(reused, row)
+
+
+def sites_below(graph: Graph, branch: int) -> list[str]:
+    """What the decoder layer reads from below that is the `branch`-th from the end, ControlNets' residuals aside.
+
+    Raises:
+        ValueError: a branch that the UNet does not have.
+    """
+    inputs = decoder_inputs(graph)
+    if not 0 <= branch < len(inputs):
+        raise ValueError(f"branch is {branch}; this UNet has branches 0 to {len(inputs) - 1}.")
+    return [site for site in inputs[-1 - branch] if not site.endswith(":control")]
 
 
 def residuals_read(graph: Graph, reused: Collection[str]) -> list[str]:

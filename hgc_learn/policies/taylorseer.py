@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from hgc_learn.plan import row_of
+from hgc_learn.policies.deepcache import sites_below
 from hgc_learn.policies.registry import Grid, register
 from hgc_learn.predictors import PREDICTORS
 from hgc_learn.setting import Draft, Setting
@@ -63,9 +64,5 @@ def taylorseer(
     row = row_of((i in full for i in range(setting.num_steps)), PREDICTORS[predictor].code)
     sites = layer_sites(setting.graph, LAYERS, controlnet)
     if branch is not None:
-        inputs = decoder_inputs(setting.graph)
-        if not 0 <= branch < len(inputs):
-            raise ValueError(f"branch is {branch}; this UNet has branches 0 to {len(inputs) - 1}.")
-        below = [site for site in inputs[-1 - branch] if not site.endswith(":control")]
-        sites = [*below, *(site for site in sites if not site.startswith("unet."))]
+        sites = [*sites_below(setting.graph, branch), *(site for site in sites if not site.startswith("unet."))]
     return Draft(dict.fromkeys(sites, row))

@@ -212,8 +212,8 @@ class Runtime(RoutedForwards):
         program = self.refresh[model] if is_refresh else self.programs[model][step]
         if model != "unet":
             if self.original is not None:
-                name = "controlnet_conditioning_scale"
-                _compare_scale(name, call.conditioning_scale, self.original.sampling.get(name))
+                made_with = self.original.sampling.get("controlnet_conditioning_scale")
+                _compare_scale("controlnet_conditioning_scale", call.conditioning_scale, made_with)
             self.in_guess_mode |= call.guess_mode
             if self.options.exact_savings and _is_off(call.conditioning_scale):
                 values = self._zero_controls(model, program, call)

@@ -128,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.num_scenes < 1:
         parser.error(f"--num_scenes is {args.num_scenes}; it must be at least 1.")
+    if not args.pipeline.is_dir():
+        parser.error(f"--pipeline is {args.pipeline}; there is no such folder.")
     output = args.output or args.pipeline
 
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(args.pipeline)

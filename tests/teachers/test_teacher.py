@@ -20,6 +20,7 @@ from hgc_learn.evaluation import picture_psnr
 from hgc_learn.sampling import SamplingConfig, generate
 from hgc_learn.teachers import train
 from hgc_learn.teachers.evaluate import evaluate_teacher
+from hgc_learn.teachers.evaluate import main as evaluate
 from hgc_learn.teachers.modules import warmup_stable_decay
 from hgc_learn.teachers.pipeline import (
     GUIDANCE_SCALE,
@@ -236,3 +237,12 @@ def test_figures_belong_to_the_weights() -> None:
     figures = json.loads((TEACHER_DIR / "figures.json").read_text())
     assert figures["scores"]["drawn"]["control_miou"] > 0.95
     assert sum(path.stat().st_size for path in TEACHER_DIR.rglob("*") if path.is_file()) < 30 * 2**20
+
+
+def test_a_teacher_that_is_not_there_is_told_and_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        evaluate(["--pipeline", str(tmp_path / "nowhere"), "--output", str(tmp_path / "figures")])
+    assert "nowhere; there is no such folder." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
