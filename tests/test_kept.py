@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from hgc_learn.export import kept
 from hgc_learn.export.export import KEPT_NAME, Bars, export, load_run
 from hgc_learn.export.learning import Learning
 from hgc_learn.plan import compile_plan
+from hgc_learn.policies import POLICIES
+from hgc_learn.policies.learned import kept_path
 from hgc_learn.schedule import HGCSchedule
+from hgc_learn.setting import Draft
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The 'train_dataloader' does not have many workers",
@@ -68,6 +71,29 @@ def test_an_interrupted_export_goes_on_to_the_same_schedule(
         torch.testing.assert_close(parts.tensors[name], tensor, rtol=0, atol=1e-3)
 
 
+def test_so_does_one_that_a_policy_makes(ckpt_path: Path) -> None:
+    """As a cell of the comparison, say."""
+    module, _ = load_run(ckpt_path)
+
+    def write() -> Draft:
+        return POLICIES["learned"].write(module.setting, ckpt_path=str(ckpt_path), budget=BUDGET, **asdict(LEARNING))
+
+    whole = write()
+    for stop_after in (4, None):
+        with pytest.MonkeyPatch.context() as patch:
+            seen = count_updates(patch, stop_after)
+            if stop_after:
+                with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
+                    write()
+            else:
+                parts = write()
+        assert kept_path(str(ckpt_path), BUDGET).is_file() == bool(stop_after)
+    assert len(seen) == 6  # of nine: one trial and one update had been made, and there is one write at the beginning
+    assert parts.sites == whole.sites
+    for name, tensor in whole.tensors.items():
+        torch.testing.assert_close(parts.tensors[name], tensor, rtol=0, atol=1e-3)
+
+
 def raising(error: Exception) -> Callable[..., Any]:
     def fail(*_: Any, **__: Any) -> Any:
         raise error
@@ -94,7 +120,7 @@ def test_what_another_export_has_learned_is_not_lost(
     ]
     for what, other in others:
         assert guarded(other) == 2
-        assert f"{path} is what another export into this folder has learned ({what})" in capsys.readouterr().err
+        assert f"{path} is what another export has learned ({what})" in capsys.readouterr().err
         assert path.read_bytes() == before
 
 

@@ -21,6 +21,7 @@ from hgc_learn.comparison.tune import Candidate, Candidates, best, count_rollout
 from hgc_learn.evaluation import Samples, closeness, picture_psnr, render
 from hgc_learn.models.macs import BudgetError
 from hgc_learn.policies import Policy
+from hgc_learn.policies.learned import kept_path
 from hgc_learn.sampling import load_pipeline
 from hgc_learn.setting import Setting
 
@@ -145,6 +146,7 @@ class PolicyCells:
         judge.make_references()  # shared by all cells: not part of what tuning costs
 
         start = time.monotonic()
+        resumed = self.needs_checkpoint and kept_path(self.ckpt_path, budget).is_file()
         with count_rollouts(judge.setting) as rollouts:
             self.say("writing candidates")
             offered = self.candidates(budget)
@@ -167,6 +169,7 @@ class PolicyCells:
             "num_tried": num_tried,
             "sample_rollouts": round(rollouts.num_samples, 1),
             "seconds": round(time.monotonic() - start, 1),
+            **({"resumed": True} if resumed else {}),
         }
         return row | self._figures(chosen, files)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
@@ -162,8 +163,8 @@ def _tuning_costs(config: CompareConfig, rankings: Sequence[Ranking]) -> list[st
         "## What tuning cost",
         "",
         "Summed over the cells of a policy. Rollouts are pictures made, cached or not, what a policy measures or",
-        "searches itself included; training runs are told apart, with ≥ where one was interrupted: of it the last part",
-        "counts. Measurements that cells share count once.",
+        "searches itself included; training runs are told apart. With ≥ where something was interrupted: of it the",
+        "last part counts. Measurements that cells share count once.",
         "",
         "| policy | candidates | tried | rollouts | minutes | training, minutes |",
         "|---|---|---|---|---|---|",
@@ -174,13 +175,19 @@ def _tuning_costs(config: CompareConfig, rankings: Sequence[Ranking]) -> list[st
         records = [read_json(path) for path in done if path.is_file()]
         trained = [record for record in records if "minutes" in record]  # the others have not ended yet
         if costs:
-            totals = {name: sum(cost[name] for cost in costs) for name in costs[0]}
+            totals = Counter[str]()
+            for cost in costs:
+                totals.update(cost)
+            at_least = _at_least(costs)
             entries = [f"`{policy}`", f"{totals['num_candidates']}", f"{totals['num_tried']}"]
-            entries += [f"{totals['sample_rollouts']:.0f}", f"{totals['seconds'] / 60:.1f}"]
-            at_least = "≥ " if any(training["resumed"] for training in trained) else ""
+            entries += [f"{at_least}{totals['sample_rollouts']:.0f}", f"{at_least}{totals['seconds'] / 60:.1f}"]
             minutes = sum(training["minutes"] for training in trained)
-            lines.append(_line([*entries, f"{at_least}{minutes:.1f}" if trained else ""]))
+            lines.append(_line([*entries, f"{_at_least(trained)}{minutes:.1f}" if trained else ""]))
     return [*lines, ""]
+
+
+def _at_least(costs: Sequence[Row]) -> str:
+    return "≥ " if any(cost.get("resumed", False) for cost in costs) else ""
 
 
 def _otherwise(config: CompareConfig, rankings: Sequence[Ranking]) -> list[str]:

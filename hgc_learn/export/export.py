@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -63,24 +63,18 @@ def export(
     _check_teacher(module, data)
     if not module.objective.is_specialised:
         learning = replace(learning, reorder_trials=0, specialise_updates=0, fill_updates=0)
-    settings = {"budget": budget, **asdict(learning), "max_patterns": max_patterns}
-    kept = Kept(output / KEPT_NAME, {**settings, "checkpoint": hashlib.sha256(ckpt_path.read_bytes()).hexdigest()})
-    with Progress() as progress, kept.interrupted():
-        bars = Bars(progress, learning)
-        gates, draft = decide(
-            module, data, budget, learning, max_patterns=max_patterns, kept=kept, on_update=bars.on_update
-        )
-        bars.finish()
+    kept = Kept(output / KEPT_NAME, made_for(ckpt_path, budget, learning, max_patterns))
+    path = output / FILE_NAME
+    with deciding(module, data, budget, learning, kept, max_patterns=max_patterns) as (gates, draft, progress):
         progress.add_task("measuring on validation samples", total=None)
         fidelity = measure_fidelity(module, data, draft)
         if not fidelity:
             progress.console.print("There are no validation samples (data.num_val is 0): nothing has been measured.")
-    settings = {"ckpt_path": ckpt_path.name, **settings, **module.hparams}
-    schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
-    path = output / FILE_NAME
-    check_folder(output, budget)  # hours may have passed
-    schedule.save(path)
-    kept.remove()
+        settings = {"ckpt_path": ckpt_path.name, "budget": budget, **asdict(learning), "max_patterns": max_patterns}
+        settings |= module.hparams
+        schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
+        check_folder(output, budget)  # hours may have passed
+        schedule.save(path)
     dead = module.router.dead(gates.compute)
     figure = gate_heatmap(gates.compute, module.router.sites, f"budget {budget:g}", dead)
     save_figure(figure, output / "hgc_schedule.png", dpi=150)
@@ -123,6 +117,33 @@ def check_folder(output: Path, budget: float) -> None:
                 f"{path} is the schedule of another budget, {other}. Export every budget to a folder of its own, or "
                 "delete that one."
             )
+
+
+def made_for(ckpt_path: Path, budget: float, learning: Learning, max_patterns: int | None = None) -> dict[str, Any]:
+    """All that decides what an export learns."""
+    settings = {"budget": budget, **asdict(learning), "max_patterns": max_patterns}
+    return {**settings, "checkpoint": hashlib.sha256(ckpt_path.read_bytes()).hexdigest()}
+
+
+@contextmanager
+def deciding(
+    module: RouterModule,
+    data: Any,
+    budget: float,
+    learning: Learning,
+    kept: Kept,
+    *,
+    max_patterns: int | None = None,
+) -> Iterator[tuple[Gates, Draft, Progress]]:
+    """`decide` with its bars, which goes on from what is `kept`; that is removed when the block has ended well."""
+    with Progress() as progress, kept.interrupted():
+        bars = Bars(progress, learning)
+        gates, draft = decide(
+            module, data, budget, learning, max_patterns=max_patterns, kept=kept, on_update=bars.on_update
+        )
+        bars.finish()
+        yield gates, draft, progress
+    kept.remove()
 
 
 def decide(

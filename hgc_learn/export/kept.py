@@ -1,4 +1,4 @@
-"""What an export has learned so far, in a file beside the schedule to be: an interrupted one goes on from there."""
+"""What an export has learned so far, in a file: an interrupted one goes on from there."""
 
 from __future__ import annotations
 
@@ -77,6 +77,6 @@ def _check_same(path: Path, made_for: dict[str, Any], asked: dict[str, Any]) -> 
     if names:
         others = ", ".join(f"{name} {made_for.get(name)} instead of {asked.get(name)}" for name in names)
         raise ValueError(
-            f"{path} is what another export into this folder has learned ({others}). Let that one end, by the command "
-            "that it was begun with; or give this one a folder of its own; or delete the file."
+            f"{path} is what another export has learned ({others}). Let that one end, by the command that it was begun "
+            "with; or give this one a folder of its own; or delete the file."
         )

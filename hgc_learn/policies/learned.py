@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hgc_learn.export.learning import Learning
 from hgc_learn.policies.registry import register
 from hgc_learn.setting import Draft, Setting
@@ -20,6 +22,8 @@ def learned(
 ) -> Draft:
     """A trained router's best gates within the budget, after learning more for it alone, with learned fill-ins.
 
+    What has been learned is kept beside the checkpoint until all is: interrupted, it goes on from there.
+
     Args:
         ckpt_path: checkpoint of `train.py fit`.
         budget: fraction of the full MACs to keep.
@@ -28,7 +32,8 @@ def learned(
         specialise_updates: of the router, for this budget alone; 0 for none.
         fill_updates: steps of learning how the schedule fills in what it skips; 0 for none.
     """
-    from hgc_learn.export.export import decide, load_trained
+    from hgc_learn.export.export import deciding, load_trained, made_for
+    from hgc_learn.export.kept import Kept
 
     learning = Learning(
         learning_samples=learning_samples,
@@ -37,5 +42,12 @@ def learned(
         fill_updates=fill_updates,
     )
     module, data = load_trained(setting, ckpt_path, "learned")
-    _, draft = decide(module, data, budget, learning)
-    return draft
+    kept = Kept(kept_path(ckpt_path, budget), made_for(Path(ckpt_path), budget, learning))
+    with deciding(module, data, budget, learning, kept) as (_, draft, _):
+        return draft
+
+
+def kept_path(ckpt_path: str, budget: float) -> Path:
+    """Where it is kept what has been learned for a budget so far."""
+    path = Path(ckpt_path)
+    return path.with_name(f"{path.stem}-{budget:g}.kept")
