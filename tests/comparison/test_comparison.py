@@ -69,10 +69,20 @@ def test_a_comparison_writes_figures_reasons_tables_and_pictures(settings: dict[
     assert schedule.scheduler_config["solver_order"] == 1
 
     figures = tmp_path / "run" / "cells" / SAMPLER / "uniform" / "0.6.json"
-    figures.write_text(json.dumps(json.loads(figures.read_text()) | {"kept_macs_attention": 0.1234}))
+    edited = json.loads(figures.read_text()) | {"kept_macs_attention": 0.1234}
+    edited["tuning"]["resumed"] = True  # as by an export that was interrupted
+    figures.write_text(json.dumps(edited))
+    assert "≥" not in costs(text, "uniform")
     assert main(["compare", "--config", str(config), "--timing"]) == 0
+    assert costs((tmp_path / "report" / "tiny.md").read_text(), "uniform").count("| ≥ ") == 2  # rollouts and minutes
     assert rows(settings)["uniform", 0.6]["wall_clock_speedup"] > 0
     assert f" | {row['kept_macs']:.4f} | 0.1234 | " in (tmp_path / "report" / "tiny.md").read_text()
+
+
+def costs(text: str, policy: str) -> str:
+    """The row of a policy in the table of what tuning cost."""
+    (line,) = (line for line in text.partition("## What tuning cost")[2].splitlines() if f"| `{policy}` |" in line)
+    return line
 
 
 def paired_psnr(path: Path, schedule: HGCSchedule) -> float:
