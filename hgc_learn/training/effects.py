@@ -112,7 +112,7 @@ def measure_effects(
 class Choices:
     """First-order changes by all other choices at the schedule that has just been run.
 
-    One thing is left out, for routers did not learn better with it (docs/learning.md, what failed): a guidance
+    One thing is left out, for routers did not learn better with it (docs/recipe.md, what failed): a guidance
     difference is kept only where a full step computes the prediction, so that a flip of the prediction's gate gives
     later steps another difference, and a flip of the guidance gate beside a prediction that is filled in gives none.
     """
