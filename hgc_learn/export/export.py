@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -63,15 +62,15 @@ def export(
     _check_teacher(module, data)
     if not module.objective.is_specialised:
         learning = replace(learning, reorder_trials=0, specialise_updates=0, fill_updates=0)
-    kept = Kept(output / KEPT_NAME, made_for(ckpt_path, budget, learning, max_patterns))
+    settings = {"budget": budget, **asdict(learning), "max_patterns": max_patterns}
+    kept = Kept.of(output / KEPT_NAME, ckpt_path, settings)
     path = output / FILE_NAME
     with deciding(module, data, budget, learning, kept, max_patterns=max_patterns) as (gates, draft, progress):
         progress.add_task("measuring on validation samples", total=None)
         fidelity = measure_fidelity(module, data, draft)
         if not fidelity:
             progress.console.print("There are no validation samples (data.num_val is 0): nothing has been measured.")
-        settings = {"ckpt_path": ckpt_path.name, "budget": budget, **asdict(learning), "max_patterns": max_patterns}
-        settings |= module.hparams
+        settings = {"ckpt_path": ckpt_path.name, **settings, **module.hparams}
         schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
         check_folder(output, budget)  # hours may have passed
         schedule.save(path)
@@ -117,12 +116,6 @@ def check_folder(output: Path, budget: float) -> None:
                 f"{path} is the schedule of another budget, {other}. Export every budget to a folder of its own, or "
                 "delete that one."
             )
-
-
-def made_for(ckpt_path: Path, budget: float, learning: Learning, max_patterns: int | None = None) -> dict[str, Any]:
-    """All that decides what an export learns."""
-    settings = {"budget": budget, **asdict(learning), "max_patterns": max_patterns}
-    return {**settings, "checkpoint": hashlib.sha256(ckpt_path.read_bytes()).hexdigest()}
 
 
 @contextmanager

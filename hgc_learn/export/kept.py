@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -33,6 +34,11 @@ class Kept:
                 _check_same(path, kept["made_for"], made_for or {})
                 self.parts = kept["parts"]
         self._write()  # for others to see
+
+    @classmethod
+    def of(cls, path: Path, ckpt_path: Path, settings: dict[str, Any]) -> Kept:
+        """Of an export of a checkpoint by these settings; raises ValueError as above."""
+        return cls(path, {**settings, "checkpoint": hashlib.sha256(ckpt_path.read_bytes()).hexdigest()})
 
     def updates(
         self, part: str, num_updates: int, state: Callable[[], State], restore: Callable[[State], None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from hgc_learn.export.learning import Learning
@@ -32,7 +33,7 @@ def learned(
         specialise_updates: of the router, for this budget alone; 0 for none.
         fill_updates: steps of learning how the schedule fills in what it skips; 0 for none.
     """
-    from hgc_learn.export.export import deciding, load_trained, made_for
+    from hgc_learn.export.export import deciding, load_trained
     from hgc_learn.export.kept import Kept
 
     learning = Learning(
@@ -42,7 +43,7 @@ def learned(
         fill_updates=fill_updates,
     )
     module, data = load_trained(setting, ckpt_path, "learned")
-    kept = Kept(kept_path(ckpt_path, budget), made_for(Path(ckpt_path), budget, learning))
+    kept = Kept.of(kept_path(ckpt_path, budget), Path(ckpt_path), {"budget": budget, **asdict(learning)})
     with deciding(module, data, budget, learning, kept) as (_, draft, _):
         return draft
 
