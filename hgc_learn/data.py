@@ -271,7 +271,15 @@ def read_row(
 
 
 def _rgb(picture: Image.Image, where: str) -> Image.Image:
-    """Pillow itself cuts off what is above 255 in 16 bits, and turns floats from 0 to 1 black."""
+    """Pillow itself cuts off what is above 255 in 16 bits, turns floats from 0 to 1 black, and shows the colour that
+    happens to be stored where a picture is transparent."""
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        if cast(tuple[int, int], picture.getchannel("A").getextrema())[0] < 255:
+            raise ValueError(
+                f"{where}: its picture is transparent in places, and nothing says what is behind it. Save it on a "
+                "background: black for edges, lines and poses drawn in white."
+            )
     if picture.mode.startswith("I;16"):
         picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
     if picture.mode in ("I", "F"):

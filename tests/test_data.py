@@ -271,6 +271,28 @@ def test_pictures_of_unknown_range_are_refused(tmp_path: Path) -> None:
         ready(tmp_path).train_data[0]
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pictures_are_refused_opaque_ones_are_not(tmp_path: Path, mode: str) -> None:
+    """White lines on nothing: Pillow would show the colour that is stored there, mostly white or black by chance."""
+    write_folder(tmp_path)
+    opaque = ready(tmp_path).train_data[0]["conditioning_image"]
+    pictures = {path: Image.open(path).convert("RGBA") for path in tmp_path.glob("*.png")}
+
+    def save(picture: Image.Image, path: Path) -> None:
+        (picture.quantize() if mode == "P" else picture.convert(mode)).save(path)
+
+    for path, picture in pictures.items():
+        save(picture, path)
+    sample = ready(tmp_path).train_data[0]["conditioning_image"]
+    if mode == "RGBA":
+        assert torch.equal(sample, opaque)
+    for path, picture in pictures.items():
+        picture.putpixel((3, 4), (255, 255, 255, 0))
+        save(picture, path)
+    with pytest.raises(ValueError, match=r"row \d+: its picture is transparent in places.*black for edges"):
+        ready(tmp_path).train_data[0]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_names_of_files_make_no_splits(tmp_path: Path, streaming: bool) -> None:
     write_folder(tmp_path)
