@@ -1,5 +1,6 @@
 """Turns a trained router into a static schedule file at a budget.
 
+Of several checkpoints, trained with other seeds, it takes the one that rounds to the best schedule at the budget.
 Writes DIR/hgc_schedule.json, its tensors in DIR/hgc_schedule.safetensors, without which it is refused, and a picture of
 it, DIR/hgc_schedule.png. One training run can be exported at several budgets, each to a folder of its own: one that
 holds the schedule of another budget is refused. Needs the `train` extra. The checkpoint's configuration names classes
@@ -18,7 +19,14 @@ from hgc_learn.export.learning import Learning
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ckpt_path", type=Path, required=True, metavar="CKPT", help="checkpoint of train.py fit")
+    parser.add_argument(
+        "--ckpt_path",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="CKPT",
+        help="checkpoint of train.py fit; of several, trained with other seeds, the best at this budget is exported",
+    )
     parser.add_argument("--budget", type=float, default=0.5, help="fraction of the full MACs to keep (default 0.5)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     add_learning(parser)
@@ -33,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from hgc_learn.export.export import export
 
-    path = export(args.ckpt_path, args.output, args.budget, learning(args), args.max_patterns)
+    ckpt_path, *others = args.ckpt_path
+    path = export(ckpt_path, args.output, args.budget, learning(args), args.max_patterns, others)
     print(f"wrote {path}")
 
 

@@ -18,8 +18,9 @@ from torch.utils.data import default_collate
 
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.export import fills, reorder, specialise
+from hgc_learn.export.choose import Weights, choose, read_routers
 from hgc_learn.export.kept import NOWHERE, Kept
-from hgc_learn.export.learning import ALL, Learning, OnUpdate
+from hgc_learn.export.learning import ALL, Learning, OnUpdate, hold_out
 from hgc_learn.figures import gate_heatmap, save_figure
 from hgc_learn.sampling import default_device
 from hgc_learn.schedule import HGCSchedule, check_output
@@ -39,6 +40,7 @@ def export(
     budget: float = 0.5,
     learning: Learning = ALL,
     max_patterns: int | None = None,
+    other_ckpt_paths: Sequence[Path] = (),
 ) -> Path:
     """Writes `hgc_schedule.json` and a picture of it. What has been learned meanwhile is kept beside them: called again
     with the same, it goes on after an interruption.
@@ -49,10 +51,11 @@ def export(
         budget: fraction of the full MACs to keep.
         learning: what is learned for this budget alone.
         max_patterns: how many different steps the schedule may have, for `torch.compile` makes one graph for each.
+        other_ckpt_paths: of other trainings of the same, with other seeds: the best of all at this budget goes on.
 
     Raises:
-        ValueError: the checkpoint cannot be found or read, the budget cannot be met, or the folder holds the schedule
-            of another budget or what another export has learned so far.
+        ValueError: a checkpoint cannot be found or read, or is of a training of something else; the budget cannot be
+            met; or the folder holds the schedule of another budget or what another export has learned so far.
         OSError: the folder cannot be made.
     """
     check_folder(output, budget)
@@ -63,14 +66,20 @@ def export(
     if not module.objective.is_specialised:
         learning = replace(learning, reorder_trials=0, specialise_updates=0, fill_updates=0)
     settings = {"budget": budget, **asdict(learning), "max_patterns": max_patterns}
-    kept = Kept.of(output / KEPT_NAME, ckpt_path, settings)
+    ckpt_paths = [ckpt_path, *other_ckpt_paths]
+    others = read_routers(module, other_ckpt_paths)
+    kept = Kept.of(output / KEPT_NAME, ckpt_paths, settings)
     path = output / FILE_NAME
+    if others:
+        with kept.interrupted():
+            errors = _choose(module, data, budget, others, learning.learning_samples, max_patterns)
+        ckpt_path = _say_which(ckpt_paths, errors)
     with deciding(module, data, budget, learning, kept, max_patterns=max_patterns) as (gates, draft, progress):
         progress.add_task("measuring on validation samples", total=None)
         fidelity = measure_fidelity(module, data, draft)
         if not fidelity:
             progress.console.print("There are no validation samples (data.num_val is 0): nothing has been measured.")
-        settings = {"ckpt_path": ckpt_path.name, **settings, **module.hparams}
+        settings = {"ckpt_path": ckpt_path.name, "trainings": len(ckpt_paths), **settings, **module.hparams}
         schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
         check_folder(output, budget)  # hours may have passed
         schedule.save(path)
@@ -78,6 +87,29 @@ def export(
     figure = gate_heatmap(gates.compute, module.router.sites, f"budget {budget:g}", dead)
     save_figure(figure, output / "hgc_schedule.png", dpi=150)
     return path
+
+
+def _choose(
+    module: RouterModule,
+    data: Any,
+    budget: float,
+    others: Sequence[Weights],
+    num_samples: int,
+    max_patterns: int | None,
+) -> list[float]:
+    """`choose` by the samples that judge whatever an export learns, with a bar."""
+    _, judges = hold_out(in_batches(training_samples(data, num_samples), reorder.BATCH_SIZE))
+    with Progress() as progress:
+        task = progress.add_task("comparing trainings", total=len(judges) * (1 + len(others)))
+        return choose(module, budget, others, judges, max_patterns, on_batch=lambda: progress.advance(task))
+
+
+def _say_which(ckpt_paths: Sequence[Path], errors: Sequence[float]) -> Path:
+    """Prints the trainings' errors; returns the one that goes on."""
+    best = errors.index(min(errors))
+    for index, (path, error) in enumerate(zip(ckpt_paths, errors, strict=True)):
+        print(f"{path}: error {math.exp(error):.2e}{', goes on' if index == best else ''}")
+    return ckpt_paths[best]
 
 
 class Bars:

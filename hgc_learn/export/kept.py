@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -36,9 +36,10 @@ class Kept:
         self._write()  # for others to see
 
     @classmethod
-    def of(cls, path: Path, ckpt_path: Path, settings: dict[str, Any]) -> Kept:
-        """Of an export of a checkpoint by these settings; raises ValueError as above."""
-        return cls(path, {**settings, "checkpoint": hashlib.sha256(ckpt_path.read_bytes()).hexdigest()})
+    def of(cls, path: Path, ckpt_paths: Sequence[Path], settings: dict[str, Any]) -> Kept:
+        """Of an export of checkpoints by these settings; raises ValueError as above."""
+        digests = [hashlib.sha256(ckpt_path.read_bytes()).hexdigest() for ckpt_path in ckpt_paths]
+        return cls(path, {**settings, "checkpoint": " ".join(digests)})
 
     def updates(
         self, part: str, num_updates: int, state: Callable[[], State], restore: Callable[[State], None]
@@ -64,11 +65,12 @@ class Kept:
         """An interruption meanwhile says how to go on, and leaves no file in which nothing is."""
         try:
             yield
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(*["the same command goes on from there"] if self.parts else []) from None
-        finally:
+        except BaseException as error:
             if not self.parts:
                 self.remove()
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(*["the same command goes on from there"] if self.parts else []) from None
+            raise
 
     def remove(self) -> None:
         if self.path is not None:

@@ -43,7 +43,7 @@ def learned(
         fill_updates=fill_updates,
     )
     module, data = load_trained(setting, ckpt_path, "learned")
-    kept = Kept.of(kept_path(ckpt_path, budget), Path(ckpt_path), {"budget": budget, **asdict(learning)})
+    kept = Kept.of(kept_path(ckpt_path, budget), [Path(ckpt_path)], {"budget": budget, **asdict(learning)})
     with deciding(module, data, budget, learning, kept) as (_, draft, _):
         return draft
 

@@ -139,17 +139,21 @@ class RouterModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError where the router was trained for something else than it would be trained on for."""
+        self.check_training(checkpoint, "ckpt_path")
+        self.router.temperature = checkpoint.get("temperature", self.router.temperature)  # that draws had
+
+    def check_training(self, checkpoint: dict[str, Any], name: str) -> None:
+        """Raises ValueError where the router was trained in another way, or as in `check_model`."""
         trained = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         if "sampling" in trained:  # earlier ones lack settings that have come since
             trained["sampling"] = {**asdict(SamplingConfig()), **trained["sampling"]}
-        for name in ("sampling", "sites", "objective"):
-            if name in trained and trained[name] != self.hparams[name]:
+        for setting in ("sampling", "sites", "objective"):
+            if setting in trained and trained[setting] != self.hparams[setting]:
                 raise ValueError(
-                    f"ckpt_path: the router was trained with {name} {trained[name]}; asked for now is "
-                    f"{self.hparams[name]}. Give the same, or train anew without ckpt_path."
+                    f"{name}: the router was trained with {setting} {trained[setting]}; asked for now is "
+                    f"{self.hparams[setting]}. Give the same, or train anew."
                 )
-        self.check_model(checkpoint, "ckpt_path")
-        self.router.temperature = checkpoint.get("temperature", self.router.temperature)  # that draws had
+        self.check_model(checkpoint, name)
 
     def check_model(self, checkpoint: dict[str, Any], name: str) -> None:
         """Raises ValueError where the router is of an earlier version, or was trained for other models than these;
