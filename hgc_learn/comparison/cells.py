@@ -183,6 +183,9 @@ def tuned_otherwise(config: CompareConfig, cell: dict[str, Any]) -> str:
         path = training_file(config, sampler, policy.name)
         if not path.is_file() or cell["training"] != training_configuration(config, sampler, policy.name):
             return f"a training by another {path} than is there now"
+        trainings = cell.get("num_trainings", 1), config.num_trainings.get(policy.name, 1)
+        if trainings[0] != trainings[1]:
+            return "{} instead of {} trainings".format(*trainings)
     fixed = [cell.get("fixed", {}), plain(config.fixed.get(policy.name, {}))]
     had = cell.get("settings", {})  # none where nothing was within the budget
     ways = []
@@ -210,7 +213,7 @@ def _untuned(config: CompareConfig, sampler: str, name: str) -> dict[str, Any]:
     """Knobs of a policy that neither tuning nor the configuration sets, as all its cells have them today."""
     policy = POLICIES[name]
     tuned = set[str]().union(*policy.candidates(_unmeasured(config.model, config.sampling(sampler))))
-    given = {*tuned, *config.fixed.get(name, {}), "budget", "ckpt_path"}
+    given = {*tuned, *config.fixed.get(name, {}), "budget", "ckpt_path", "other_ckpt_paths"}
     return {knob: value for knob, value in policy.knobs.items() if knob not in given}
 
 

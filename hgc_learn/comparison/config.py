@@ -117,6 +117,8 @@ class CompareConfig:
         fixed: knobs that are not tuned, by policy: how much a search may try, for example.
         training_config: of the policies that read a checkpoint: path of the training configuration, in which
             `{policy}` and `{sampler}` are filled in.
+        num_trainings: of policies that can choose the best of several (`learned`): how many, with the seeds 0, 1, ...;
+            1 if not given.
         optional_metrics: further metrics, of which the weights must be on this machine: `lpips`, `clip`.
         output: folder for cells, references and checkpoints; what is there is not made again.
         report: folder for the report.
@@ -137,6 +139,7 @@ class CompareConfig:
     tuning: TuningConfig = field(default_factory=TuningConfig)
     fixed: dict[str, dict[str, Any]] = field(default_factory=dict)
     training_config: str = "configs/compare/train/{policy}-{sampler}.yaml"
+    num_trainings: dict[str, int] = field(default_factory=dict)
     optional_metrics: list[str] = field(default_factory=list)
     output: str = "runs/compare"
     report: str = "benchmarks/compare"
@@ -157,6 +160,11 @@ class CompareConfig:
                 POLICIES[name].check(knobs)
             except ValueError as error:
                 raise ValueError(f"fixed: {error}") from None
+        for name, number in self.num_trainings.items():
+            if "other_ckpt_paths" not in (POLICIES[name].knobs if name in POLICIES else ()):
+                raise ValueError(f"num_trainings: {name!r} is no policy that chooses the best of several trainings.")
+            if number < 1:
+                raise ValueError(f"num_trainings: {number} of {name}; it must be at least 1.")
         for name, sampler in self.samplers.items():
             if not name or Path(name).name != name:
                 raise ValueError(f"samplers: {name!r} names a folder; use letters, digits and dashes.")

@@ -16,7 +16,7 @@ from hgc_learn.comparison.cells import CellFiles, cell_files, check_weights, pro
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.metrics import Obedience, SceneFID, closeness_figures, optional_metric
 from hgc_learn.comparison.samples import full_samples, read_batches
-from hgc_learn.comparison.trained import checkpoint, training_configuration
+from hgc_learn.comparison.trained import checkpoint, training_configuration, training_folders
 from hgc_learn.comparison.tune import Candidate, Candidates, best, count_rollouts, list_candidates, plain, shortlist
 from hgc_learn.evaluation import Samples, closeness, picture_psnr, render
 from hgc_learn.models.macs import BudgetError
@@ -116,9 +116,11 @@ class PolicyCells:
         return "ckpt_path" in self.policy.knobs
 
     @cached_property
-    def ckpt_path(self) -> str:
-        judge = self.judge
-        return str(checkpoint(judge.config, judge.sampler, self.policy.name, judge.setting.fingerprint))
+    def ckpt_paths(self) -> list[str]:
+        """Of its trainings."""
+        which = self.judge.config, self.judge.sampler, self.policy.name
+        seeds = range(len(training_folders(*which)))
+        return [str(checkpoint(*which, self.judge.setting.fingerprint, seed)) for seed in seeds]
 
     @cached_property
     def _candidates_at_any_budget(self) -> Candidates:
@@ -126,7 +128,10 @@ class PolicyCells:
 
     def _fixed(self) -> dict[str, Any]:
         fixed = self.judge.config.fixed.get(self.policy.name, {})
-        return {**fixed, "ckpt_path": self.ckpt_path} if self.needs_checkpoint else fixed
+        if not self.needs_checkpoint:
+            return fixed
+        ckpt_path, *others = self.ckpt_paths
+        return {**fixed, "ckpt_path": ckpt_path, **({"other_ckpt_paths": tuple(others)} if others else {})}
 
     def candidates(self, budget: float) -> Candidates:
         if "budget" in self.policy.knobs:
@@ -143,10 +148,11 @@ class PolicyCells:
         row["fixed"] = plain(config.fixed.get(self.policy.name, {}))
         if self.needs_checkpoint:
             row["training"] = training_configuration(config, judge.sampler, self.policy.name)
+            row["num_trainings"] = len(self.ckpt_paths)
         judge.make_references()  # shared by all cells: not part of what tuning costs
 
         start = time.monotonic()
-        resumed = self.needs_checkpoint and kept_path(self.ckpt_path, budget).is_file()
+        resumed = self.needs_checkpoint and kept_path(self.ckpt_paths[0], budget).is_file()
         with count_rollouts(judge.setting) as rollouts:
             self.say("writing candidates")
             offered = self.candidates(budget)

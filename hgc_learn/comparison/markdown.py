@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from textwrap import fill
 from typing import Any
 
@@ -13,6 +12,7 @@ from hgc_learn.comparison.cells import tuned_otherwise
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.ranking import Ranking, Row, public_rows
 from hgc_learn.comparison.statistics import Interval
+from hgc_learn.comparison.trained import training_folders
 from hgc_learn.files import read_json
 from hgc_learn.policies import POLICIES
 
@@ -171,8 +171,8 @@ def _tuning_costs(config: CompareConfig, rankings: Sequence[Ranking]) -> list[st
     ]
     for policy in config.policy_names:
         costs = [cell["tuning"] for ranking in rankings for cell in ranking.cells if cell["policy"] == policy]
-        done = [Path(config.output) / "trained" / sampler / policy / "trained.json" for sampler in config.samplers]
-        records = [read_json(path) for path in done if path.is_file()]
+        folders = [folder for sampler in config.samplers for folder in training_folders(config, sampler, policy)]
+        records = [read_json(path) for folder in folders if (path := folder / "trained.json").is_file()]
         trained = [record for record in records if "minutes" in record]  # the others have not ended yet
         if costs:
             totals = Counter[str]()
@@ -216,7 +216,7 @@ def _with_interval(value: float, interval: Interval, form: str) -> str:
 
 
 def _settings(settings: dict[str, Any]) -> str:
-    short = {name: value for name, value in settings.items() if name not in ("budget", "ckpt_path")}
+    short = {name: value for name, value in settings.items() if name not in ("budget", "ckpt_path", "other_ckpt_paths")}
     return ", ".join(
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in short.items()
     )

@@ -82,7 +82,7 @@ def _run_policy(
     training: dict[str, Any] = {}
     if policy_cells.needs_checkpoint:
         with display.paused():  # training has a display of its own
-            training = _attempt(lambda: {"ckpt_path": policy_cells.ckpt_path})
+            training = _attempt(lambda: {"ckpt_paths": policy_cells.ckpt_paths})
     for budget in budgets:
         where = f"{judge.sampler} {policy} {budget:g}"
         start = time.monotonic()

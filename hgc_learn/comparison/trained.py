@@ -33,10 +33,17 @@ def training_configuration(config: CompareConfig, sampler: str, policy: str) -> 
         raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())}).") from None
 
 
-def checkpoint(config: CompareConfig, sampler: str, policy: str, weights: ModelFingerprint) -> Path:
+def training_folders(config: CompareConfig, sampler: str, policy: str) -> list[Path]:
+    """Of the policy's trainings, by their seeds."""
+    folder = Path(config.output) / "trained" / sampler / policy
+    return [folder, *(folder / f"seed-{seed}" for seed in range(1, config.num_trainings.get(policy, 1)))]
+
+
+def checkpoint(config: CompareConfig, sampler: str, policy: str, weights: ModelFingerprint, seed: int = 0) -> Path:
     """The policy's checkpoint for a sampler; trains it if it is missing, or goes on with an interrupted training.
 
     Args:
+        seed: of the training; 0 stands for that of its configuration.
         weights: those that `config.model` holds.
 
     Raises:
@@ -46,7 +53,7 @@ def checkpoint(config: CompareConfig, sampler: str, policy: str, weights: ModelF
     """
     from hgc_learn.training.lightning_cli import read_checkpoint, train
 
-    folder = Path(config.output) / "trained" / sampler / policy
+    folder = training_folders(config, sampler, policy)[seed]
     ckpt_path, record = folder / "last.ckpt", folder / "trained.json"
     training = training_file(config, sampler, policy)
     configuration = training_configuration(config, sampler, policy)
@@ -70,6 +77,8 @@ def checkpoint(config: CompareConfig, sampler: str, policy: str, weights: ModelF
     save_json(record, row)
     arguments = ["fit", f"--config={training}", f"--model.model={config.model}", f"--checkpoint.dirpath={folder}"]
     arguments.append(f"--trainer.default_root_dir={folder}")
+    if seed:
+        arguments.append(f"--seed_everything={seed}")
     if resumed:
         arguments.append(f"--ckpt_path={ckpt_path}")
     start = time.monotonic()

@@ -6,7 +6,7 @@ three seeds (docs/recipe.md). Nothing that an export learns mends that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,33 +22,32 @@ Weights = dict[str, Tensor]
 """Of a router."""
 
 
-def read_routers(module: RouterModule, ckpt_paths: Sequence[Path]) -> list[Weights]:
-    """The routers of other trainings of what the module was trained for.
+def read_routers(module: RouterModule, ckpt_paths: Iterable[Path]) -> dict[Path, Weights]:
+    """The routers of trainings of what the module was trained for, by their checkpoints.
 
     Raises:
         ValueError: a checkpoint cannot be found or read, or is of another model, sampler, objective or sites.
     """
-    routers = []
+    routers, prefix = {}, "router."
     for path in ckpt_paths:
         checkpoint = read_checkpoint(path)
         module.check_training(checkpoint, str(path))
-        prefix = "router."
         weights = checkpoint["state_dict"].items()
-        routers.append({name.removeprefix(prefix): value for name, value in weights if name.startswith(prefix)})
+        routers[path] = {name.removeprefix(prefix): value for name, value in weights if name.startswith(prefix)}
     return routers
 
 
 def choose(
     module: RouterModule,
     budget: float,
-    routers: Iterable[Weights],
+    routers: Mapping[Path, Weights],
     batches: Sequence[dict[str, Any]],
     max_patterns: int | None = None,
     *,
     on_batch: Callable[[], None] = lambda: None,
-) -> list[float]:
-    """Gives the module, of its own router and others, the one whose rounded schedule at a budget has the lowest mean
-    log error of the outcome on these batches. Returns this error of each, its own first.
+) -> dict[Path, float]:
+    """Gives the module the router whose rounded schedule at a budget has the lowest mean log error of the outcome on
+    these batches. Returns this error of each.
 
     Raises:
         ValueError: as `rounded`.
@@ -59,12 +58,9 @@ def choose(
             yield batch
             on_batch()
 
-    router = module.router
-    best, errors = {name: value.clone() for name, value in router.state_dict().items()}, []
-    for weights in [best, *routers]:
-        router.load_state_dict(weights)
-        errors.append(module.log_error(counted(), rounded(module, budget, max_patterns)))
-        if errors[-1] <= min(errors[:-1], default=errors[-1]):
-            best = weights
-    router.load_state_dict(best)
+    errors = {}
+    for path, weights in routers.items():
+        module.router.load_state_dict(weights)
+        errors[path] = module.log_error(counted(), rounded(module, budget, max_patterns))
+    module.router.load_state_dict(routers[min(errors, key=errors.__getitem__)])
     return errors

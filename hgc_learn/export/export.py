@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -67,19 +67,16 @@ def export(
         learning = replace(learning, reorder_trials=0, specialise_updates=0, fill_updates=0)
     settings = {"budget": budget, **asdict(learning), "max_patterns": max_patterns}
     ckpt_paths = [ckpt_path, *other_ckpt_paths]
-    others = read_routers(module, other_ckpt_paths)
+    routers = read_routers(module, ckpt_paths)
     kept = Kept.of(output / KEPT_NAME, ckpt_paths, settings)
     path = output / FILE_NAME
-    if others:
-        with kept.interrupted():
-            errors = _choose(module, data, budget, others, learning.learning_samples, max_patterns)
-        ckpt_path = _say_which(ckpt_paths, errors)
-    with deciding(module, data, budget, learning, kept, max_patterns=max_patterns) as (gates, draft, progress):
+    with deciding(module, data, budget, routers, learning, kept, max_patterns=max_patterns) as decided:
+        gates, draft, best, progress = decided
         progress.add_task("measuring on validation samples", total=None)
         fidelity = measure_fidelity(module, data, draft)
         if not fidelity:
             progress.console.print("There are no validation samples (data.num_val is 0): nothing has been measured.")
-        settings = {"ckpt_path": ckpt_path.name, "trainings": len(ckpt_paths), **settings, **module.hparams}
+        settings = {"ckpt_path": best.name, "trainings": len(ckpt_paths), **settings, **module.hparams}
         schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
         check_folder(output, budget)  # hours may have passed
         schedule.save(path)
@@ -87,29 +84,6 @@ def export(
     figure = gate_heatmap(gates.compute, module.router.sites, f"budget {budget:g}", dead)
     save_figure(figure, output / "hgc_schedule.png", dpi=150)
     return path
-
-
-def _choose(
-    module: RouterModule,
-    data: Any,
-    budget: float,
-    others: Sequence[Weights],
-    num_samples: int,
-    max_patterns: int | None,
-) -> list[float]:
-    """`choose` by the samples that judge whatever an export learns, with a bar."""
-    _, judges = hold_out(in_batches(training_samples(data, num_samples), reorder.BATCH_SIZE))
-    with Progress() as progress:
-        task = progress.add_task("comparing trainings", total=len(judges) * (1 + len(others)))
-        return choose(module, budget, others, judges, max_patterns, on_batch=lambda: progress.advance(task))
-
-
-def _say_which(ckpt_paths: Sequence[Path], errors: Sequence[float]) -> Path:
-    """Prints the trainings' errors; returns the one that goes on."""
-    best = errors.index(min(errors))
-    for index, (path, error) in enumerate(zip(ckpt_paths, errors, strict=True)):
-        print(f"{path}: error {math.exp(error):.2e}{', goes on' if index == best else ''}")
-    return ckpt_paths[best]
 
 
 class Bars:
@@ -155,20 +129,47 @@ def deciding(
     module: RouterModule,
     data: Any,
     budget: float,
+    routers: Mapping[Path, Weights],
     learning: Learning,
     kept: Kept,
     *,
     max_patterns: int | None = None,
-) -> Iterator[tuple[Gates, Draft, Progress]]:
-    """`decide` with its bars, which goes on from what is `kept`; that is removed when the block has ended well."""
+) -> Iterator[tuple[Gates, Draft, Path, Progress]]:
+    """`decide` with its bars, for the best of these routers at the budget, by its checkpoint's path, which comes with
+    it and which the module is given. Goes on from what is `kept`; that is removed when the block has ended well.
+    """
     with Progress() as progress, kept.interrupted():
+        best = _choose(module, data, budget, routers, learning, max_patterns, progress)
         bars = Bars(progress, learning)
         gates, draft = decide(
             module, data, budget, learning, max_patterns=max_patterns, kept=kept, on_update=bars.on_update
         )
         bars.finish()
-        yield gates, draft, progress
+        yield gates, draft, best, progress
     kept.remove()
+
+
+def _choose(
+    module: RouterModule,
+    data: Any,
+    budget: float,
+    routers: Mapping[Path, Weights],
+    learning: Learning,
+    max_patterns: int | None,
+    progress: Progress,
+) -> Path:
+    """Gives the module the best of these routers, by the samples that judge whatever an export learns; says which it
+    is, and returns its path."""
+    if len(routers) == 1:  # the module's own
+        return next(iter(routers))
+    _, judges = hold_out(in_batches(training_samples(data, learning.learning_samples), reorder.BATCH_SIZE))
+    task = progress.add_task("comparing trainings", total=len(judges) * len(routers))
+    errors = choose(module, budget, routers, judges, max_patterns, on_batch=lambda: progress.advance(task))
+    best = min(errors, key=errors.__getitem__)
+    for path, error in errors.items():
+        words = f"{path}: error {math.exp(error):.2e}{', goes on' if path == best else ''}"
+        progress.console.print(words, markup=False, highlight=False, soft_wrap=True)
+    return best
 
 
 def decide(

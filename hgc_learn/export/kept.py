@@ -65,12 +65,11 @@ class Kept:
         """An interruption meanwhile says how to go on, and leaves no file in which nothing is."""
         try:
             yield
-        except BaseException as error:
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(*["the same command goes on from there"] if self.parts else []) from None
+        finally:
             if not self.parts:
                 self.remove()
-            if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(*["the same command goes on from there"] if self.parts else []) from None
-            raise
 
     def remove(self) -> None:
         if self.path is not None:

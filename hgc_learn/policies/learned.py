@@ -15,6 +15,7 @@ def learned(
     setting: Setting,
     *,
     ckpt_path: str = "",
+    other_ckpt_paths: tuple[str, ...] = (),
     budget: float = 0.5,
     learning_samples: int = Learning.learning_samples,
     reorder_trials: int = Learning.reorder_trials,
@@ -27,12 +28,14 @@ def learned(
 
     Args:
         ckpt_path: checkpoint of `train.py fit`.
+        other_ckpt_paths: of other trainings of the same, with other seeds: the best of all at this budget is taken.
         budget: fraction of the full MACs to keep.
         learning_samples: of the training's own samples that all of the following learn from; all, if there are fewer.
         reorder_trials: of whether steps should change places, for this budget alone; 0 for none.
         specialise_updates: of the router, for this budget alone; 0 for none.
         fill_updates: steps of learning how the schedule fills in what it skips; 0 for none.
     """
+    from hgc_learn.export.choose import read_routers
     from hgc_learn.export.export import deciding, load_trained
     from hgc_learn.export.kept import Kept
 
@@ -43,8 +46,10 @@ def learned(
         fill_updates=fill_updates,
     )
     module, data = load_trained(setting, ckpt_path, "learned")
-    kept = Kept.of(kept_path(ckpt_path, budget), [Path(ckpt_path)], {"budget": budget, **asdict(learning)})
-    with deciding(module, data, budget, learning, kept) as (_, draft, _):
+    ckpt_paths = [Path(ckpt_path), *map(Path, other_ckpt_paths)]
+    routers = read_routers(module, ckpt_paths)
+    kept = Kept.of(kept_path(ckpt_path, budget), ckpt_paths, {"budget": budget, **asdict(learning)})
+    with deciding(module, data, budget, routers, learning, kept) as (_, draft, _, _):
         return draft
 
 
