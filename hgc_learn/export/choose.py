@@ -6,7 +6,7 @@ three seeds (docs/recipe.md). Nothing that an export learns mends that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,8 @@ Weights = dict[str, Tensor]
 """Of a router."""
 
 
-def read_routers(module: RouterModule, ckpt_paths: Iterable[Path]) -> dict[Path, Weights]:
-    """The routers of trainings of what the module was trained for, by their checkpoints.
+def read_routers(module: RouterModule, ckpt_paths: Sequence[Path]) -> dict[Path, Weights]:
+    """The routers of a module's training, the first, and of others for the same, by their checkpoints.
 
     Raises:
         ValueError: a checkpoint cannot be found or read, or is of another model, sampler, objective or sites.
@@ -31,7 +31,8 @@ def read_routers(module: RouterModule, ckpt_paths: Iterable[Path]) -> dict[Path,
     routers, prefix = {}, "router."
     for path in ckpt_paths:
         checkpoint = read_checkpoint(path)
-        module.check_training(checkpoint, str(path))
+        if path != ckpt_paths[0]:
+            module.check_training(checkpoint, str(path))
         weights = checkpoint["state_dict"].items()
         routers[path] = {name.removeprefix(prefix): value for name, value in weights if name.startswith(prefix)}
     return routers
