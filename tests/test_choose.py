@@ -12,7 +12,7 @@ import torch
 from training_fixtures import fit
 
 from hgc_learn.__main__ import main
-from hgc_learn.export.export import export, load_run
+from hgc_learn.export.export import export, in_batches, load_run, training_samples
 from hgc_learn.export.learning import Learning
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.training.saved import read_saved, write_saved
@@ -59,7 +59,7 @@ def test_the_one_with_the_lowest_error_goes_on(
     errors = {}
     for path in seeds:
         module, data = load_run(path)
-        (batch,) = data.train_dataloader().__class__(data.train_dataloader().dataset, 4, data)
+        (batch,) = in_batches(training_samples(data, 4), 4)
         errors[path] = module.log_error([batch], module.gates(BUDGET))
     best = min(seeds, key=errors.__getitem__)
     alone = HGCSchedule.load(export(best, tmp_path / "alone", BUDGET, ROUNDING))
@@ -69,16 +69,18 @@ def test_the_one_with_the_lowest_error_goes_on(
         schedule = HGCSchedule.load(path)
         assert schedule.sites == alone.sites
         assert schedule.producer["settings"]["ckpt_path"] == best.name
-        assert schedule.producer["settings"]["trainings"] == 3
+        assert schedule.producer["settings"]["num_trainings"] == 3
         said = " ".join(capsys.readouterr().out.split())
         assert f"{best.name}: error {torch.tensor(errors[best]).exp():.2e}, goes on" in said
         assert said.count("goes on") == 1
 
 
-def test_of_the_same_one_twice_it_is_the_first(trained: Path, tmp_path: Path) -> None:
+def test_of_equals_it_is_the_first(trained: Path, tmp_path: Path) -> None:
     other = changed(trained, tmp_path / "other.ckpt", lambda checkpoint: None)
-    schedule = HGCSchedule.load(export(trained, tmp_path / "out", BUDGET, ROUNDING, other_ckpt_paths=[other]))
+    paths = [other, trained, other]
+    schedule = HGCSchedule.load(export(trained, tmp_path / "out", BUDGET, ROUNDING, other_ckpt_paths=paths))
     assert schedule.producer["settings"]["ckpt_path"] == trained.name
+    assert schedule.producer["settings"]["num_trainings"] == 2
 
 
 def test_what_all_were_given_is_what_goes_on_after_an_interruption(

@@ -76,7 +76,7 @@ def export(
         fidelity = measure_fidelity(module, data, draft)
         if not fidelity:
             progress.console.print("There are no validation samples (data.num_val is 0): nothing has been measured.")
-        settings = {"ckpt_path": best.name, "trainings": len(ckpt_paths), **settings, **module.hparams}
+        settings = {"ckpt_path": best.name, "num_trainings": len(routers), **settings, **module.hparams}
         schedule = module.setting.schedule(draft, policy=module.objective.policy, settings=settings, fidelity=fidelity)
         check_folder(output, budget)  # hours may have passed
         schedule.save(path)
