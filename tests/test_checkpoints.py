@@ -21,12 +21,6 @@ from hgc_learn.__main__ import guarded, main
 from hgc_learn.training.lightning_cli import train
 from hgc_learn.training.module import RouterModule
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The 'train_dataloader' does not have many workers",
-    "ignore:The 'val_dataloader' does not have many workers",
-    "ignore:You are trying to `self.log",
-)
-
 
 @contextmanager
 def interrupted_at(step: int, message: str = "go on with --ckpt_path=") -> Iterator[None]:

@@ -17,12 +17,6 @@ from hgc_learn.export.learning import Learning
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.training.saved import read_saved, write_saved
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The 'train_dataloader' does not have many workers",
-    "ignore:The 'val_dataloader' does not have many workers",
-    "ignore:You are trying to `self.log",
-)
-
 ROUNDING = Learning(learning_samples=4, reorder_trials=0, specialise_updates=0, fill_updates=0)
 BUDGET = 0.5
 

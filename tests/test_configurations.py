@@ -37,10 +37,6 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("photographs"), 3)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The 'train_dataloader' does not have many workers",
-    "ignore:You are trying to `self.log",
-)
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda path: path.stem)
 def test_every_configuration_trains(configuration: Path, models: Path, photographs: Path, tmp_path: Path) -> None:
     """One update on a small model of its shape: dtype, sites, objective and data are the configuration's own."""

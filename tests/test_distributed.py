@@ -103,7 +103,6 @@ def fit_and_fail(teacher: Path, folder: Path, way: str) -> None:
         sys.exit(guarded(lambda: fit(teacher, folder, NUM_STEPS, *ON_TWO)))
 
 
-@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.parametrize(("way", "status", "told"), [("error", 2, "holds NaN"), ("interrupted", 130, "interrupted")])
 def test_where_one_of_two_fails_none_waits_and_the_checkpoint_is_saved(
     way: str, status: int, told: str, teacher: Path, tmp_path: Path
@@ -143,9 +142,6 @@ def nightly(*values: object) -> Any:
     return pytest.param(*values, marks=pytest.mark.nightly)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The 'train_dataloader' does not have many workers", "ignore:You are trying to `self.log"
-)
 @pytest.mark.parametrize(
     ("objective", "more", "is_interrupted"),
     [

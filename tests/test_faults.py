@@ -30,12 +30,6 @@ from hgc_learn.schedule import HGCSchedule, ScheduleError
 from hgc_learn.schedule_tensors import tensor_path
 from hgc_learn.training.module import RouterModule
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The 'train_dataloader' does not have many workers",
-    "ignore:The 'val_dataloader' does not have many workers",
-    "ignore:You are trying to `self.log",
-)
-
 
 def full_disk(*_: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")

@@ -22,12 +22,6 @@ from hgc_learn.policies.learned import kept_path
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.setting import Draft
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The 'train_dataloader' does not have many workers",
-    "ignore:The 'val_dataloader' does not have many workers",
-    "ignore:You are trying to `self.log",
-)
-
 LEARNING = Learning(learning_samples=4, reorder_trials=2, specialise_updates=3, fill_updates=3)
 BUDGET = 0.5
 

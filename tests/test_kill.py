@@ -20,10 +20,6 @@ from training_fixtures import fit, fit_arguments
 # One update per epoch, and a checkpoint after each.
 MORE = ["--data.num_train=2", "--trainer.max_epochs=100"]
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The 'train_dataloader' does not have many workers", "ignore:You are trying to `self.log"
-)
-
 
 def train_until(event: str, number: int, arguments: Sequence[str]) -> None:
     """Ends it when Python is about to do something with a file of the checkpoints for the n-th time."""

@@ -13,11 +13,6 @@ from hgc_learn.figures import gate_heatmap
 from hgc_learn.training.lightning_cli import train
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The 'train_dataloader' does not have many workers",
-    "ignore:The 'val_dataloader' does not have many workers",
-    "ignore:You are trying to `self.log",
-)
 def test_curves_heatmaps_and_pictures_are_there_and_a_checkpoint_is_judged_alike(tmp_path: Path) -> None:
     save_tiny_teacher(tmp_path / "teacher")
     more = ("--trainer.limit_val_batches=1", "--model.budgets=[0.5]", "--model.objective.num_warm_start_batches=1")

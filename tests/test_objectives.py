@@ -24,11 +24,6 @@ from hgc_learn.setting import Setting
 from hgc_learn.training.gates import Gates
 from hgc_learn.training.module import RouterModule
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The 'train_dataloader' does not have many workers",
-    "ignore:The 'val_dataloader' does not have many workers",
-    "ignore:You are trying to `self.log",
-)
 BUDGETS = (0.45, 0.6, 0.8)
 ARGUMENTS = {  # by policy: of a training of a few steps
     "learned": [],

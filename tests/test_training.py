@@ -27,12 +27,6 @@ from hgc_learn.sampling import SamplingConfig, generate
 from hgc_learn.training.gates import Gates
 from hgc_learn.training.module import RouterModule
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The 'train_dataloader' does not have many workers",
-    "ignore:The 'val_dataloader' does not have many workers",
-    "ignore:You are trying to `self.log",
-)
-
 
 def test_the_price_is_the_lowest_that_keeps_to_the_budget(module: RouterModule) -> None:
     router, kept_before = module.router, 0.0

@@ -16,12 +16,6 @@ from hgc_learn.comparison.config import read_config
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.training.saved import read_saved
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The 'train_dataloader' does not have many workers",
-    "ignore:The 'val_dataloader' does not have many workers",
-    "ignore:You are trying to `self.log",
-)
-
 
 def test_a_cell_of_several_trainings(settings: dict[str, Any], teacher: Path, tmp_path: Path) -> None:
     training = {

@@ -22,11 +22,6 @@ from hgc_learn.sampling import SamplingConfig, generate, load_pipeline, schedule
 from hgc_learn.setting import Setting
 
 NUM_STEPS = SAMPLING.num_inference_steps
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The 'train_dataloader' does not have many workers",
-    "ignore:The 'val_dataloader' does not have many workers",
-    "ignore:You are trying to `self.log",
-)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,7 @@ from hgc_learn.teachers import train
 from hgc_learn.teachers.photographs import PhotographDataset, Photographs, cut_photographs
 from hgc_learn.teachers.pipeline import build_caption_tokenizer, tokenize
 
-pytestmark = [  # other libraries' warnings about each other
-    pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec:FutureWarning"),  # lightning, torch
-    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),  # diffusers
-    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
 
 @pytest.fixture

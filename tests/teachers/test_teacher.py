@@ -33,11 +33,7 @@ from hgc_learn.teachers.pipeline import (
 
 ROOT = Path(__file__).parent.parent.parent
 
-pytestmark = [  # other libraries' warnings about each other
-    pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec:FutureWarning"),  # lightning, torch
-    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),  # diffusers
-    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 needs_weights = pytest.mark.skipif(not (TEACHER_DIR / "model_index.json").exists(), reason="no teacher weights")
 
 
