@@ -25,10 +25,10 @@ from seeds import Recipe
 from torch import Tensor
 
 from hgc_learn.__main__ import guarded
-from hgc_learn.comparison.samples import draw_batches
+from hgc_learn.demo.scenes import draw_batches
 from hgc_learn.evaluation import picture_psnr, render
 from hgc_learn.export.export import decide, load_run
-from hgc_learn.export.learning import ALL, Learning
+from hgc_learn.export.learning import ALL, NOTHING, Learning
 from hgc_learn.files import save_json
 from hgc_learn.objectives import Rollout
 from hgc_learn.setting import Draft
@@ -105,7 +105,7 @@ EXPORTS = {
     "no reordering": Learning(reorder_trials=0),
     "no specialising": Learning(specialise_updates=0),
     "no learned fill-ins": Learning(fill_updates=0),
-    "none of these": Learning(reorder_trials=0, specialise_updates=0, fill_updates=0),
+    "none of these": NOTHING,
     ALONE: ALL,
 }
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hgc_learn.__main__ import guarded
-from hgc_learn.comparison.samples import draw_batches
+from hgc_learn.demo.scenes import draw_batches
 from hgc_learn.evaluation import picture_psnr, render
 from hgc_learn.export.export import load_run
 from hgc_learn.files import save_json

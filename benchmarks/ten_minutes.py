@@ -23,14 +23,13 @@ from hgc_learn.__main__ import guarded
 from hgc_learn.comparison.config import CompareConfig, read_config
 from hgc_learn.comparison.metrics import Obedience
 from hgc_learn.comparison.ranking import collect
-from hgc_learn.comparison.samples import draw_batches
 from hgc_learn.comparison.statistics import mean_interval, paired_difference
+from hgc_learn.demo.scenes import draw_batches
 from hgc_learn.evaluation import picture_psnr, render
 from hgc_learn.export.export import decide, load_run
-from hgc_learn.export.learning import Learning
+from hgc_learn.export.learning import NOTHING, Learning
 from hgc_learn.files import save_json
 
-ROUNDING = Learning(reorder_trials=0, specialise_updates=0, fill_updates=0)
 # Adam moves a logit by the learning rate per update: of half as many updates each moves farther, by the root of two.
 CHANGES = ("--trainer.devices=2", "--trainer.limit_train_batches=32", "--model.objective.learning_rate=0.14")
 
@@ -49,7 +48,7 @@ def judge(
     sampler: str,
     others: dict[float, dict[str, Any]],
     ckpt_path: Path,
-    learning: Learning = ROUNDING,
+    learning: Learning = NOTHING,
 ) -> Iterator[dict[str, Any]]:
     """A row per budget of what the router is exported as, on the comparison's test scenes; `others` are the cells to
     compare with."""

@@ -24,9 +24,9 @@ from typing import Any, cast
 import torch
 
 from hgc_learn.__main__ import guarded
-from hgc_learn.comparison.samples import draw_batches
+from hgc_learn.demo.scenes import draw_batches
 from hgc_learn.export.export import decide, in_batches, training_samples
-from hgc_learn.export.learning import Learning
+from hgc_learn.export.learning import NOTHING, Learning
 from hgc_learn.files import save_json
 from hgc_learn.models.macs import flop_counter
 from hgc_learn.sampling import generate
@@ -81,10 +81,9 @@ def teacher_forward(cli: RouterCLI) -> float:
 
 def export_flops(cli: RouterCLI, budget: float) -> float:
     """Operations of all that an export learns, besides those of the uncached pipeline's pictures."""
-    none = Learning(reorder_trials=0, specialise_updates=0, fill_updates=0)
 
     def count(name: str, number: int) -> float:
-        learning = replace(none, **{name: number})
+        learning = replace(NOTHING, **{name: number})
         return flops(partial(decide, cli.model, cli.datamodule, budget, learning))[1]
 
     total = 0.0

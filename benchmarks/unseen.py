@@ -21,8 +21,8 @@ from hgc_learn.__main__ import guarded
 from hgc_learn.comparison.cells import cell_files
 from hgc_learn.comparison.config import CompareConfig, read_config
 from hgc_learn.comparison.ranking import Ranking, collect
-from hgc_learn.comparison.samples import draw_batches
 from hgc_learn.comparison.statistics import mean_interval, paired_difference
+from hgc_learn.demo.scenes import draw_batches
 from hgc_learn.evaluation import picture_psnr, render
 from hgc_learn.files import save_json
 from hgc_learn.sampling import load_pipeline

@@ -99,7 +99,7 @@ def site_statistics(setting: Setting, sites: Sequence[str]) -> dict[str, SiteSta
 
 def _groups_that_fit(setting: Setting, sites: Sequence[str]) -> Iterator[list[str]]:
     largest_batch = max(len(batch["seed"]) for batch in setting.batches)
-    values = setting.num_steps * setting.batch_size * largest_batch
+    values = setting.num_steps * setting.num_halves * largest_batch
     group: list[str] = []
     num_bytes = 0
     for site in sites:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from hgc_learn.inference import HGCSchedule
 from hgc_learn.sampling import SamplingConfig, generate, scheduled
+from hgc_learn.schedule import HGCSchedule
 
 
 def picture_psnr(pictures: Tensor, references: Tensor) -> Tensor:

@@ -54,6 +54,17 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
+def plain(value: Any) -> Any:
+    """`value` as JSON has it: knobs may be tuples, paths, numpy numbers."""
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [plain(entry) for entry in value]
+    if isinstance(value, str | bool | int | float) or value is None:
+        return value
+    return value.item() if hasattr(value, "item") else str(value)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds.
 

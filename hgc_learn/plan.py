@@ -75,26 +75,26 @@ class Plan:
 
     steps: tuple[StepPlan, ...]
 
-    def macs(self, costs: Mapping[str, NodeCost], *, batch_size: int = 2, attention: bool = False) -> int:
-        """Multiply-accumulates of all steps. `batch_size` is 2 per image with guidance, 1 without; `attention`
+    def macs(self, costs: Mapping[str, NodeCost], *, num_halves: int = 2, attention: bool = False) -> int:
+        """Multiply-accumulates of all steps. `num_halves` is 2 per image with guidance, 1 without; `attention`
         counts the attention matmuls too (papers mostly leave them out)."""
-        return sum(self.macs_per_step(costs, batch_size=batch_size, attention=attention))
+        return sum(self.macs_per_step(costs, num_halves=num_halves, attention=attention))
 
-    def macs_beside(self, full: Plan, costs: Mapping[str, NodeCost], *, batch_size: int = 2) -> dict[str, int]:
+    def macs_beside(self, full: Plan, costs: Mapping[str, NodeCost], *, num_halves: int = 2) -> dict[str, int]:
         """Multiply-accumulates of the plan that computes everything and of this one, `full` and `cached`; with those of
         the attention matmuls, `full_attention` and `cached_attention`."""
         return {
-            f"{name}{suffix}": plan.macs(costs, batch_size=batch_size, attention=attention)
+            f"{name}{suffix}": plan.macs(costs, num_halves=num_halves, attention=attention)
             for suffix, attention in (("", False), ("_attention", True))
             for name, plan in (("full", full), ("cached", self))
         }
 
     def macs_per_step(
-        self, costs: Mapping[str, NodeCost], *, batch_size: int = 2, attention: bool = False
+        self, costs: Mapping[str, NodeCost], *, num_halves: int = 2, attention: bool = False
     ) -> list[int]:
         runs = {step.run for step in self.steps}  # few of them differ in most schedules
         macs = {run: sum(costs[name].total(attention) for name in run) for run in runs}
-        return [(1 if step.is_half else batch_size) * macs[step.run] for step in self.steps]
+        return [(1 if step.is_half else num_halves) * macs[step.run] for step in self.steps]
 
     def ages(self) -> dict[str, list[int]]:
         """Per site that is ever loaded: how many steps old its latest value is where it is loaded, 0 elsewhere."""
@@ -104,7 +104,7 @@ class Plan:
                 ages[load.site][i] = i - load.guided[0]
         return ages
 
-    def cache_bytes(self, costs: Mapping[str, NodeCost], *, batch_size: int = 2, itemsize: int = 4) -> int:
+    def cache_bytes(self, costs: Mapping[str, NodeCost], *, num_halves: int = 2, itemsize: int = 4) -> int:
         """The most bytes that kept tensors take at any one time. The ControlNets run first; what a model loads for the
         last time is freed at once, what it computes is kept when it has run."""
         kept: set[tuple[str, int]] = set()
@@ -113,7 +113,7 @@ class Plan:
             for is_unet in (False, True):
                 kept.difference_update(key for key in step.free if key[0].startswith("unet") == is_unet)
                 kept.update((name, i) for name in step.store if name.startswith("unet") == is_unet)
-                samples = {key: 1 if self.steps[key[1]].is_half else batch_size for key in kept}
+                samples = {key: 1 if self.steps[key[1]].is_half else num_halves for key in kept}
                 peak = max(peak, sum(samples[key] * costs[key[0]].numel for key in kept))
         return itemsize * peak
 

@@ -17,8 +17,9 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hgc_learn.inference import HGCSchedule, apply_schedule
+from hgc_learn.inference import apply_schedule
 from hgc_learn.models.architectures import check_fits
+from hgc_learn.schedule import HGCSchedule
 from hgc_learn.scheduler_config import default_settings
 from hgc_learn.timesteps import SPACINGS, steps_for_calls, with_spacing
 

@@ -98,12 +98,12 @@ class Setting:
     @property
     def is_guided(self) -> bool:
         """Whether a model call has an unguided and a guided half."""
-        return self.batch_size == 2
+        return self.num_halves == 2
 
     @property
-    def batch_size(self) -> int:
+    def num_halves(self) -> int:
         """Samples in a model call per picture."""
-        return self.graph.batch_size(self.sampling.guidance_scale)
+        return self.graph.num_halves(self.sampling.guidance_scale)
 
     def plan(self, draft: Draft) -> Plan:
         return compile_plan(self.graph, draft.sites, len(draft.timesteps or self.timesteps))
@@ -111,7 +111,7 @@ class Setting:
     def kept(self, draft: Draft) -> float:
         """Fraction of the full run's MACs (attention matmuls not counted) that a draft keeps."""
         full = self.num_steps * sum(cost.macs for cost in self.costs.values())
-        return self.plan(draft).macs(self.costs, batch_size=self.batch_size) / (self.batch_size * full)
+        return self.plan(draft).macs(self.costs, num_halves=self.num_halves) / (self.num_halves * full)
 
     def need_samples(self, policy: str) -> None:
         """Raises ValueError where there is no pipeline or nothing to measure on."""
@@ -150,7 +150,7 @@ class Setting:
             width=self.sampling.width,
             model=self.fingerprint,
             producer=producer | ({"paper": paper} if paper else {}),
-            macs=self.plan(draft).macs_beside(full, self.costs, batch_size=self.batch_size),
+            macs=self.plan(draft).macs_beside(full, self.costs, num_halves=self.num_halves),
             fidelity=fidelity or {},
             tensors=draft.tensors,
         )

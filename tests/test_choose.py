@@ -13,11 +13,11 @@ from training_fixtures import fit
 
 from hgc_learn.__main__ import main
 from hgc_learn.export.export import export, in_batches, load_run, training_samples
-from hgc_learn.export.learning import Learning
+from hgc_learn.export.learning import NOTHING
 from hgc_learn.schedule import HGCSchedule
 from hgc_learn.training.saved import read_saved, write_saved
 
-ROUNDING = Learning(learning_samples=4, reorder_trials=0, specialise_updates=0, fill_updates=0)
+ROUNDING = replace(NOTHING, learning_samples=4)
 BUDGET = 0.5
 
 

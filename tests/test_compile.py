@@ -111,8 +111,8 @@ def test_patterns_are_capped_within_the_budget(deep_module: RouterModule, max_pa
     router = deep_module.router
     generator = torch.Generator().manual_seed(seed)
     router.logits.data.copy_(torch.randn(router.logits.shape, generator=generator))
-    assert patterns.count(router, router.threshold(BUDGET)) > 3
-    gates = patterns.cap(router, router.threshold(BUDGET), BUDGET, max_patterns)
+    assert patterns.count(router, router.round(BUDGET)) > 3
+    gates = patterns.cap(router, router.round(BUDGET), BUDGET, max_patterns)
     assert patterns.count(router, gates) <= max_patterns
     assert BUDGET - 0.17 < router.kept(gates.compute) <= BUDGET
     setting: Setting = deep_module.setting
@@ -125,7 +125,7 @@ def test_what_a_cap_leaves_of_the_budget_is_spent(deep_module: RouterModule, max
     """The highest logits alone keep 0.41: the next gate of a group costs more than is left, later ones do not."""
     router = deep_module.router
     router.logits.data.copy_(torch.randn(router.logits.shape, generator=torch.Generator().manual_seed(1)))
-    gates = patterns.cap(router, router.threshold(BUDGET), BUDGET, max_patterns)
+    gates = patterns.cap(router, router.round(BUDGET), BUDGET, max_patterns)
     assert BUDGET - 0.03 < router.kept(gates.compute) <= BUDGET
 
 

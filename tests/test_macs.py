@@ -70,9 +70,9 @@ def assert_plan_is_true(tiny: Any, rows: dict[str, str], costs: Any, guidance_sc
             macs = counted(lambda: tiny(guidance_scale=guidance_scale, **kwargs))
     finally:
         remove_schedule(tiny.pipe)
-    batch_size = 2 if guidance_scale > 1 else 1
-    assert macs == tuple(plan.macs(cost, batch_size=batch_size, attention=attention) for attention in (False, True))
-    assert max(kept) == plan.cache_bytes(cost, batch_size=batch_size)
+    num_halves = 2 if guidance_scale > 1 else 1
+    assert macs == tuple(plan.macs(cost, num_halves=num_halves, attention=attention) for attention in (False, True))
+    assert max(kept) == plan.cache_bytes(cost, num_halves=num_halves)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -113,7 +113,7 @@ def test_counting_does_not_depend_on_weights_or_device() -> None:
     graph, costs = measure_costs(pipe.unet, pipe.controlnet, latent_size=(10, 13), **kwargs)
     assert set(costs) == set(graph.nodes)
     plan = compile_plan(graph, {}, 1)
-    assert plan.macs(costs, batch_size=4) == 4 * plan.macs(costs, batch_size=1)
+    assert plan.macs(costs, num_halves=4) == 4 * plan.macs(costs, num_halves=1)
     assert costs["unet:eps"].numel == 4 * 10 * 13
 
 

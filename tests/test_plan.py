@@ -126,7 +126,7 @@ def test_what_is_stored_is_there_when_loaded_and_gone_at_the_end(case: Case) -> 
             samples = {key: 1 if plan.steps[key[1]].is_half else 2 for key in kept}
             peak = max(peak, sum(samples[key] * costs[key[0]].numel for key in kept))
     assert not kept
-    assert plan.cache_bytes(costs, batch_size=2, itemsize=2) == 2 * peak
+    assert plan.cache_bytes(costs, num_halves=2, itemsize=2) == 2 * peak
     for name, row in ages.items():
         assert [age > 0 for age in row] == [name in step.loaded for step in plan.steps]
 
@@ -190,7 +190,7 @@ def test_expected_macs_of_certain_gates_are_the_plans(case: Case) -> None:
     )
     expected = ExpectedMacs(graph, costs, sites)(gates.reshape(NUM_STEPS, len(sites)))
     full = sum(cost.macs for cost in costs.values())
-    macs = compile_plan(graph, table, NUM_STEPS).macs_per_step(costs, batch_size=2)
+    macs = compile_plan(graph, table, NUM_STEPS).macs_per_step(costs, num_halves=2)
     torch.testing.assert_close(expected, torch.tensor(macs, dtype=torch.float64) / (2 * full), rtol=1e-9, atol=1e-12)
 
 

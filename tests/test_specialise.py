@@ -145,8 +145,8 @@ def test_samples_to_learn_from_are_the_first_in_batches() -> None:
 def test_what_is_left_is_spent(deep_module: RouterModule) -> None:
     router = deep_module.router
     for budget in (0.33, 0.5, 0.71):
-        start = router.threshold(budget)
-        spent = router.spend(start, budget)
+        start = router.gates(router.logits >= router.price(budget))
+        spent = router.round(budget)
         assert (spent.compute >= start.compute).all()
         kept = router.kept(spent.compute)
         assert router.kept(start.compute) <= kept <= budget + 1e-9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +12,9 @@ from hgc_learn.demo import TEACHER_DIR
 if TYPE_CHECKING:
     from hgc_learn.models.architectures import Architecture
     from hgc_learn.sampling import SamplingConfig
+
+DEFAULT_STEPS = 20
+DEFAULT_GUIDANCE_SCALE = 7.5
 
 
 def add_architecture(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -88,9 +92,9 @@ def samples(
     if args.data is None:
         if Path(args.model).resolve() != TEACHER_DIR.resolve():
             return []
-        from hgc_learn.demo.scenes import SceneDataset
+        from hgc_learn.demo.scenes import draw_batches
 
-        return list(DataLoader(SceneDataset(split, number), size))
+        return draw_batches(split, number, size)
     from hgc_learn.data import ControlDataModule
 
     is_training = split == "train"
@@ -116,3 +120,23 @@ def samples(
     )
     module.setup("fit" if is_training else "validate")
     return list(DataLoader(module.train_data if is_training else module.val_data, size))
+
+
+def finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def image_size(text: str) -> tuple[int, int]:
+    try:
+        height, width = (int(part) for part in (text.split("x") if "x" in text else (text, text)))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N or HEIGHTxWIDTH, as in 512 or 768x512") from None
+    if not (1 <= height <= 65_536 and 1 <= width <= 65_536):
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range: 1 to 65536 pixels")
+    return height, width

@@ -20,8 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hgc_learn.commands import add_architecture, named_architecture
-from hgc_learn.commands.macs import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, finite
+from hgc_learn.commands import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, add_architecture, finite, named_architecture
 from hgc_learn.commands.schedule import add_knobs
 
 if TYPE_CHECKING:

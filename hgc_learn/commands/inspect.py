@@ -90,7 +90,7 @@ def _with_model(schedule: HGCSchedule, architecture: Architecture) -> tuple[dict
         site: "".join(code if site in names else DEAD for code, names in zip(row, needed, strict=True))
         for site, row in schedule.sites.items()
     }
-    per_step = plan.macs_per_step(costs, batch_size=graph.batch_size(schedule.guidance_scale))
+    per_step = plan.macs_per_step(costs, num_halves=graph.num_halves(schedule.guidance_scale))
     return rows, [macs / per_step[0] for macs in per_step]
 
 

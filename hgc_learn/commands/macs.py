@@ -11,10 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from typing import TYPE_CHECKING, Any
 
-from hgc_learn.commands import add_architecture, named_architecture
+from hgc_learn.commands import (
+    DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_STEPS,
+    add_architecture,
+    finite,
+    image_size,
+    named_architecture,
+)
 
 if TYPE_CHECKING:
     from hgc_learn.models.architectures import Architecture
@@ -24,8 +30,6 @@ CONVENTIONS = {
     "macs": "multiply-accumulates of convolutions and linear layers; attention matmuls (QK^T, AV) not counted",
     "macs_with_attention": "the same with the attention matmuls counted",
 }
-DEFAULT_STEPS = 20
-DEFAULT_GUIDANCE_SCALE = 7.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +93,7 @@ def count_macs(
 
     height, width = size or architecture.default_size
     graph, costs = architecture.measure((height, width))
-    batch_size = graph.batch_size(guidance_scale)
+    num_halves = graph.num_halves(guidance_scale)
     per_forward: dict[str, dict[str, int]] = {}
     for node in graph.nodes.values():
         entry = per_forward.setdefault(node.model, dict.fromkeys(CONVENTIONS, 0))
@@ -101,52 +105,32 @@ def count_macs(
         "height": height,
         "width": width,
         "guidance_scale": guidance_scale,
-        "batch_size": batch_size,
+        "num_halves": num_halves,
         "num_tokens": architecture.num_tokens,
     }
     full = compile_plan(graph, {}, num_steps)
     plan = None if schedule is None else compile_plan(graph, schedule.sites, num_steps)
     for suffix, attention in (("", False), ("_with_attention", True)):
-        macs = full.macs(costs, batch_size=batch_size, attention=attention)
+        macs = full.macs(costs, num_halves=num_halves, attention=attention)
         result[f"macs{suffix}"] = macs
         if plan is not None:
-            per_step = plan.macs_per_step(costs, batch_size=batch_size, attention=attention)
+            per_step = plan.macs_per_step(costs, num_halves=num_halves, attention=attention)
             result[f"macs_cached{suffix}"] = sum(per_step)
             result[f"macs_reduction{suffix}"] = 1 - sum(per_step) / macs
             result[f"macs_cached_per_step{suffix}"] = per_step
     if plan is not None:
         result["num_patterns"] = plan.num_patterns()
-        result["cache_bytes_float16"] = plan.cache_bytes(costs, batch_size=batch_size, itemsize=2)
+        result["cache_bytes_float16"] = plan.cache_bytes(costs, num_halves=num_halves, itemsize=2)
     result["macs_per_forward_per_sample"] = per_forward
     result["conventions"] = CONVENTIONS
     return result
 
 
-def finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return value
-
-
-def image_size(text: str) -> tuple[int, int]:
-    try:
-        height, width = (int(part) for part in (text.split("x") if "x" in text else (text, text)))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not N or HEIGHTxWIDTH, as in 512 or 768x512") from None
-    if not (1 <= height <= 65_536 and 1 <= width <= 65_536):
-        raise argparse.ArgumentTypeError(f"{text!r} is out of range: 1 to 65536 pixels")
-    return height, width
-
-
 def _table(result: dict[str, Any]) -> str:
-    guided = "with guidance" if result["batch_size"] == 2 else "without guidance"
+    guided = "with guidance" if result["num_halves"] == 2 else "without guidance"
     lines = [
         f"{result['model']}: {result['num_steps']} steps, {result['height']}x{result['width']} pixels, "
-        f"{guided} ({result['batch_size']} sample(s) per call), {result['num_tokens']} tokens",
+        f"{guided} ({result['num_halves']} sample(s) per call), {result['num_tokens']} tokens",
         "",
         f"{'MACs':<28}{'attention matmuls':>20}{'attention matmuls':>20}",
         f"{'':<28}{'not counted':>20}{'counted':>20}",

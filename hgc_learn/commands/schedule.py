@@ -19,8 +19,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hgc_learn.commands import add_data, add_weights, load_weights, samples
-from hgc_learn.commands.macs import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, finite, image_size
+from hgc_learn.commands import (
+    DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_STEPS,
+    add_data,
+    add_weights,
+    finite,
+    image_size,
+    load_weights,
+    samples,
+)
 
 if TYPE_CHECKING:
     from hgc_learn.policies import Policy

@@ -12,8 +12,8 @@ import torch
 
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.trained import training_configuration, training_file
-from hgc_learn.comparison.tune import combinations, plain
-from hgc_learn.files import read_json
+from hgc_learn.comparison.tune import combinations
+from hgc_learn.files import plain, read_json
 from hgc_learn.models.fingerprint import SAME_NORM_TOLERANCE, ModelFingerprint
 from hgc_learn.policies import POLICIES
 from hgc_learn.sampling import SamplingConfig, load_pipeline

@@ -17,8 +17,9 @@ from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.metrics import Obedience, SceneFID, closeness_figures, optional_metric
 from hgc_learn.comparison.samples import full_samples, read_batches
 from hgc_learn.comparison.trained import checkpoint, training_configuration, training_folders
-from hgc_learn.comparison.tune import Candidate, Candidates, best, count_rollouts, list_candidates, plain, shortlist
+from hgc_learn.comparison.tune import Candidate, Candidates, best, count_rollouts, list_candidates, shortlist
 from hgc_learn.evaluation import Samples, closeness, picture_psnr, render
+from hgc_learn.files import plain
 from hgc_learn.models.macs import BudgetError
 from hgc_learn.policies import Policy
 from hgc_learn.policies.learned import kept_path

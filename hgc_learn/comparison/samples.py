@@ -19,17 +19,12 @@ from torch.utils.data import DataLoader, Subset
 from hgc_learn.comparison.config import CompareConfig
 from hgc_learn.comparison.metrics import Batch
 from hgc_learn.data import ControlDataModule
-from hgc_learn.demo.scenes import SceneDataset
+from hgc_learn.demo.scenes import draw_batches
 from hgc_learn.evaluation import Samples, render
 from hgc_learn.files import write_atomically
 from hgc_learn.sampling import SamplingConfig
 
 FIRST_SEEDS = {"train": 0, "validation": 1_000_000, "test": 2_000_000}  # of the noise, where samples have no seeds
-
-
-def draw_batches(split: str, num_scenes: int, batch_size: int, offset: int = 0) -> list[Batch]:
-    """The first scenes of a split of `hgc_learn.demo.scenes`, those after `offset`."""
-    return list(DataLoader(SceneDataset(split, num_scenes, offset), batch_size))
 
 
 def read_batches(config: CompareConfig, split: str, num_samples: int, batch_size: int, offset: int = 0) -> list[Batch]:

@@ -139,17 +139,6 @@ def _mean(psnr: Sequence[float]) -> float:
     return mean if math.isfinite(mean) else -math.inf
 
 
-def plain(value: Any) -> Any:
-    """`value` as JSON has it: knobs may be tuples, paths, numpy numbers."""
-    if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | range):
-        return [plain(entry) for entry in value]
-    if isinstance(value, str | bool | int | float) or value is None:
-        return value
-    return value.item() if hasattr(value, "item") else str(value)
-
-
 @dataclass
 class RolloutCount:
     """Pictures that were made, cached or not; one of fewer steps is that fraction of a picture."""
@@ -161,7 +150,7 @@ class RolloutCount:
 def count_rollouts(setting: Setting) -> Iterator[RolloutCount]:
     """Counts what runs through the setting's UNet, whoever runs it."""
     count = RolloutCount()
-    calls_per_sample = setting.num_steps * setting.batch_size
+    calls_per_sample = setting.num_steps * setting.num_halves
 
     def add(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         count.num_samples += len(args[0] if args else kwargs["sample"]) / calls_per_sample

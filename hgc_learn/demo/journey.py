@@ -12,17 +12,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from hgc_learn.demo.metrics import scene_metrics
-from hgc_learn.demo.scenes import SceneDataset
+from hgc_learn.demo.scenes import draw_batches
 from hgc_learn.evaluation import closeness, side_by_side
 from hgc_learn.export.export import KEPT_NAME, check_folder, export
 from hgc_learn.export.learning import ALL, Learning
 from hgc_learn.figures import picture_grid, save_figure
 from hgc_learn.files import save_json
-from hgc_learn.inference import HGCSchedule
 from hgc_learn.sampling import SamplingConfig, default_device
+from hgc_learn.schedule import HGCSchedule
 from hgc_learn.training.lightning_cli import train
 
 EVALUATION_BATCH_SIZE = 16
@@ -81,7 +80,7 @@ def run_demo(
 def judge(path: Path, pipe: Any, sampling: SamplingConfig, num_scenes: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compares a schedule with the uncached teacher on held-out scenes; figures and pictures."""
     schedule = HGCSchedule.load(path)
-    batches = [*DataLoader(SceneDataset("test", num_scenes), EVALUATION_BATCH_SIZE)]
+    batches = draw_batches("test", num_scenes, EVALUATION_BATCH_SIZE)
     full, cached, speedup = side_by_side(pipe, sampling, schedule, track(batches, description="generating"))
     per_sample = closeness(cached, full)
     figures = {name: float(values.mean()) for name, values in per_sample.items()}

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 FloatArray = NDArray[np.float32]
 
@@ -319,3 +319,8 @@ class SceneDataset(Dataset[dict[str, Any]]):
             "object_colors": torch.from_numpy(scene.object_colors),
             "seed": scene.seed,
         }
+
+
+def draw_batches(split: str, num_scenes: int, batch_size: int, offset: int = 0) -> list[dict[str, Any]]:
+    """The first scenes of a split, those after `offset`."""
+    return list(DataLoader(SceneDataset(split, num_scenes, offset), batch_size))

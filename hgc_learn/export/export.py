@@ -20,7 +20,7 @@ from hgc_learn.evaluation import picture_psnr
 from hgc_learn.export import fills, reorder, specialise
 from hgc_learn.export.choose import Weights, choose, read_routers
 from hgc_learn.export.kept import NOWHERE, Kept
-from hgc_learn.export.learning import ALL, Learning, OnUpdate, hold_out
+from hgc_learn.export.learning import ALL, NOTHING, Learning, OnUpdate, hold_out
 from hgc_learn.figures import gate_heatmap, save_figure
 from hgc_learn.sampling import default_device
 from hgc_learn.schedule import HGCSchedule, check_output
@@ -64,7 +64,7 @@ def export(
     check_output(output / FILE_NAME)  # rather now than after all has been learned
     _check_teacher(module, data)
     if not module.objective.is_specialised:
-        learning = replace(learning, reorder_trials=0, specialise_updates=0, fill_updates=0)
+        learning = replace(NOTHING, learning_samples=learning.learning_samples)
     settings = {"budget": budget, **asdict(learning), "max_patterns": max_patterns}
     ckpt_paths = [ckpt_path, *other_ckpt_paths]
     routers = read_routers(module, ckpt_paths)
@@ -188,8 +188,7 @@ def decide(
     Raises:
         BudgetError: it cannot be met.
     """
-    is_any = learning.reorder_trials or learning.specialise_updates or learning.fill_updates
-    samples = training_samples(data, learning.learning_samples) if is_any else []
+    samples = training_samples(data, learning.learning_samples) if learning.is_any else []
     trained = {name: value.clone() for name, value in module.router.state_dict().items()}
     try:
         reorder.reorder(

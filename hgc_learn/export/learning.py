@@ -43,9 +43,16 @@ class Learning:
             if number < 0:
                 raise ValueError(f"{name} is {number}; it must be 0 (none) or more.")
 
+    @property
+    def is_any(self) -> bool:
+        return bool(self.reorder_trials or self.specialise_updates or self.fill_updates)
+
 
 ALL = Learning()
 """As much as the project's own figures are of."""
+
+NOTHING = Learning(reorder_trials=0, specialise_updates=0, fill_updates=0)
+"""What the router rounds to."""
 
 
 def hold_out(batches: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:

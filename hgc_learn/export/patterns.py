@@ -53,7 +53,7 @@ def cap(router: Router, gates: Gates, budget: float, max_patterns: int) -> Gates
         groups = torch.from_numpy(fcluster(tree, num_groups, criterion="maxclust"))
         members = [[1 + step for step in (groups == group).nonzero().flatten().tolist()] for group in groups.unique()]
         shared = _shared(logits, members)
-        gates = router.spend(router.threshold(budget, shared), budget, shared, members)
+        gates = router.round(budget, shared, members)
         if count(router, gates) <= max_patterns:
             return gates
     raise AssertionError("one group and the first step are two patterns")

@@ -67,7 +67,7 @@ class Graph:
     opened: dict[str, tuple[nn.Module, type]] = field(default_factory=dict)
     takes_guidance_scale: bool = False
 
-    def batch_size(self, guidance_scale: float) -> int:
+    def num_halves(self, guidance_scale: float) -> int:
         """Samples in a model call per picture: an unguided and a guided one, or one where there is no guidance (1 or
         less), or the UNet takes its scale as an input."""
         return 2 if guidance_scale > 1 and not self.takes_guidance_scale else 1

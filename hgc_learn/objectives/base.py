@@ -55,7 +55,7 @@ class Objective(nn.Module):
         Raises:
             BudgetError: it cannot be met.
         """
-        return router.spend(router.threshold(budget), budget)
+        return router.round(budget)
 
     def draw(self, router: Router, budget: float, generator: torch.Generator) -> Gates | None:
         """Gates by chance, as training draws them; None if it draws none."""

@@ -47,7 +47,7 @@ class BlendedObjective(Objective):
     def update(self, module: RouterModule) -> None:
         """Moves the logits along their gradients, and keeps betas where they can still move."""
         module.update_router()
-        module.router.logits.data.clamp_(-MAX_LOGIT, MAX_LOGIT)
+        module.router.clamp(MAX_LOGIT)
 
     def prepare(self, module: RouterModule) -> None:
         guidance = module.graph.guidance

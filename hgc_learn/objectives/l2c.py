@@ -70,7 +70,7 @@ class L2C(BlendedObjective):
                 f"{least[interval]:.3f} of the MACs. A larger interval reaches lower budgets."
             )
         logits = torch.where(self._full_steps(router, interval), 2 * MAX_LOGIT, router.logits.detach())
-        return router.spend(router.threshold(budget, logits), budget, logits)
+        return router.round(budget, logits)
 
     @staticmethod
     def _full_steps(router: Router, interval: int) -> Tensor:

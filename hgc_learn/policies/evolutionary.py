@@ -170,7 +170,7 @@ class Encoding:
     def _macs(self, reused: Alternative) -> int:
         """MACs of a step per picture."""
         step = live_step(self.setting.graph, set(reused))
-        samples = 1 if step.is_half else self.setting.batch_size
+        samples = 1 if step.is_half else self.setting.num_halves
         return samples * sum(self.setting.costs[name].macs for name in step.run)
 
     def reused(self, step: Sequence[int]) -> dict[str, str]:

@@ -74,14 +74,14 @@ def strips(schedule: HGCSchedule, graph: Graph, costs: Mapping[str, NodeCost]) -
         ValueError: a schedule that does not fit the models.
     """
     plan = compile_plan(graph, schedule.sites, schedule.num_steps)
-    batch_size = graph.batch_size(schedule.guidance_scale)
-    batch = [1 if step.is_half else batch_size for step in plan.steps]
+    num_halves = graph.num_halves(schedule.guidance_scale)
+    batch = [1 if step.is_half else num_halves for step in plan.steps]
     run = [set(step.run) for step in plan.steps]
 
     def strip(name: str, part: str, nodes: Iterable[str]) -> Strip:
         paid = {node: costs[node].macs for node in nodes if costs[node].macs}
         macs = [n * sum(paid[node] for node in paid.keys() & names) for n, names in zip(batch, run, strict=True)]
-        return Strip(name, part, batch_size * sum(paid.values()), macs)
+        return Strip(name, part, num_halves * sum(paid.values()), macs)
 
     members: dict[str, list[str]] = {}
     for node in graph.nodes:

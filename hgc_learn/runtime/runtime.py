@@ -352,17 +352,17 @@ class Runtime(RoutedForwards):
         architecture = Architecture.of(self.pipe)
         size = architecture.default_size if schedule is None else (schedule.height, schedule.width)
         graph, costs = architecture.measure(size)
-        batch = graph.batch_size(7.5 if schedule is None else schedule.guidance_scale)
+        num_halves = graph.num_halves(7.5 if schedule is None else schedule.guidance_scale)
         plan = compile_plan(graph, self.rows, self.num_steps)
         full = compile_plan(graph, {}, self.num_steps)
-        macs = plan.macs_beside(full, costs, batch_size=batch)
+        macs = plan.macs_beside(full, costs, num_halves=num_halves)
         result: dict[str, Any] = {"num_steps": self.num_steps}
         result |= {f"macs_{name}": count for name, count in macs.items()}
         for suffix in ("", "_attention"):
             whole = macs[f"full{suffix}"]  # 0 before any run
             result[f"macs_reduction{suffix}"] = 1 - macs[f"cached{suffix}"] / whole if whole else 0.0
         result["num_patterns"] = plan.num_patterns()
-        result["cache_bytes"] = plan.cache_bytes(costs, batch_size=batch, itemsize=self.pipe.unet.dtype.itemsize)
+        result["cache_bytes"] = plan.cache_bytes(costs, num_halves=num_halves, itemsize=self.pipe.unet.dtype.itemsize)
         result["steps_run"] = self.num_calls["unet"]
         result["steps_refreshed"] = len(self.refreshed)
         return result

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from hgc_learn.__main__ import guarded
 from hgc_learn.demo import TEACHER_DIR
 from hgc_learn.demo.metrics import scene_metrics
-from hgc_learn.demo.scenes import IMAGE_SIZE, SceneDataset
+from hgc_learn.demo.scenes import IMAGE_SIZE, SceneDataset, draw_batches
 from hgc_learn.evaluation import picture_psnr
 from hgc_learn.figures import save_figure
 from hgc_learn.files import save_json
@@ -98,7 +98,7 @@ def save_grid(
     """Save a picture of test scenes: control, 20 steps, 10 steps, the drawn picture; two scenes per row."""
     from matplotlib import pyplot as plt
 
-    batch = next(iter(DataLoader(SceneDataset("test", 2 * NUM_ROWS), 2 * NUM_ROWS)))
+    (batch,) = draw_batches("test", 2 * NUM_ROWS, 2 * NUM_ROWS)
     columns = {"control": batch["conditioning_image"]}
     for steps in (20, 10):
         sampling = SamplingConfig(steps, guidance_scale, IMAGE_SIZE, IMAGE_SIZE)

@@ -150,11 +150,6 @@ def build_controlnet(
     return controlnet
 
 
-def build_scheduler() -> UniPCMultistepScheduler:
-    """The sampler that the pipeline folder carries."""
-    return UniPCMultistepScheduler(**SCHEDULER_CONFIG)
-
-
 def build_pipeline(
     *,
     tokenizer: CLIPTokenizer,
@@ -171,7 +166,7 @@ def build_pipeline(
         tokenizer=tokenizer,
         unet=unet,
         controlnet=controlnet,
-        scheduler=build_scheduler(),
+        scheduler=UniPCMultistepScheduler(**SCHEDULER_CONFIG),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -138,15 +138,12 @@ class ProbedForwards(RoutedForwards):
         return watched
 
     def _fill_in(self, load: Load, step: int, is_guided_alone: bool) -> Tensor:
-        unguided = load.unguided or self._sources(load.site, step, in_full=True)
+        unguided = load.unguided or latest([j for j in self.computed[load.site] if not self.is_half[j]], step)
         if unguided == load.guided or is_guided_alone:
             return self._combine(load, step, load.guided)
         num_unguided = len(self.values[load.site][0]) // 2
         halves = self._combine(load, step, unguided)[:num_unguided], self._combine(load, step, load.guided)
         return torch.cat([halves[0], halves[1][num_unguided:]])
-
-    def _sources(self, site: str, step: int, *, in_full: bool) -> tuple[int, ...]:
-        return latest([j for j in self.computed[site] if not (in_full and self.is_half[j])], step)
 
     def _combine(self, load: Load, step: int, sources: tuple[int, ...]) -> Tensor:
         """As `Cache` does: rounded once, at the end."""

@@ -65,6 +65,18 @@ class Router(nn.Module):
         price = self.price(budget, noisy)
         return self.spend(self.gates(noisy >= price), budget, noisy), price
 
+    def round(
+        self, budget: float, logits: Tensor | None = None, groups: Sequence[Sequence[int]] | None = None
+    ) -> Gates:
+        """Gates that compute as many of the highest logits as the budget allows, of other logits if given, and on which
+        the rest is spent as in `spend`.
+
+        Raises:
+            BudgetError: it cannot be met.
+        """
+        logits = self.logits.detach() if logits is None else logits
+        return self.spend(self.gates(logits >= self.price(budget, logits)), budget, logits, groups)
+
     def gates(self, compute: Tensor) -> Gates:
         """Computes where `compute` [steps, sites] says so, and at the first step."""
         compute = torch.cat([torch.ones_like(compute[:1]), compute[1:]])
@@ -100,9 +112,9 @@ class Router(nn.Module):
                     "overflow: train with --model.dtype=float32."
                 )
 
-    def clamp(self) -> None:
+    def clamp(self, limit: float = MAX_LOGIT) -> None:
         """Keeps the logits where gates can still change their mind."""
-        self.logits.data.clamp_(-MAX_LOGIT, MAX_LOGIT)
+        self.logits.data.clamp_(-limit, limit)
 
     def check_budget(self, budget: float) -> None:
         """Raises BudgetError if it cannot be met."""
@@ -150,29 +162,19 @@ class Router(nn.Module):
         others = (~torch.eye(len(self.sites), dtype=torch.bool)).tolist()
         return torch.tensor([1 - self._kept_by(row) for row in others])
 
-    def threshold(self, budget: float, logits: Tensor | None = None) -> Gates:
-        """Gates that compute as many of the highest logits as the budget allows, of other logits if given.
-
-        Raises:
-            BudgetError: it cannot be met.
-        """
-        logits = self.logits.detach() if logits is None else logits
-        return self.gates(logits >= self.price(budget, logits))
-
     def spend(
         self,
         gates: Gates,
         budget: float,
-        logits: Tensor | None = None,
+        logits: Tensor,
         groups: Sequence[Sequence[int]] | None = None,
     ) -> Gates:
-        """The gates with more of them computing, in the order of their logits (others if given), wherever the budget
-        allows: the next one of all may cost more than is left. Gates that nothing would read stay as they are.
+        """The gates with more of them computing, in the order of these logits, wherever the budget allows: the next
+        one of all may cost more than is left. Gates that nothing would read stay as they are.
 
         Args:
             groups: of steps that have equal gates and logits, and keep them equal; else every step is its own.
         """
-        logits = self.logits.detach() if logits is None else logits
         groups = [[step] for step in range(self.num_steps)] if groups is None else groups
         members = {steps[0]: steps for steps in groups}
         rows = gates.compute.tolist()
