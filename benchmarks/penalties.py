@@ -1,6 +1,6 @@
-"""What `l2c` and `harmonica` gain by other penalties: `python benchmarks/penalties.py`.
+"""What `l2c` and `harmonica` gain by other penalties and learning rates: `python benchmarks/penalties.py`.
 
-Trains each with its configuration of the comparison at several penalties, and judges what the routers give at every
+Trains each with its configuration of the comparison at several of both, and judges what the routers give at every
 budget, L2C's at the best interval, by the PSNR to the uncached pictures of validation scenes that nothing else uses.
 What is in the output already is not run again.
 """
@@ -8,6 +8,7 @@ What is in the output already is not run again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,18 +25,20 @@ from hgc_learn.export.export import load_run
 from hgc_learn.files import save_json
 from hgc_learn.models.macs import BudgetError
 from hgc_learn.objectives import L2C
+from hgc_learn.objectives.blend import MAX_LOGIT
 from hgc_learn.training.gates import Gates
 from hgc_learn.training.lightning_cli import train
 from hgc_learn.training.module import RouterModule
 
 
-def trained(policy: str, sampler: str, penalty: float) -> Path:
+def trained(policy: str, model: str, sampler: str, penalty: float, learning_rate: float) -> Path:
     """The checkpoint of a training, made if it is missing."""
-    folder = Path("runs/penalties", sampler, policy, f"{penalty:g}")
+    folder = Path("runs/penalties", Path(model).name, sampler, policy, f"{penalty:g}", f"{learning_rate:g}")
     done = folder / "done"
     if not done.is_file():
         arguments = [f"--config=configs/compare/train/{policy}-{sampler}.yaml", f"--checkpoint.dirpath={folder}"]
-        arguments += [f"--trainer.default_root_dir={folder}", f"--model.objective.penalty={penalty}"]
+        arguments += [f"--trainer.default_root_dir={folder}", f"--model.model={model}"]
+        arguments += [f"--model.objective.penalty={penalty}", f"--model.objective.learning_rate={learning_rate}"]
         train(["fit", *arguments])
         done.touch()
     return folder / "last.ckpt"
@@ -51,8 +54,10 @@ def candidates(module: RouterModule, budget: float) -> Iterator[Gates]:
             yield objective.gates(module.router, budget, interval=interval)
 
 
-def psnr_by_budget(ckpt_path: Path, budgets: Sequence[float], num_scenes: int) -> dict[str, float]:
+def judge(ckpt_path: Path, budgets: Sequence[float], num_scenes: int) -> dict[str, Any]:
+    """PSNR by budget, and which share of the logits can move no farther: between these nothing tells which goes first."""
     module, _ = load_run(ckpt_path)
+    logits = module.router.logits.detach()[1:]
     scenes = draw_batches("validation", num_scenes, 16, offset=2000)
     full = render(module.pipe, module.sampling, scenes).pictures
 
@@ -60,28 +65,33 @@ def psnr_by_budget(ckpt_path: Path, budgets: Sequence[float], num_scenes: int) -
         schedule = module.setting.schedule(module.draft(gates), policy="trained", settings={})
         return float(picture_psnr(render(module.pipe, module.sampling, scenes, schedule).pictures, full).mean())
 
-    return {f"{budget:g}": round(max(map(psnr, candidates(module, budget))), 3) for budget in budgets}
+    return {
+        "at_their_limit": round(float((logits.abs() >= MAX_LOGIT).float().mean()), 3),
+        "psnr_db": {f"{budget:g}": round(max(map(psnr, candidates(module, budget))), 3) for budget in budgets},
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sampler", default="UniPC-20")
+    parser.add_argument("--model", default="hgc_learn/demo/teacher")
     parser.add_argument("--policies", nargs="+", default=["l2c", "harmonica"])
     parser.add_argument("--penalties", type=float, nargs="+", default=[3e-5, 3e-4, 3e-3])
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[0.02, 0.05, 0.1])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.37, 0.25, 0.15])
     parser.add_argument("--num_scenes", type=int, default=32)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/penalties.json"))
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = json.loads(args.output.read_text()) if args.output.is_file() else []
-    for policy in args.policies:
-        for penalty in args.penalties:
-            what = {"policy": policy, "sampler": args.sampler, "penalty": penalty}
-            if any(what.items() <= row.items() for row in rows):
-                continue
-            psnr = psnr_by_budget(trained(policy, args.sampler, penalty), args.budgets, args.num_scenes)
-            rows.append({**what, "num_scenes": args.num_scenes, "psnr_db": psnr})
-            save_json(args.output, rows)
-            print(json.dumps(rows[-1]), flush=True)
+    for policy, penalty, learning_rate in itertools.product(args.policies, args.penalties, args.learning_rates):
+        what = {"policy": policy, "model": args.model, "sampler": args.sampler}
+        what |= {"penalty": penalty, "learning_rate": learning_rate}
+        if any(what.items() <= row.items() for row in rows):
+            continue
+        ckpt_path = trained(policy, args.model, args.sampler, penalty, learning_rate)
+        rows.append({**what, "num_scenes": args.num_scenes, **judge(ckpt_path, args.budgets, args.num_scenes)})
+        save_json(args.output, rows)
+        print(json.dumps(rows[-1]), flush=True)
 
 
 if __name__ == "__main__":

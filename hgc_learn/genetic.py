@@ -19,6 +19,7 @@ Genes = NDArray[np.int64]
 def search(
     error: Callable[[Genes], float],
     kept: Callable[[Genes], float],
+    canonical: Callable[[Genes], Genes],
     starts: Sequence[Genes],
     sizes: Sequence[int],
     *,
@@ -31,13 +32,14 @@ def search(
     error first, which is never worse than the best of the starts.
 
     Args:
+        canonical: one form of all genes that make the same schedule, of which no two survive.
         starts: where it begins, all within the budget; the best `population` of them survive.
         sizes: number of alternatives of each gene.
         generations: after the starts; each costs `population` evaluations.
     """
     shape = starts[0].shape
     problem = _Schedules(error, shape, sizes)
-    vary = _Variation(kept, shape, sizes, budget)
+    vary = _Variation(kept, canonical, shape, sizes, budget)
     flat = np.stack([genes.ravel() for genes in starts])
     algorithm = GA(pop_size=population, sampling=flat, crossover=_StepCrossover(shape), mutation=vary)
     algorithm.setup(problem, termination=("n_gen", generations + 1), seed=seed, verbose=False)
@@ -80,9 +82,16 @@ class _StepCrossover(Crossover):
 class _Variation(Mutation):
     """Changes a few genes or lets two steps change places, then spends the budget: first no more, then no less."""
 
-    def __init__(self, kept: Callable[[Genes], float], shape: tuple[int, ...], sizes: Sequence[int], budget: float):
+    def __init__(
+        self,
+        kept: Callable[[Genes], float],
+        canonical: Callable[[Genes], Genes],
+        shape: tuple[int, ...],
+        sizes: Sequence[int],
+        budget: float,
+    ):
         super().__init__()
-        self.kept, self.genes_shape, self.sizes, self.budget = kept, shape, sizes, budget
+        self.kept, self.canonical, self.genes_shape, self.sizes, self.budget = kept, canonical, shape, sizes, budget
 
     def _do(self, problem: Any, X: NDArray[Any], *args: Any, random_state: Any = None, **kwargs: Any) -> NDArray[Any]:
         return np.stack([self.vary(x.reshape(self.genes_shape).copy(), random_state).ravel() for x in X])
@@ -98,7 +107,7 @@ class _Variation(Mutation):
                 nearby = genes[step, gene] + rng.choice([-1, 1])  # alternatives are in the order of their cost
                 anything = rng.integers(self.sizes[gene])
                 genes[step, gene] = np.clip(nearby if rng.random() < 0.5 else anything, 0, self.sizes[gene] - 1)
-        return self.spend(self.reduce(genes, rng), rng)
+        return self.canonical(self.spend(self.reduce(genes, rng), rng))
 
     def reduce(self, genes: Genes, rng: np.random.Generator) -> Genes:
         """Raises genes at random, where that saves something, until the budget is met."""

@@ -138,7 +138,7 @@ class BlendedForwards(RoutedForwards):
                 return fresh
             value = shares[column] * fresh + (1 - shares[column]) * self.cache[node.name]
             if node.name in kept:
-                self.cache[node.name] = fresh.detach()
+                self.cache[node.name] = value.detach()  # as in HarmoniCa's code: the blend
             return value
 
         return run_graph(self.graph, self._calls(latents), visit)

@@ -1,7 +1,7 @@
 """HarmoniCa (Huang et al. 2025, arXiv 2410.01723), for UNets with ControlNets.
 
 The student's own trajectory from noise, with its own cache: at every step its layers are blends of their fresh and
-their kept value, and a layer's value is kept anew only where beta > threshold. The router learns to predict what the
+their kept value, and a layer's blend is kept only where beta > threshold. The router learns to predict what the
 full models predict from the same latents, guided: weight[step] * |full - blended|^2 + penalty * sum(beta). A step's
 weight is the error of the final latents that caching at that step alone causes.
 

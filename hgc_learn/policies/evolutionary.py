@@ -107,6 +107,7 @@ def _evolve(encoding: Encoding, budget: float, population: int, generations: int
         last = search(
             error,
             encoding.kept,
+            encoding.canonical,
             best,
             encoding.sizes,
             budget=budget,
@@ -163,6 +164,7 @@ class Encoding:
         self.genes = {name: those for name, those in self.genes.items() if len(those) > 1}
         self.sizes = [len(alternatives) for alternatives in self.genes.values()]
         self.macs: dict[tuple[int, ...], int] = {}
+        self.same: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def _by_cost(self, alternatives: Sequence[Alternative]) -> list[Alternative]:
         return sorted(alternatives, key=lambda reused: -self._macs(reused))
@@ -180,6 +182,26 @@ class Encoding:
             result.update(alternatives[value])
         output = self.setting.graph.output
         return {output: result[output]} if output in result else result
+
+    def canonical(self, genes: Genes) -> Genes:
+        """The same schedule with 0 wherever a gene makes no difference: where a step reuses the prediction, nothing
+        else does."""
+        return np.array([self._canonical(tuple(step)) for step in genes.tolist()])
+
+    def _canonical(self, step: tuple[int, ...]) -> tuple[int, ...]:
+        if step not in self.same:
+            result = step
+            for gene in range(len(step)):
+                without = (*result[:gene], 0, *result[gene + 1 :])
+                result = without if self._does(without) == self._does(step) else result
+            self.same[step] = result
+        return self.same[step]
+
+    def _does(self, step: Sequence[int]) -> object:
+        """What a step runs, and what it loads how."""
+        reused = self.reused(step)
+        live = live_step(self.setting.graph, set(reused))
+        return live, [reused[site] for site in live.load]
 
     def draft(self, genes: Genes) -> Draft:
         steps: list[dict[str, str]] = [{}, *(self.reused(step) for step in genes.tolist())]
@@ -238,7 +260,7 @@ def rules(encoding: Encoding, budget: float) -> list[Genes]:
             within = (genes for genes in tried if encoding.kept(genes) <= budget)
             for genes in itertools.islice(within, 1):
                 found.setdefault(str(encoding.draft(genes).sites), genes)
-    return list(found.values())
+    return [encoding.canonical(genes) for genes in found.values()]
 
 
 def _spaced(reused: Sequence[int], full: Sequence[int], num_steps: int) -> Genes:

@@ -180,7 +180,7 @@ class Router(nn.Module):
         rows = gates.compute.tolist()
         kept = [1.0, *map(self._kept_by, rows[1:])]
         left = budget * self.num_steps - sum(kept)
-        for index in logits.flatten().argsort(descending=True).tolist():
+        for index in logits.flatten().argsort(descending=True, stable=True).tolist():
             step, site = divmod(index, len(self.sites))
             if step not in members or rows[step][site]:
                 continue

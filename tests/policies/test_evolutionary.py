@@ -9,7 +9,7 @@ from measured import measured_setting, shared_setting, single_sample_setting
 from hgc_learn.calibration import mean_psnr
 from hgc_learn.comparison.tune import count_rollouts
 from hgc_learn.genetic import Genes, search
-from hgc_learn.plan import compile_plan
+from hgc_learn.plan import Plan, compile_plan
 from hgc_learn.policies import POLICIES
 from hgc_learn.policies.evolutionary import CLEARLY, Encoding, Race, evolutionary, rules
 
@@ -24,6 +24,31 @@ def test_kept_is_that_of_the_plan_whatever_the_genes(seed: int) -> None:
     encoding = Encoding(shared_setting())
     genes = random_genes(encoding, seed)
     assert encoding.kept(genes) == pytest.approx(encoding.setting.kept(encoding.draft(genes)), abs=1e-12)
+
+
+def plan_of(encoding: Encoding, genes: Genes) -> Plan:
+    return compile_plan(encoding.setting.graph, encoding.draft(genes).sites, encoding.setting.num_steps)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_genes_that_make_no_difference_are_zero(seed: int) -> None:
+    encoding = Encoding(shared_setting())
+    genes = random_genes(encoding, seed)
+    canonical = encoding.canonical(genes)
+    assert plan_of(encoding, canonical) == plan_of(encoding, genes)
+    for step, gene in np.argwhere(canonical > 0):
+        without = canonical.copy()
+        without[step, gene] = 0
+        assert plan_of(encoding, without) != plan_of(encoding, genes)
+
+
+def test_a_search_keeps_no_schedule_twice() -> None:
+    setting = single_sample_setting()
+    knobs = {"budget": 0.3, "population": 12, "generations": 4}
+    encoding, drafts = Encoding(setting), [evolutionary(setting, **knobs, rank=rank) for rank in range(12)]
+    plans = [compile_plan(setting.graph, draft.sites, setting.num_steps) for draft in drafts]
+    assert all(plan not in plans[:i] for i, plan in enumerate(plans))
+    assert all(np.array_equal(genes, encoding.canonical(genes)) for genes in rules(encoding, 0.3))
 
 
 def test_alternatives_are_ordered_and_each_does_something() -> None:
@@ -129,7 +154,7 @@ def test_the_search_finds_a_known_optimum_within_its_budget() -> None:
         return float(weights[genes[:, 0] > 0].sum())
 
     start = np.array([[0], [0], [0], [0], [1], [1], [1], [1]])
-    last = search(error, kept, [start], [2], budget=0.5, population=12, generations=20, seed=0)
+    last = search(error, kept, np.copy, [start], [2], budget=0.5, population=12, generations=20, seed=0)
     assert last[0].ravel().tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
     assert [error(genes) for genes in last] == sorted(error(genes) for genes in last)
     assert len({genes.tobytes() for genes in last}) == len(last)
