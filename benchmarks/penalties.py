@@ -55,7 +55,7 @@ def candidates(module: RouterModule, budget: float) -> Iterator[Gates]:
 
 
 def judge(ckpt_path: Path, budgets: Sequence[float], num_scenes: int) -> dict[str, Any]:
-    """PSNR by budget, and which share of the logits can move no farther: between these nothing tells which goes first."""
+    """PSNR by budget, and which share of the logits can move no farther: nothing tells which of these goes first."""
     module, _ = load_run(ckpt_path)
     logits = module.router.logits.detach()[1:]
     scenes = draw_batches("validation", num_scenes, 16, offset=2000)

@@ -43,10 +43,12 @@ def is_stand_in(value: Any) -> bool:
 
 def how_to_set(scheduler: str, name: str, value: Any) -> str:
     """What to do where a setting is not `value`; a sentence without its end."""
-    if isinstance(value, str) and value.startswith(DIGEST):
-        return f"Set {name} of pipe.scheduler as it was"
-    text = value.removeprefix(JSON) if is_stand_in(value) else repr(value)
-    return f"Set pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, {name}={text})"
+    if is_stand_in(value):
+        try:
+            value = json.loads(value.removeprefix(JSON))
+        except ValueError:  # a digest; or whatever a stranger's file says
+            return f"Set {name} of pipe.scheduler as it was"
+    return f"Set pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, {name}={value!r})"
 
 
 def _single(value: Any) -> Any:

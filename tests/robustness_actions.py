@@ -154,13 +154,25 @@ def under_autocast(pipe: Any) -> Tensor:
 
 
 def another_pipeline(pipe: Any, kind: str, own_scheduler: bool) -> Tensor:
-    """A call of a pipeline that shares the models of the scheduled one, after one of it."""
-    run(pipe)
+    """A call of a pipeline that shares the models of the scheduled one."""
     scheduler = copy.deepcopy(pipe.scheduler) if own_scheduler else pipe.scheduler
     parts = {**pipe.components, "scheduler": scheduler}
     other = getattr(diffusers, kind)(**parts, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     return run(other)
+
+
+def called_before(pipe: Any) -> None:
+    """Without a schedule, if none is applied yet."""
+    run(pipe)
+
+
+def other_controlnet(pipe: Any, tensors: dict[str, Any]) -> None:
+    pipe.controlnet = build().controlnet
+
+
+def other_unet(pipe: Any, tensors: dict[str, Any]) -> None:
+    pipe.unet = build().unet
 
 
 def own_loop(pipe: Any) -> Tensor:

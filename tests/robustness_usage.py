@@ -123,6 +123,16 @@ def calls() -> list[Row]:
             act.when(MIDDLE, act.larger_latents, "latents"),
             refreshed=(MIDDLE,),
         ),
+        row(
+            "another ControlNet put into the pipeline by a callback",
+            call=act.when(MIDDLE, act.other_controlnet),
+            refused="pipe.controlnet is not the one that the schedule was applied to",
+        ),
+        row(
+            "another UNet put into the pipeline by a callback",
+            call=act.when(MIDDLE, act.other_unet),
+            refused="pipe.unet is not the one that the schedule was applied to",
+        ),
         row("latents replaced by a callback", call=act.when(MIDDLE, act.other_latents, "latents")),
         row("latents changed in place by a callback", call=act.when(MIDDLE, act.latents_in_place, "latents")),
         row("under torch.inference_mode", run=act.in_inference_mode),
@@ -153,11 +163,13 @@ def calls() -> list[Row]:
         row(
             "a call of another pipeline that shares UNet and scheduler",
             run=lambda pipe: act.another_pipeline(pipe, "StableDiffusionControlNetImg2ImgPipeline", False),
+            change=act.called_before,
             refused=FOREIGN,
         ),
         row(
             "a call of another pipeline that shares the UNet",
             run=lambda pipe: act.another_pipeline(pipe, "StableDiffusionControlNetPipeline", True),
+            change=act.called_before,
             refused=FOREIGN,
         ),
         row(

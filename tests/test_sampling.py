@@ -105,7 +105,9 @@ def test_lists_and_objects_among_the_settings_are_compared() -> None:
     ) == ("Set pipe.scheduler = X.from_config(pipe.scheduler.config, disable_corrector=[0, 1])")
     assert how_to_set("X", "solver_order", 2).endswith("solver_order=2)")
     digest = scheduler_config(unipc(trained_betas=betas))["trained_betas"]
-    assert how_to_set("X", "trained_betas", digest) == "Set trained_betas of pipe.scheduler as it was"
+    for text in (digest, "json __import__('os').system('true')"):  # the latter in a stranger's file
+        assert how_to_set("X", "trained_betas", text) == "Set trained_betas of pipe.scheduler as it was"
+    assert how_to_set("X", "disable_corrector", "json [true, null]").endswith("disable_corrector=[True, None])")
 
 
 def test_a_setting_is_of_the_pipelines_own_scheduler(teacher: Path) -> None:

@@ -43,6 +43,7 @@ class RoutedForwards:
         self.multi: Any = None  # what calls several ControlNets, and the hook that is on it
         self.multi_hook: Any = None
         self.timesteps: Tensor | None = None
+        self.applied_at: Tensor | None = None  # timesteps that there were then
         self.num_calls: dict[str, int] = {}
         self.refreshed: set[int] = set()
         self.new_run()
@@ -92,6 +93,8 @@ class RoutedForwards:
     def install(self) -> None:
         """Raises ValueError where others stand in the place of a forward."""
         self.check_models()
+        self.applied_at = getattr(self.pipe.scheduler, "timesteps", None)
+        self._see_run()  # one that began without the schedule
         for model, module in self.models.items():
             forward = self.unet_forward if model == "unet" else partial(self.controlnet_forward, model)
             self.replaced[model] = take_over(module, forward)
@@ -140,11 +143,12 @@ class RoutedForwards:
     @torch.compiler.disable
     def begin(self, model: str, timestep: Any, sample: Tensor, inputs: Any) -> int:
         """Returns the step's index; notes in `refreshed` if the inputs differ from those of the step before."""
+        self._check_models_are_the_same()
         timesteps = self.pipe.scheduler.timesteps
         place = place_in(timesteps, timestep)
         if timesteps is not self.timesteps:  # set_timesteps has been called: a new run
             self.new_run()
-            self._check_pipeline()
+            self._check_pipeline(is_first=place == 0)
             self.check_run(timesteps)
             self.timesteps, self.settings = timesteps, Settings(self.models)
             offloaded = [*self.models.values(), getattr(self.pipe, "controlnet", None)]
@@ -180,8 +184,8 @@ class RoutedForwards:
         self.num_calls[model] += 1
         return step
 
-    def _check_pipeline(self) -> None:
-        """Whether it is the pipeline itself that calls: only then is it known whether there is guidance."""
+    def _check_models_are_the_same(self) -> None:
+        """Whether the pipeline has the models that the schedule was applied to: any may be replaced in mid-run."""
         models = routed_models(self.pipe)
         names = sorted(self.models.keys() | models.keys())
         others = [model for model in names if models.get(model) is not self.models.get(model)]
@@ -192,6 +196,10 @@ class RoutedForwards:
                 f"pipe.{others[0]} is not the one that the schedule was applied to. Call handle.remove(), then apply "
                 "the schedule again."
             )
+
+    def _check_pipeline(self, *, is_first: bool) -> None:
+        """Whether it is the pipeline itself that calls, at the first of all its steps or not: only then is it known
+        whether there is guidance. And whether its models are as they were."""
         for model in self.models:
             if _is_group_offload_enabled(self.models[model]):
                 raise ValueError(
@@ -212,8 +220,13 @@ class RoutedForwards:
                 )
         if hasattr(type(self.pipe), "num_timesteps"):
             number = self.pipe.__dict__.get("_num_timesteps")
-            if number is None or isinstance(number, _Seen):
+            is_under_way = self.pipe.scheduler.timesteps is self.applied_at and not is_first
+            if number is None or (isinstance(number, _Seen) and not is_under_way):
                 raise ValueError(_foreign("The UNet or a ControlNet"))
+            self._see_run()
+
+    def _see_run(self) -> None:
+        if (number := self.pipe.__dict__.get("_num_timesteps")) is not None:
             self.pipe._num_timesteps = _Seen(number)
 
     def _module(self, path: str) -> nn.Module | None:
