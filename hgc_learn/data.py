@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import datasets
 import lightning as L
 import numpy as np
+from datasets.table import embed_table_storage
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -92,6 +93,8 @@ class ControlDataModule(L.LightningDataModule):
             val_indices = self._draw(len(val_rows), num_val)
         self.train_data = _Samples(rows, self._draw(num_open, num_train), hp, seed, hp["prompt_dropout"])
         self.val_data = _Samples(val_rows, val_indices, hp, seed + num_train)
+        for samples in (self.train_data, self.val_data):
+            samples.check()
 
     def _read(self, split: str, num_rows: int) -> Any:
         """`num_rows` rows of a split or more, with the columns that are used."""
@@ -161,8 +164,8 @@ def read_rows(
                 )
         rows = rows.select_columns(columns)
         for column in picture_columns:
-            rows = rows.cast_column(column, datasets.Image())
-        rows = list(rows.take(num_rows)) if streaming else rows
+            rows = rows.cast_column(column, datasets.Image(decode=not streaming))
+        rows = _taken(rows, num_rows, fetch=not Path(name).is_dir()) if streaming else rows
     except UNREADABLE as error:
         is_vague = isinstance(error, datasets.exceptions.DatasetGenerationError)  # says only that something went wrong
         reason = error.__cause__ if is_vague and error.__cause__ else error
@@ -174,8 +177,22 @@ def read_rows(
     if not len(rows):
         raise ValueError(f"{name}, split {split!r}: it is empty; set train_split and val_split.")
     if len(rows) < num_rows:
-        raise ValueError(f"{name}, split {split!r}: has {len(rows)} rows, num_train + num_val asks for {num_rows}.")
+        raise ValueError(
+            f"{name}, split {split!r}: has {len(rows)} rows, num_train + num_val asks for {num_rows}: lower "
+            "one of both."
+        )
     return rows
+
+
+def _taken(rows: Any, num_rows: int, *, fetch: bool) -> Any:
+    """The first rows of a stream, their pictures as the files have them: decoded they may be fifty times as large.
+    `fetch`: now, not wherever they are drawn."""
+    if not (taken := list(rows.take(num_rows))):
+        return taken
+    kinds = dict(rows.features)
+    kinds |= {name: datasets.Image() for name, kind in kinds.items() if isinstance(kind, datasets.Image)}
+    table = datasets.Dataset.from_list(taken, datasets.Features(kinds))
+    return table.with_format("arrow").map(embed_table_storage, batched=True).with_format(None) if fetch else table
 
 
 def _load(name: str, config_name: str | None, split: str, streaming: bool) -> Any:
@@ -231,6 +248,15 @@ class _Samples(Dataset[dict[str, Any]]):
             "conditioning_image": self.processor.preprocess(picture)[0],
             "seed": seed,
         }
+
+    def check(self) -> None:
+        """Reads every row that is drawn: rather now than after hours of training.
+
+        Raises:
+            ValueError: as `read_row`, or a picture is far from the shape that it is resized to.
+        """
+        for index in self.indices:
+            self._row(index)
 
     def _row(self, index: int) -> tuple[Image.Image, str]:
         """The picture and the prompt, checked."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -232,6 +232,27 @@ def scheduled(pipe: Any, sampling: SamplingConfig, schedule: HGCSchedule | None)
             yield replace(sampling, num_inference_steps=num_steps)
     finally:
         pipe.scheduler = scheduler
+
+
+def check_batch(batch: Mapping[str, Any]) -> None:
+    """Raises ValueError where a data module of one's own gives what `generate` does not take, or control images that
+    no pipeline would be called with. Reads back from the device."""
+    if missing := [name for name in ("text", "conditioning_image", "seed") if name not in batch]:
+        raise ValueError(f"The data gives batches without {' and '.join(missing)}; docs/train.md says what they hold.")
+    for text, image in zip(batch["text"], batch["conditioning_image"], strict=True):
+        if image.ndim != 3 or not image.is_floating_point():
+            raise ValueError(
+                f"The control image of {text!r} is {image.dtype} {list(image.shape)}; it must be floating-point "
+                "[3, height, width]."
+            )
+        if not image.isfinite().all():
+            raise ValueError(f"The control image of {text!r} holds NaN or infinity. Repair it or leave it out.")
+        low, high = image.aminmax()
+        if low < 0 or high > 1:
+            raise ValueError(
+                f"The control image of {text!r} goes from {low:.3g} to {high:.3g}; it must be in [0, 1], as pipelines "
+                "are given them."
+            )
 
 
 def generate(

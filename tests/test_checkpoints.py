@@ -103,6 +103,17 @@ def test_epochs_may_have_another_length_when_resumed_from_the_end_of_one(teacher
         assert ckpt_path.read_bytes() == before
 
 
+@pytest.mark.parametrize("interval", ["every_n_epochs=2", "every_n_train_steps=2", "train_time_interval=0:10:00"])
+def test_the_end_of_a_training_is_saved_whatever_the_interval(interval: str, teacher: Path, tmp_path: Path) -> None:
+    more = ["--data.batch_size=1", "--trainer.limit_train_batches=1", f"--checkpoint.{interval}"]
+    whole = torch.load(fit(teacher, tmp_path / "whole", -1, "--trainer.max_epochs=5", *more), weights_only=True)
+    assert whole["global_step"] == 5
+    ckpt_path = fit(teacher, tmp_path / "parts", -1, "--trainer.max_epochs=3", *more)
+    assert torch.load(ckpt_path, weights_only=True)["global_step"] == 3
+    ckpt_path = fit(teacher, tmp_path / "parts", -1, "--trainer.max_epochs=5", f"--ckpt_path={ckpt_path}", *more)
+    assert torch.load(ckpt_path, weights_only=True)["global_step"] == 5
+
+
 def test_what_is_asked_for_holds_on_resuming(teacher: Path, tmp_path: Path) -> None:
     """Lightning would take the checkpoint's settings without a word."""
     ckpt_path = fit(teacher, tmp_path, 1)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import hgc_learn.data
 from hgc_learn.data import ControlDataModule
 
 NUM_ROWS = 6
@@ -203,7 +204,7 @@ WRONG: dict[str, tuple[Change, dict[str, Any], str]] = {
     "no file_name": (lambda f: (f / "metadata.jsonl").write_text('{"text": "a"}'), {}, "`file_name`"),
     "unknown split": (lambda _: None, {"train_split": "tran"}, "split 'tran'.*train"),
     "unknown val split": (lambda _: None, {"val_split": "val"}, "split 'val'"),
-    "too few rows": (lambda _: None, {"num_train": 7}, "has 6 rows, num_train . num_val asks for 9"),
+    "too few rows": (lambda _: None, {"num_train": 7}, "has 6 rows, num_train . num_val asks for 9: lower one of both"),
     "no folder": (lambda _: None, {"dataset": "/no/such/folder"}, "/no/such/folder, split 'train': there is no such"),
     "dropout": (lambda _: None, {"prompt_dropout": 2.0}, "prompt_dropout is 2.0"),
 }
@@ -220,8 +221,7 @@ def test_what_is_wrong_is_said_in_one_line(case: str, streaming: bool, tmp_path:
     if case == "too few rows":
         options = options | {"num_val": 2}
     with pytest.raises(ValueError, match=message) as error:
-        data = ready(Path(options.get("dataset", tmp_path)), streaming=streaming, **_without(options, "dataset"))
-        list(data.train_dataloader())
+        ready(Path(options.get("dataset", tmp_path)), streaming=streaming, **_without(options, "dataset"))
     assert "\n" not in str(error.value)
     assert str(options.get("dataset", tmp_path)) in str(error.value) or case == "dropout"
     del error
@@ -291,6 +291,25 @@ def test_transparent_pictures_are_refused_opaque_ones_are_not(tmp_path: Path, mo
         save(picture, path)
     with pytest.raises(ValueError, match=r"row \d+: its picture is transparent in places.*black for edges"):
         ready(tmp_path).train_data[0]
+
+
+def test_what_is_streamed_stays_as_large_as_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path)
+    for path in folder.glob("control*"):
+        Image.new("RGB", (2000, 1500), (9, 9, 9)).save(path)
+    read, taken = ready(folder, streaming=True).train_data.rows, hgc_learn.data._taken
+    assert read.data.nbytes < sum(path.stat().st_size for path in folder.glob("control*"))  # the names
+
+    def from_afar(rows: Any, num_rows: int, *, fetch: bool) -> Any:
+        return taken(rows, num_rows, fetch=not fetch)
+
+    monkeypatch.setattr(hgc_learn.data, "_taken", from_afar)
+    data = ready(folder, streaming=True).train_data
+    expected = data[1]["conditioning_image"]
+    for path in folder.iterdir():
+        path.unlink()
+    assert data.rows.data.nbytes < 2000 * 1500
+    assert torch.equal(data[1]["conditioning_image"], expected)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from test_schedule import WITH_TENSORS
+from torch import Tensor
 from training_fixtures import SAMPLING, fit
 
 from hgc_learn.__main__ import guarded
@@ -135,6 +137,27 @@ def test_a_batch_that_is_not_finite_is_refused_by_its_prompt(
     with pytest.raises(ValueError, match=f"The control image of {batch['text'][1]!r} holds NaN or infinity"):
         module.training_step(batch | {"conditioning_image": image}, 0)
     assert torch.equal(module.router.logits, before)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (lambda image: 2 * image - 1, r"goes from -1 to 1; it must be in \[0, 1\]"),
+        (lambda image: 255 * image, r"goes from 0 to 255; it must be in \[0, 1\]"),
+        (lambda image: (255 * image).to(torch.uint8), "is torch.uint8"),
+        (lambda image: image[:, 0], r"is torch.float32 \[64, 64\]; it must be floating-point \[3, height, width\]"),
+        (None, "gives batches without conditioning_image"),
+    ],
+)
+@pytest.mark.parametrize("step", ["training_step", "validation_step"])
+def test_batches_of_a_wrong_kind_are_refused(
+    module: RouterModule, batch: dict[str, Any], step: str, image: Callable[[Tensor], Tensor] | None, message: str
+) -> None:
+    black_and_white = (batch["conditioning_image"] > 0.5).float()
+    black_and_white[:, :, 0, :2] = torch.tensor([0.0, 1.0])
+    changed = {} if image is None else {"conditioning_image": image(black_and_white)}
+    with pytest.raises(ValueError, match=message):
+        getattr(module, step)({"text": batch["text"], "seed": batch["seed"]} | changed, 0)
 
 
 def test_a_gradient_that_is_not_finite_does_not_reach_the_router(

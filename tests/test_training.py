@@ -213,6 +213,10 @@ def test_export_misses_its_folder_at_once_and_does_without_validation(
         ),
         ("--model.controlnet={teacher}/controlnet", "has a ControlNet already, and"),
         ("--trainer.max_time=00:00:10:00", "trainer.max_time would stop before learning rate and temperature"),
+        (
+            "--trainer.callbacks=EarlyStopping --trainer.callbacks.monitor=val_loss",
+            "trainer.callbacks: EarlyStopping would stop before learning rate and temperature",
+        ),
         ("--trainer.overfit_batches=1", "Set limit_train_batches, or data.num_train"),
         (
             "--trainer.limit_train_batches=3 --trainer.max_epochs=4 --trainer.max_steps=9",

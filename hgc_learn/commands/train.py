@@ -1,7 +1,9 @@
 """Train a router: Lightning's command line.
 
-`fit` trains, `validate` judges what a checkpoint would be exported as. `hgc_learn train fit --help` explains every
-setting, `hgc_learn train fit --print_config` writes all as a configuration. Ctrl-C saves first; `--ckpt_path` goes on.
+`fit` trains, `validate` judges what a checkpoint would be exported as. `hgc_learn train fit --help` explains the
+settings, those of data and objective with `--data.help ControlDataModule` and `--model.objective.help Rollout`;
+`hgc_learn train fit --config FILE --print_config` writes all as a configuration. Ctrl-C saves first; `--ckpt_path` goes
+on.
 In the repository, `python train.py` is the same. Needs the `train` extra.
 
   hgc_learn train fit --config configs/demo.yaml

@@ -101,10 +101,11 @@ class HarmoniCa(BlendedObjective):
 
         module.zero_grad()
         latents = self.forwards.follow(module.sampling, batch, visit_step)
+        final_error = (latents - module.teacher_latents(batch)).square().mean()  # an interruption here loses no update
         self.update(module)
         return {
             "loss": (torch.stack(errors) * self.weights[1:]).mean(),
-            "final_error": (latents - module.teacher_latents(batch)).square().mean(),
+            "final_error": final_error,
             "beta": logits.data[1:].sigmoid().mean(),
             "kept": module.router.kept(hard),
         }

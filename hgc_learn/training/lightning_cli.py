@@ -68,8 +68,15 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 class Checkpoints(ModelCheckpoint):
-    """Where one of several processes has failed, the others do not come to the barrier at which Lightning's own waits
-    after saving: all would hang, and nobody would be told why. So the first process saves alone."""
+    """Lightning's own, but for two things. Without a metric to go by the end of a training is saved whatever interval
+    is set: what an export wants is the router whose learning rate and temperature have fallen. And where one of several
+    processes has failed, the others do not come to the barrier at which Lightning's own waits after saving: all would
+    hang, and nobody would be told why. So the first process saves alone."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.monitor is None and self.save_top_k != 0 and self._last_global_step_saved != trainer.global_step:
+            self._save_checkpoint(trainer, self.format_checkpoint_name(self._monitor_candidates(trainer)))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if trainer.world_size > 1:
@@ -198,6 +205,8 @@ def _cli(args: list[str] | dict[str, Any] | None, *, run: bool) -> RouterCLI:
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         # Going on in a folder replaces its checkpoint: that is what it is for.
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        # Saved within an epoch: what is wanted is the router after the update.
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         return RouterCLI(
             RouterModule,
             run=run,

@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from torch import Tensor
 
 from hgc_learn.evaluation import decodes_upcast, unclamped_pictures
 from hgc_learn.models.fingerprint import ModelFingerprint
 from hgc_learn.models.graph import build_graph
 from hgc_learn.objectives import Objective, Rollout
-from hgc_learn.sampling import SamplingConfig, generate, load_pipeline, scheduled
+from hgc_learn.sampling import SamplingConfig, check_batch, generate, load_pipeline, scheduled
 from hgc_learn.scheduler_config import other_setting, scheduler_config
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import select_sites, to_lay_open
@@ -188,11 +188,12 @@ class RouterModule(L.LightningModule):
     def on_fit_start(self) -> None:
         self._check_precision()
         trainer: Any = self.trainer
-        if any(isinstance(callback, Timer) for callback in trainer.callbacks):
-            raise ValueError(
-                "trainer.max_time would stop before learning rate and temperature have fallen to their end. Set "
-                "max_epochs or max_steps; a training that is interrupted goes on with --ckpt_path."
-            )
+        for callback, name in ((Timer, "max_time"), (EarlyStopping, "callbacks: EarlyStopping")):
+            if any(isinstance(one, callback) for one in trainer.callbacks):
+                raise ValueError(
+                    f"trainer.{name} would stop before learning rate and temperature have fallen to their end. Set "
+                    "max_epochs or max_steps; a training that is interrupted goes on with --ckpt_path."
+                )
         if trainer.overfit_batches:
             raise ValueError(
                 "trainer.overfit_batches takes the sampler of the training's data away. Set limit_train_batches, or "
@@ -296,9 +297,7 @@ class RouterModule(L.LightningModule):
     # Training
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        for text, image in zip(batch["text"], batch["conditioning_image"], strict=True):
-            if not image.isfinite().all():
-                raise ValueError(f"The control image of {text!r} holds NaN or infinity. Repair it or leave it out.")
+        check_batch(batch)
         logs = self.objective.step(self, batch)
         logs = {f"train/{name}": value for name, value in logs.items()}
         self.log_dict(logs, batch_size=len(batch["text"]), sync_dist=True)
@@ -340,6 +339,7 @@ class RouterModule(L.LightningModule):
     # Validation: what would be exported now
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        check_batch(batch)
         hard_errors = []
         for budget in self.hparams["budgets"]:
             gates = self.gates(budget)
@@ -352,7 +352,9 @@ class RouterModule(L.LightningModule):
             logs = {f"val/{budget:g}/{name}": value for name, value in logs.items()}
             self.log_dict(logs, batch_size=len(batch["text"]), sync_dist=True)
         loss = torch.stack(hard_errors).mean()
-        self.log("val_loss", loss, prog_bar=True, logger=False, batch_size=len(batch["text"]), sync_dist=True)
+        for name, value in (("val_loss", loss), ("val_db", -10 * loss.log10())):  # to monitor by, and to read
+            is_shown = name == "val_db"
+            self.log(name, value, prog_bar=is_shown, logger=False, batch_size=len(batch["text"]), sync_dist=True)
 
     @torch.no_grad()
     def rollout_errors(self, batch: dict[str, Any], gates: Gates | Draft) -> Tensor:
