@@ -1,4 +1,4 @@
-"""What the policies that measure look at: how sites move along the uncached trajectory, and real rollouts of drafts.
+"""What the policies that measure look at: how sites move along the uncached trajectory.
 
 A site's values over a run are summed up by the L1 distances between any two steps and, per channel, by the Gram matrix
 over steps. Every predictor is linear in computed values, so its squared error at any step, from any earlier steps,
@@ -7,7 +7,6 @@ follows from the Gram matrix alone: histories are kept for the batch at hand onl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,8 +19,8 @@ from hgc_learn.models.graph import Graph, build_graph
 from hgc_learn.plan import StepPlan
 from hgc_learn.runtime.forwards import RoutedForwards
 from hgc_learn.runtime.program import compile_program
-from hgc_learn.sampling import generate, scheduled
-from hgc_learn.setting import Draft, Setting
+from hgc_learn.sampling import generate
+from hgc_learn.setting import Setting
 
 MAX_HISTORY_BYTES = 4 * 2**30
 """Sites are measured together as long as their values over a run fit in here; the rest takes another run."""
@@ -155,52 +154,6 @@ class ObservedForwards(RoutedForwards):
             for name in op.drop:
                 del given[name]
         return given
-
-
-# Rollouts of drafts
-
-
-def mean_psnr(setting: Setting, draft: Draft, *, num_batches: int | None = None) -> float:
-    """Mean PSNR, dB, of what a draft makes of the setting's samples for searches, to the uncached pictures: what
-    comparisons judge. Minus infinity if a trajectory is lost. What is known already is not run again.
-
-    Args:
-        num_batches: those that come first; all if not given.
-    """
-    key = ("psnr", frozenset(draft.sites.items()))
-    has_key = not draft.tensors and draft.timesteps is None
-    known: dict[int, Tensor] = setting.once(key, dict) if has_key else {}
-    chosen = range(len(setting.search_batches))[:num_batches]
-    if missing := [index for index in chosen if index not in known]:
-        known |= _psnr(setting, draft, missing)
-    mean = float(torch.cat([known[index] for index in chosen]).mean())
-    return mean if math.isfinite(mean) else -math.inf
-
-
-def _psnr(setting: Setting, draft: Draft, indices: Sequence[int]) -> dict[int, Tensor]:
-    """By index of the batch, PSNR [batch]."""
-    from hgc_learn.evaluation import picture_psnr  # torchmetrics: not for those who only list policies
-
-    references = reference_pictures(setting)
-    schedule = setting.schedule(draft, policy="trial", settings={})
-    with scheduled(setting.pipe, setting.sampling, schedule) as sampling:
-        pictures = {
-            index: generate(setting.pipe, sampling, setting.search_batches[index], output_type="pt").cpu()
-            for index in indices
-        }
-    return {index: picture_psnr(made, references[index]) for index, made in pictures.items()}
-
-
-def reference_pictures(setting: Setting) -> list[Tensor]:
-    """The uncached pipeline's pictures of every batch for searches, [batch, 3, height, width] in [0, 1], on the CPU."""
-
-    def make() -> list[Tensor]:
-        return [
-            generate(setting.pipe, setting.sampling, batch, output_type="pt").cpu()
-            for batch in progress(setting.search_batches, "uncached trajectories")
-        ]
-
-    return setting.once("reference_pictures", make)
 
 
 def progress(items: Sequence[T], description: str) -> Iterable[T]:

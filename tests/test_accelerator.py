@@ -13,10 +13,11 @@ from pretend_accelerator import PretendTensor, move, pretend_accelerator
 from tiny_models import build_pipeline
 from training_fixtures import BUDGET, SAMPLING, learn
 
-from hgc_learn.calibration import mean_psnr, site_statistics
+from hgc_learn.calibration import site_statistics
 from hgc_learn.evaluation import closeness, side_by_side
 from hgc_learn.inference import apply_schedule
 from hgc_learn.objectives import DEFAULT_SITES, L2C, HarmoniCa, Objective, Rollout
+from hgc_learn.rollouts import mean_psnr
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.training.module import RouterModule
 

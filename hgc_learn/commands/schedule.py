@@ -99,6 +99,7 @@ def add_knobs(parser: argparse.ArgumentParser, policy: Policy) -> None:
 def write(policy: Policy, args: argparse.Namespace) -> None:
     """Loads the pipeline, lets the policy write, saves the file and prints what is left of the MACs."""
     from hgc_learn.models.architectures import Architecture
+    from hgc_learn.rollouts import kept_rollouts
     from hgc_learn.sampling import SamplingConfig
     from hgc_learn.schedule import check_output
     from hgc_learn.setting import Setting
@@ -119,7 +120,8 @@ def write(policy: Policy, args: argparse.Namespace) -> None:
     height, width = args.size or Architecture.of(pipe).default_size
     sampling = replace(sampling, height=height, width=width)
     setting = Setting.of_pipeline(pipe, sampling, samples(args, sampling, "train", args.num_samples, args.batch_size))
-    schedule = policy.schedule(setting, **{name: getattr(args, name) for name in policy.knobs})
+    with kept_rollouts(setting, Path(args.output).with_suffix(".kept")):
+        schedule = policy.schedule(setting, **{name: getattr(args, name) for name in policy.knobs})
     schedule.save(args.output)
     print(f"wrote {args.output}")
     for suffix, words in (("", "not counted"), ("_attention", "counted")):

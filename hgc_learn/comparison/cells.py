@@ -41,6 +41,11 @@ class CellFiles:
         return self.folder / f"{self.budget:g}.schedule.json"
 
     @property
+    def kept(self) -> Path:
+        """What an interrupted search had measured."""
+        return self.folder / f"{self.budget:g}.kept"
+
+    @property
     def timing(self) -> Path:
         return self.folder / f"{self.budget:g}.timing.json"
 

@@ -23,6 +23,7 @@ from hgc_learn.files import plain
 from hgc_learn.models.macs import BudgetError
 from hgc_learn.policies import Policy
 from hgc_learn.policies.learned import kept_path
+from hgc_learn.rollouts import kept_rollouts
 from hgc_learn.sampling import load_pipeline
 from hgc_learn.setting import Setting
 
@@ -153,8 +154,8 @@ class PolicyCells:
         judge.make_references()  # shared by all cells: not part of what tuning costs
 
         start = time.monotonic()
-        resumed = self.needs_checkpoint and kept_path(self.ckpt_paths[0], budget).is_file()
-        with count_rollouts(judge.setting) as rollouts:
+        is_resumed = self.needs_checkpoint and kept_path(self.ckpt_paths[0], budget).is_file()
+        with count_rollouts(judge.setting) as rollouts, kept_rollouts(judge.setting, files.kept) as is_resumed_search:
             self.say("writing candidates")
             offered = self.candidates(budget)
             shortlisted = shortlist(offered.found, budget, config.tuning)
@@ -176,7 +177,7 @@ class PolicyCells:
             "num_tried": num_tried,
             "sample_rollouts": round(rollouts.num_samples, 1),
             "seconds": round(time.monotonic() - start, 1),
-            **({"resumed": True} if resumed else {}),
+            **({"resumed": True} if is_resumed or is_resumed_search else {}),
         }
         return row | self._figures(chosen, files)
 

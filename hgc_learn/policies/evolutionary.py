@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hgc_learn.calibration import mean_psnr
 from hgc_learn.models.graph import Graph
 from hgc_learn.models.macs import BudgetError
 from hgc_learn.plan import COMPUTE, live_step
 from hgc_learn.policies.registry import register
 from hgc_learn.predictors import PREDICTORS
+from hgc_learn.rollouts import mean_psnr
 from hgc_learn.setting import Draft, Setting
 from hgc_learn.sites import decoder_inputs, encoder_outputs, list_sites
 from hgc_learn.spacing import first_fulls, full_steps

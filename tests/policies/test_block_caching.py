@@ -4,7 +4,7 @@ import pytest
 import torch
 from measured import measured_setting, shared_setting
 
-from hgc_learn.calibration import SiteStatistics, mean_psnr, site_statistics
+from hgc_learn.calibration import SiteStatistics, site_statistics
 from hgc_learn.inference import apply_schedule
 from hgc_learn.policies import POLICIES
 from hgc_learn.policies.block_caching import (
@@ -13,6 +13,7 @@ from hgc_learn.policies.block_caching import (
     block_caching_scale_shift,
     least_squares,
 )
+from hgc_learn.rollouts import mean_psnr
 
 
 def table_of(steps: list[float]) -> torch.Tensor:

@@ -9,12 +9,11 @@ from measured import measured_setting, shared_setting
 from torch import Tensor
 
 from hgc_learn import calibration
-from hgc_learn.calibration import SiteStatistics, mean_psnr, reference_pictures, site_statistics
+from hgc_learn.calibration import SiteStatistics, site_statistics
 from hgc_learn.comparison.tune import count_rollouts
-from hgc_learn.inference import HGCSchedule, apply_schedule, remove_schedule
 from hgc_learn.policies import POLICIES
+from hgc_learn.rollouts import reference_pictures
 from hgc_learn.sampling import generate
-from hgc_learn.setting import Draft
 from hgc_learn.sites import ControlNetLayers, layer_sites
 
 # Sites and the modules whose output they are (a resnet's branch ends with its second convolution).
@@ -122,30 +121,6 @@ def test_squared_error_is_that_of_the_linear_combination() -> None:
     error = SiteStatistics.of(history).squared_error(3, {2: 1.5, 0: -0.5})
     expected = (history[3] - 1.5 * history[2] + 0.5 * history[0]).square().sum(1)
     torch.testing.assert_close(error, expected)
-
-
-def test_mean_psnr_is_that_of_the_applied_schedule() -> None:
-    setting = measured_setting()
-    draft = Draft({"unet:eps": "CC-C-"})
-    schedule: HGCSchedule = setting.schedule(draft, policy="by_hand", settings={})
-    expected: list[float] = []
-    for batch in setting.batches:
-        full = generate(setting.pipe, setting.sampling, batch, output_type="pt")
-        apply_schedule(setting.pipe, schedule)
-        cached = generate(setting.pipe, setting.sampling, batch, output_type="pt")
-        remove_schedule(setting.pipe)
-        expected += (-10 * (cached - full).square().flatten(1).mean(1).log10()).tolist()
-    assert mean_psnr(setting, draft) == pytest.approx(sum(expected) / len(expected))
-    with count_rollouts(setting) as rollouts:
-        assert mean_psnr(setting, draft) == pytest.approx(sum(expected) / len(expected))
-        assert rollouts.num_samples == 0
-    assert mean_psnr(setting, Draft({})) == 120
-    num_first = len(setting.batches[0]["seed"])
-    assert mean_psnr(setting, draft, num_batches=1) == pytest.approx(sum(expected[:num_first]) / num_first)
-    with count_rollouts(setting) as rollouts:
-        other = replace(setting, search_batches=setting.batches[1:], memo={})
-        assert mean_psnr(other, draft) == pytest.approx(sum(expected[num_first:]) / (len(expected) - num_first))
-        assert rollouts.num_samples == pytest.approx(2 * (len(expected) - num_first))  # uncached and cached
 
 
 def test_layers_of_the_controlnet_are_chosen_by_the_knob() -> None:

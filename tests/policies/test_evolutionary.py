@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from measured import measured_setting, shared_setting, single_sample_setting
 
-from hgc_learn.calibration import mean_psnr
 from hgc_learn.comparison.tune import count_rollouts
 from hgc_learn.genetic import Genes, search
 from hgc_learn.plan import Plan, compile_plan
 from hgc_learn.policies import POLICIES
 from hgc_learn.policies.evolutionary import CLEARLY, Encoding, Race, evolutionary, rules
+from hgc_learn.rollouts import mean_psnr
 
 
 def random_genes(encoding: Encoding, seed: int) -> Genes:

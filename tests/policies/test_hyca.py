@@ -7,10 +7,11 @@ import torch
 from measured import measured_setting, shared_setting
 from torch import Tensor
 
-from hgc_learn.calibration import SiteStatistics, mean_psnr, site_statistics
+from hgc_learn.calibration import SiteStatistics, site_statistics
 from hgc_learn.policies import POLICIES
 from hgc_learn.policies.hyca import choose_solvers, cluster_channels, descriptors, hyca, solver_errors
 from hgc_learn.predictors.per_channel import CHOICES
+from hgc_learn.rollouts import mean_psnr
 from hgc_learn.setting import Draft
 from hgc_learn.spacing import full_steps
 
