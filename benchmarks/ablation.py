@@ -10,7 +10,6 @@ of the export by what it writes at one budget. What is in the output already is 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,20 +20,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from common import UncachedPictures, add_row, mean, read_rows
 from seeds import Recipe
-from torch import Tensor
 
 from hgc_learn.__main__ import guarded
 from hgc_learn.demo.scenes import draw_batches
-from hgc_learn.evaluation import picture_psnr, render
 from hgc_learn.export.export import decide, load_run
 from hgc_learn.export.learning import ALL, NOTHING, Learning
-from hgc_learn.files import save_json
 from hgc_learn.objectives import Rollout
-from hgc_learn.setting import Draft
 from hgc_learn.training.effects import Choices, Effects
 from hgc_learn.training.gates import Gates
-from hgc_learn.training.module import RouterModule
 from hgc_learn.training.router import Router
 
 WHOLE = "the whole recipe"
@@ -115,8 +110,7 @@ class Judge:
 
     def __init__(self, recipe: Recipe, num_scenes: int):
         self.recipe = recipe
-        self.scenes = draw_batches("validation", num_scenes, 16, offset=2000)
-        self.full: Tensor | None = None
+        self.full = UncachedPictures(draw_batches("validation", num_scenes, 16, offset=2000))
 
     def of_training(self, part: str, seed: int) -> dict[str, float]:
         """PSNR by budget of what the router rounds to."""
@@ -124,7 +118,7 @@ class Judge:
         with training.change():
             module, _ = load_run(self._trained(part, seed, training))
             return {
-                f"{budget:g}": self._psnr(module, module.draft(module.gates(budget)))
+                f"{budget:g}": mean(self.full.psnr(module, module.draft(module.gates(budget))))
                 for budget in module.hparams["budgets"]
             }
 
@@ -135,18 +129,11 @@ class Judge:
             name, training = f"{budget:g} alone", Training((f"--model.budgets=[{budget}]",))
         module, data = load_run(self._trained(name, seed, training))
         _, draft = decide(module, data, budget, EXPORTS[part])
-        return {f"{budget:g}": self._psnr(module, draft)}
+        return {f"{budget:g}": mean(self.full.psnr(module, draft))}
 
     def _trained(self, name: str, seed: int, training: Training) -> Path:
         folder = Path("runs/seeds") if name == WHOLE else Path("runs/ablation", name.replace(" ", "-"))
         return self.recipe.trained(seed, folder, *training.arguments)[0]
-
-    def _psnr(self, module: RouterModule, draft: Draft) -> float:
-        if self.full is None:
-            self.full = render(module.pipe, module.sampling, self.scenes).pictures
-        schedule = module.setting.schedule(draft, policy="learned", settings={})
-        pictures = render(module.pipe, module.sampling, self.scenes, schedule).pictures
-        return round(float(picture_psnr(pictures, self.full).mean()), 3)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -199,12 +186,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             for part in args.exports
         ]
-    rows = json.loads(args.output.read_text()) if args.output.is_file() else []
+    rows = read_rows(args.output)
     for what, psnr in jobs:
         if not any(what.items() <= row.items() for row in rows):
-            rows.append({**what, "num_scenes": args.num_scenes, "psnr_db": psnr()})
-            save_json(args.output, rows)
-            print(json.dumps(rows[-1]), flush=True)
+            add_row(args.output, rows, {**what, "num_scenes": args.num_scenes, "psnr_db": psnr()})
     for name in ("training", "export"):
         shown = {"table": name, **asdict(recipe)}.items()
         print(f"\n{name}\n\n" + table([row for row in rows if shown <= row.items()]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -17,31 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import UncachedPictures, add_row, mean, read_rows, train_once
 
 from hgc_learn.__main__ import guarded
 from hgc_learn.demo.scenes import draw_batches
-from hgc_learn.evaluation import picture_psnr, render
 from hgc_learn.export.export import load_run
-from hgc_learn.files import save_json
 from hgc_learn.models.macs import BudgetError
 from hgc_learn.objectives import L2C
 from hgc_learn.objectives.blend import MAX_LOGIT
 from hgc_learn.training.gates import Gates
-from hgc_learn.training.lightning_cli import train
 from hgc_learn.training.module import RouterModule
 
 
 def trained(policy: str, model: str, sampler: str, penalty: float, learning_rate: float) -> Path:
     """The checkpoint of a training, made if it is missing."""
+    arguments = [f"--config=configs/compare/train/{policy}-{sampler}.yaml", f"--model.model={model}"]
+    arguments += [f"--model.objective.penalty={penalty}", f"--model.objective.learning_rate={learning_rate}"]
     folder = Path("runs/penalties", Path(model).name, sampler, policy, f"{penalty:g}", f"{learning_rate:g}")
-    done = folder / "done"
-    if not done.is_file():
-        arguments = [f"--config=configs/compare/train/{policy}-{sampler}.yaml", f"--checkpoint.dirpath={folder}"]
-        arguments += [f"--trainer.default_root_dir={folder}", f"--model.model={model}"]
-        arguments += [f"--model.objective.penalty={penalty}", f"--model.objective.learning_rate={learning_rate}"]
-        train(["fit", *arguments])
-        done.touch()
-    return folder / "last.ckpt"
+    return train_once(folder, arguments)[0]
 
 
 def candidates(module: RouterModule, budget: float) -> Iterator[Gates]:
@@ -58,16 +50,14 @@ def judge(ckpt_path: Path, budgets: Sequence[float], num_scenes: int) -> dict[st
     """PSNR by budget, and which share of the logits can move no farther: nothing tells which of these goes first."""
     module, _ = load_run(ckpt_path)
     logits = module.router.logits.detach()[1:]
-    scenes = draw_batches("validation", num_scenes, 16, offset=2000)
-    full = render(module.pipe, module.sampling, scenes).pictures
+    full = UncachedPictures(draw_batches("validation", num_scenes, 16, offset=2000))
 
     def psnr(gates: Gates) -> float:
-        schedule = module.setting.schedule(module.draft(gates), policy="trained", settings={})
-        return float(picture_psnr(render(module.pipe, module.sampling, scenes, schedule).pictures, full).mean())
+        return mean(full.psnr(module, module.draft(gates)))
 
     return {
         "at_their_limit": round(float((logits.abs() >= MAX_LOGIT).float().mean()), 3),
-        "psnr_db": {f"{budget:g}": round(max(map(psnr, candidates(module, budget))), 3) for budget in budgets},
+        "psnr_db": {f"{budget:g}": max(map(psnr, candidates(module, budget))) for budget in budgets},
     }
 
 
@@ -82,16 +72,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_scenes", type=int, default=32)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/penalties.json"))
     args = parser.parse_args(argv)
-    rows: list[dict[str, Any]] = json.loads(args.output.read_text()) if args.output.is_file() else []
+    rows = read_rows(args.output)
     for policy, penalty, learning_rate in itertools.product(args.policies, args.penalties, args.learning_rates):
         what = {"policy": policy, "model": args.model, "sampler": args.sampler}
         what |= {"penalty": penalty, "learning_rate": learning_rate}
         if any(what.items() <= row.items() for row in rows):
             continue
         ckpt_path = trained(policy, args.model, args.sampler, penalty, learning_rate)
-        rows.append({**what, "num_scenes": args.num_scenes, **judge(ckpt_path, args.budgets, args.num_scenes)})
-        save_json(args.output, rows)
-        print(json.dumps(rows[-1]), flush=True)
+        judged = judge(ckpt_path, args.budgets, args.num_scenes)
+        add_row(args.output, rows, {**what, "num_scenes": args.num_scenes, **judged})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ already is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,22 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import UncachedPictures, add_row, mean, read_rows, train_once
 
 from hgc_learn.__main__ import guarded
 from hgc_learn.comparison.statistics import mean_interval
 from hgc_learn.demo.scenes import draw_batches
-from hgc_learn.evaluation import picture_psnr, render
 from hgc_learn.export.export import decide, load_run
-from hgc_learn.files import save_json
 from hgc_learn.training.gates import Gates
-from hgc_learn.training.lightning_cli import train
 from hgc_learn.training.module import RouterModule
 
+NUM_SCENES, NUM_DRAWS = 16, 4  # for the gap between soft and hard
 
-def soft_and_hard(module: RouterModule, budget: float, num_scenes: int = 16, num_draws: int = 4) -> dict[str, float]:
+
+def soft_and_hard(module: RouterModule, budget: float) -> dict[str, float]:
     """Latent error of the trained router as it is, in dB below the latents' power, on validation scenes: of schedules
     drawn at the temperature that training ended with, and of the one that is rounded."""
-    (batch,) = draw_batches("validation", num_scenes, num_scenes)
+    (batch,) = draw_batches("validation", NUM_SCENES, NUM_SCENES)
     target = module.teacher_latents(batch)
 
     def level(gates: Gates) -> float:
@@ -40,9 +39,9 @@ def soft_and_hard(module: RouterModule, budget: float, num_scenes: int = 16, num
         return float(-10 * error.log10().mean())
 
     router, generator = module.router, torch.Generator().manual_seed(0)
-    soft = [level(router.sample(budget, generator)[0]) for _ in range(num_draws)]
+    soft = [level(router.sample(budget, generator)[0]) for _ in range(NUM_DRAWS)]
     return {
-        "soft_latent_db": round(sum(soft) / num_draws, 2),
+        "soft_latent_db": round(sum(soft) / NUM_DRAWS, 2),
         "hard_latent_db": round(level(module.gates(budget)), 2),
     }
 
@@ -57,29 +56,21 @@ class Recipe:
     def trained(self, seed: int, parent: Path = Path("runs/seeds"), *changes: str) -> tuple[Path, float]:
         """The checkpoint of a training, made if it is missing, and the minutes that it took; `changes` are arguments of
         train.py besides those of the configuration."""
+        arguments = [f"--config=configs/compare/train/learned-{self.sampler}.yaml", f"--model.model={self.model}"]
         folder = parent / Path(self.model).name / self.sampler / str(seed)
-        minutes = folder / "minutes.json"
-        if not minutes.is_file():
-            start = time.monotonic()
-            arguments = [f"--config=configs/compare/train/learned-{self.sampler}.yaml", f"--model.model={self.model}"]
-            arguments += [f"--trainer.default_root_dir={folder}", f"--checkpoint.dirpath={folder}"]
-            train(["fit", *arguments, f"--seed_everything={seed}", *changes])
-            save_json(minutes, {"training": round((time.monotonic() - start) / 60, 2)})
-        return folder / "last.ckpt", json.loads(minutes.read_text())["training"]
+        return train_once(folder, [*arguments, f"--seed_everything={seed}", *changes])
 
 
 def run(recipe: Recipe, seed: int, budgets: Sequence[float], num_scenes: int) -> Iterator[dict[str, Any]]:
     """A row per budget."""
     ckpt_path, training_minutes = recipe.trained(seed)
     module, data = load_run(ckpt_path)
-    scenes = draw_batches("test", num_scenes, 16)
-    full = render(module.pipe, module.sampling, scenes).pictures
+    full = UncachedPictures(draw_batches("test", num_scenes, 16))
     for budget in budgets:
         start = time.monotonic()
         gates, draft = decide(module, data, budget)
         exporting = (time.monotonic() - start) / 60
-        schedule = module.setting.schedule(draft, policy="learned", settings={})
-        psnr = picture_psnr(render(module.pipe, module.sampling, scenes, schedule).pictures, full)
+        psnr = full.psnr(module, draft)
         yield {
             **asdict(recipe),
             "seed": seed,
@@ -90,7 +81,7 @@ def run(recipe: Recipe, seed: int, budgets: Sequence[float], num_scenes: int) ->
             "exporting_minutes": round(exporting, 2),
             "kept_macs": round(module.router.kept(gates.compute), 4),
             "num_samples": len(psnr),
-            "psnr_db": round(float(psnr.mean()), 3),
+            "psnr_db": mean(psnr),
             "psnr_ci": [round(end, 3) for end in mean_interval(psnr.double().numpy())],
         }
 
@@ -104,16 +95,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_scenes", type=int, default=128)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/seeds.json"))
     args = parser.parse_args(argv)
-    rows = json.loads(args.output.read_text()) if args.output.is_file() else []
+    rows = read_rows(args.output)
     recipe = Recipe(args.sampler, args.model)
     for seed in args.seeds:
         key = {**asdict(recipe), "seed": seed}.items()
         done = {row["budget"] for row in rows if key <= row.items()}
         if missing := [budget for budget in args.budgets if budget not in done]:
             for row in run(recipe, seed, missing, args.num_scenes):
-                rows.append(row)
-                save_json(args.output, rows)
-                print(json.dumps(row), flush=True)
+                add_row(args.output, rows, row)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from common import read_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -186,8 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         row = measure(Path(folder), args, args.num_steps)
     print(json.dumps(row, indent=1))
     if args.output:
-        rows = json.loads(args.output.read_text()) if args.output.is_file() else []
-        save_json(args.output, [*rows, row])
+        save_json(args.output, [*read_rows(args.output), row])
 
 
 if __name__ == "__main__":

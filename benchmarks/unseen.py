@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import read_rows
 from rich.progress import track
 
 from hgc_learn.__main__ import guarded
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--num_scenes", type=int, default=128)
     add("--output", type=Path, default=Path("benchmarks/unseen.json"))
     args = parser.parse_args(argv)
-    rows: list[dict[str, Any]] = json.loads(args.output.read_text()) if args.output.is_file() else []
+    rows = read_rows(args.output)
     for config in map(read_config, args.configs):
         found, _ = collect(config)
         for sampler in args.samplers or config.samplers:
