@@ -111,8 +111,8 @@ def with_ip_adapter() -> Any:
     return pipe
 
 
-def ip_image(pipe: Any) -> dict[str, Any]:
-    embeds = torch.randn(2, 1, pipe.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(2))
+def ip_image(pipe: Any, number: int = 1) -> dict[str, Any]:
+    embeds = torch.randn(2, number, pipe.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(2))
     return {"ip_adapter_image_embeds": [embeds.double()]}
 
 

@@ -243,6 +243,7 @@ def around() -> list[Row]:
             refreshed=(MIDDLE,),
         ),
         row("IP-Adapter", call=adapters.ip_image, change=adapters.load_ip_adapter),
+        row("IP-Adapter, two images", call=partial(adapters.ip_image, number=2), change=adapters.load_ip_adapter),
         row(
             "IP-Adapter scaled",
             adapters.with_ip_adapter,
