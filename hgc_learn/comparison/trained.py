@@ -51,7 +51,8 @@ def checkpoint(config: CompareConfig, sampler: str, policy: str, weights: ModelF
             since the checkpoint was made.
         KeyboardInterrupt: the training was interrupted; it goes on at the next call.
     """
-    from hgc_learn.training.lightning_cli import read_checkpoint, train
+    from hgc_learn.training.lightning_cli import train
+    from hgc_learn.training.saved import read_checkpoint
 
     folder = training_folders(config, sampler, policy)[seed]
     ckpt_path, record = folder / "last.ckpt", folder / "trained.json"

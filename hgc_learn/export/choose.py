@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hgc_learn.export.patterns import rounded
-from hgc_learn.training.lightning_cli import read_checkpoint
+from hgc_learn.training.saved import read_checkpoint
 
 if TYPE_CHECKING:
     from hgc_learn.training.module import RouterModule

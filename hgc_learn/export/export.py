@@ -28,8 +28,9 @@ from hgc_learn.setting import Draft, Setting
 from hgc_learn.sharing import FILE_NAME
 from hgc_learn.strict import ScheduleError
 from hgc_learn.training.gates import Gates
-from hgc_learn.training.lightning_cli import read_checkpoint, rebuild
+from hgc_learn.training.lightning_cli import rebuild
 from hgc_learn.training.module import RouterModule
+from hgc_learn.training.saved import read_checkpoint
 
 KEPT_NAME = "hgc_export.ckpt"
 

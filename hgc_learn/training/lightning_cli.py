@@ -22,7 +22,7 @@ from hgc_learn import data  # noqa: F401  (makes the data modules known to the c
 from hgc_learn.files import check_writable, write_atomically
 from hgc_learn.training.module import RouterModule
 from hgc_learn.training.monitoring import ScheduleMonitor
-from hgc_learn.training.saved import read_saved, write_saved
+from hgc_learn.training.saved import read_checkpoint, write_saved
 
 USAGE = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
 """There are more than a hundred settings, and jsonargparse prints the usage with every error."""
@@ -164,21 +164,6 @@ def train(args: Sequence[str] | None = None) -> RouterCLI:
         raise ValueError(" ".join(str(error).split())) from None
     except SIGTERMException:  # Lightning's own ends with status 0, as a training that is done
         raise SystemExit(128 + signal.SIGTERM) from None
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What is in a checkpoint of a training.
-
-    Raises:
-        ValueError: it is none.
-        OSError: it cannot be read.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint.")
-    checkpoint = read_saved(path)
-    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("config"), str):
-        return checkpoint
-    raise ValueError(f"{path}: not a checkpoint written by `python train.py fit`, or not all of one.")
 
 
 def rebuild(config: str) -> RouterCLI:

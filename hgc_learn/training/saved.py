@@ -31,3 +31,18 @@ def read_saved(path: Path) -> Any:
     # What torch makes of files that are cut off, or of another kind.
     except (RuntimeError, KeyError, IndexError, TypeError, ValueError, EOFError, pickle.UnpicklingError):
         return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What is in a checkpoint of a training.
+
+    Raises:
+        ValueError: it is none.
+        OSError: it cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint.")
+    checkpoint = read_saved(path)
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("config"), str):
+        return checkpoint
+    raise ValueError(f"{path}: not a checkpoint written by `python train.py fit`, or not all of one.")
