@@ -18,6 +18,7 @@ import numpy as np
 from datasets.table import embed_table_storage
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from rich.progress import track
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from hgc_learn.demo.scenes import SceneDataset
@@ -177,10 +178,8 @@ def read_rows(
     if not len(rows):
         raise ValueError(f"{name}, split {split!r}: it is empty; set train_split and val_split.")
     if len(rows) < num_rows:
-        raise ValueError(
-            f"{name}, split {split!r}: has {len(rows)} rows, num_train + num_val asks for {num_rows}: lower "
-            "one of both."
-        )
+        asked = f"num_train + num_val asks for {num_rows}: lower one of both."
+        raise ValueError(f"{name}, split {split!r}: has {len(rows)} rows, {asked}")
     return rows
 
 
@@ -255,7 +254,7 @@ class _Samples(Dataset[dict[str, Any]]):
         Raises:
             ValueError: as `read_row`, or a picture is far from the shape that it is resized to.
         """
-        for index in self.indices:
+        for index in track(self.indices, "reading the data", transient=True, disable=rank() > 0):
             self._row(index)
 
     def _row(self, index: int) -> tuple[Image.Image, str]:
