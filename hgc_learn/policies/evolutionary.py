@@ -53,8 +53,8 @@ def evolutionary(
 
     Maximises the mean PSNR of the pictures to the uncached ones, in real rollouts. It starts from the best, on the
     first batch of samples, of all rules that do one thing at all steps but full ones at the start and at regular
-    intervals, at the budget. What has been tried is kept beside the schedule until that is written: interrupted, the same
-    command goes on.
+    intervals, at the budget. What has been tried is kept beside the schedule until that is written: interrupted, the
+    same command goes on.
 
     Args:
         budget: fraction of the full MACs that must not be exceeded.
