@@ -245,9 +245,9 @@ def check_batch(batch: Mapping[str, Any]) -> None:
                 f"The control image of {text!r} is {image.dtype} {list(image.shape)}; it must be floating-point "
                 "[3, height, width]."
             )
-        if not image.isfinite().all():
+        low, high = map(float, image.aminmax())
+        if not math.isfinite(low + high):
             raise ValueError(f"The control image of {text!r} holds NaN or infinity. Repair it or leave it out.")
-        low, high = image.aminmax()
         if low < 0 or high > 1:
             raise ValueError(
                 f"The control image of {text!r} goes from {low:.3g} to {high:.3g}; it must be in [0, 1], as pipelines "

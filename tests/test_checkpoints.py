@@ -64,6 +64,22 @@ def test_interrupted_training_resumes_to_the_same_router(
         torch.testing.assert_close(resumed["state_dict"][name], whole["state_dict"][name], rtol=0, atol=0)
 
 
+def test_an_update_of_harmonica_is_counted_when_all_of_it_is_done(teacher: Path, tmp_path: Path) -> None:
+    teacher_latents, num_calls = RouterModule.teacher_latents, 0
+
+    def interrupted(self: RouterModule, batch: dict[str, Any]) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 3:  # one is of the weights, one of every step
+            raise KeyboardInterrupt
+        return teacher_latents(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt, match="go on with"):
+        patch.setattr(RouterModule, "teacher_latents", interrupted)
+        fit(teacher, tmp_path, 4, "--model.objective=HarmoniCa")
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
+
+
 def test_a_resumed_run_goes_on_where_epochs_end_early(teacher: Path, tmp_path: Path) -> None:
     """Four batches, of which an epoch takes three: after the fourth step one of the second epoch is done."""
     more = ["--data.batch_size=1", "--trainer.limit_train_batches=3"]

@@ -77,6 +77,24 @@ def test_hard_blend_is_the_inference_runtime(
     torch.testing.assert_close(latents, module.rollout(batch, module.draft(gates)), rtol=0, atol=0)
 
 
+def test_what_is_kept_is_the_blend(module: RouterModule, forwards: BlendedForwards, batch: dict[str, Any]) -> None:
+    """Of the first site in the models' order, before which nothing is blended."""
+    first = next(name for name in forwards.graph.nodes if name in forwards.columns)
+    everything = torch.ones(len(module.router.sites))
+
+    def visit_step(step: int) -> Tensor:
+        before = dict(forwards.cache)
+        full = forwards.full(keep=True)
+        if step:
+            fresh, forwards.cache = forwards.cache[first], dict(before)
+            assert fresh.ne(before[first]).any()
+            forwards.blend(0.25 * everything, compute=everything.bool())
+            torch.testing.assert_close(forwards.cache[first], 0.25 * fresh + 0.75 * before[first])
+        return full
+
+    forwards.follow(SAMPLING, batch, visit_step)
+
+
 def test_gradient_of_the_blended_loss_is_that_of_finite_differences(
     module: RouterModule, forwards: BlendedForwards, batch: dict[str, Any]
 ) -> None:

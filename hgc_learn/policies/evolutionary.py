@@ -257,11 +257,14 @@ def rules(encoding: Encoding, budget: float) -> list[Genes]:
     found: dict[str, Genes] = {}
     for reused, first_full in itertools.product(combinations, first_fulls(num_steps)):
         for intervals in (whole, spread):
-            tried = (_spaced(reused, full_steps(num_steps, interval, first_full), num_steps) for interval in intervals)
+            tried = (
+                encoding.canonical(_spaced(reused, full_steps(num_steps, interval, first_full), num_steps))
+                for interval in intervals
+            )
             within = (genes for genes in tried if encoding.kept(genes) <= budget)
             for genes in itertools.islice(within, 1):
                 found.setdefault(str(encoding.draft(genes).sites), genes)
-    return [encoding.canonical(genes) for genes in found.values()]
+    return list(found.values())
 
 
 def _spaced(reused: Sequence[int], full: Sequence[int], num_steps: int) -> Genes:

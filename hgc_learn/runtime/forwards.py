@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hgc_learn.models import ops
 from hgc_learn.models.graph import Graph, named_models, original
+from hgc_learn.runtime.caller import Caller, check_parts, foreign
 from hgc_learn.runtime.takeover import give_back, has_own_forward, owner_of_forward, take_over
 from hgc_learn.runtime.unchanged import Settings, Signature, state
 from hgc_learn.timesteps import last_step, nearest_in, place_in
@@ -43,7 +44,6 @@ class RoutedForwards:
         self.multi: Any = None  # what calls several ControlNets, and the hook that is on it
         self.multi_hook: Any = None
         self.timesteps: Tensor | None = None
-        self.applied_at: Tensor | None = None  # timesteps that there were then
         self.num_calls: dict[str, int] = {}
         self.refreshed: set[int] = set()
         self.new_run()
@@ -93,8 +93,7 @@ class RoutedForwards:
     def install(self) -> None:
         """Raises ValueError where others stand in the place of a forward."""
         self.check_models()
-        self.applied_at = getattr(self.pipe.scheduler, "timesteps", None)
-        self._see_run()  # one that began without the schedule
+        self.caller = Caller(self.pipe)
         for model, module in self.models.items():
             forward = self.unet_forward if model == "unet" else partial(self.controlnet_forward, model)
             self.replaced[model] = take_over(module, forward)
@@ -143,12 +142,13 @@ class RoutedForwards:
     @torch.compiler.disable
     def begin(self, model: str, timestep: Any, sample: Tensor, inputs: Any) -> int:
         """Returns the step's index; notes in `refreshed` if the inputs differ from those of the step before."""
-        self._check_models_are_the_same()
+        self._check_same_models()
         timesteps = self.pipe.scheduler.timesteps
         place = place_in(timesteps, timestep)
         if timesteps is not self.timesteps:  # set_timesteps has been called: a new run
             self.new_run()
-            self._check_pipeline(is_first=place == 0)
+            self._check_modules()
+            self.caller.check(is_first=place == 0)
             self.check_run(timesteps)
             self.timesteps, self.settings = timesteps, Settings(self.models)
             offloaded = [*self.models.values(), getattr(self.pipe, "controlnet", None)]
@@ -162,9 +162,9 @@ class RoutedForwards:
             place == step or (place is None and self.is_offloaded and float(timestep) == float(timesteps[step]))
         )
         if not is_known:
-            raise ValueError(_foreign(f"The {model}, at step {step} of {self.num_steps},"))
+            raise ValueError(foreign(f"The {model}, at step {step} of {self.num_steps},"))
         if model == "unet" and step == self.first_step:
-            _check_parts(self.pipe, sample, self.is_guided)
+            check_parts(self.pipe, sample, self.is_guided)
         called_with = (sample.shape, sample.dtype, sample.device, inputs)
         signature = Signature(called_with, self.settings.read())
         if step > self.last_step:  # the pipeline had said less, and what was kept is gone
@@ -184,7 +184,7 @@ class RoutedForwards:
         self.num_calls[model] += 1
         return step
 
-    def _check_models_are_the_same(self) -> None:
+    def _check_same_models(self) -> None:
         """Whether the pipeline has the models that the schedule was applied to: any may be replaced in mid-run."""
         models = routed_models(self.pipe)
         names = sorted(self.models.keys() | models.keys())
@@ -197,9 +197,8 @@ class RoutedForwards:
                 "the schedule again."
             )
 
-    def _check_pipeline(self, *, is_first: bool) -> None:
-        """Whether it is the pipeline itself that calls, at the first of all its steps or not: only then is it known
-        whether there is guidance. And whether its models are as they were."""
+    def _check_modules(self) -> None:
+        """Whether what is in the models is as it was."""
         for model in self.models:
             if _is_group_offload_enabled(self.models[model]):
                 raise ValueError(
@@ -218,16 +217,6 @@ class RoutedForwards:
                     f"{name} has hooks or a forward of its own, which would not be called: a schedule calls what is in "
                     "it. Undo that, or remove_schedule(pipe) for such runs."
                 )
-        if hasattr(type(self.pipe), "num_timesteps"):
-            number = self.pipe.__dict__.get("_num_timesteps")
-            is_under_way = self.pipe.scheduler.timesteps is self.applied_at and not is_first
-            if number is None or (isinstance(number, _Seen) and not is_under_way):
-                raise ValueError(_foreign("The UNet or a ControlNet"))
-            self._see_run()
-
-    def _see_run(self) -> None:
-        if (number := self.pipe.__dict__.get("_num_timesteps")) is not None:
-            self.pipe._num_timesteps = _Seen(number)
 
     def _module(self, path: str) -> nn.Module | None:
         """What stands at the path of a node of the graph now."""
@@ -372,30 +361,5 @@ def _halved(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: v if k == "cross_attention_kwargs" else ops.guided_half(v) for k, v in kwargs.items()}
 
 
-class _Seen(int):
-    """A pipeline's `_num_timesteps`, which every call of it sets anew, once a run has begun with it."""
-
-
-def _foreign(what: str) -> str:
-    return (
-        f"{what} was called by other code than the pipeline that the schedule was applied to: by another pipeline that "
-        "shares it, or directly; or the pipeline calls it more than once at a step, which schedules do not support. "
-        "Apply the schedule to the pipeline that calls, or remove_schedule(pipe) first."
-    )
-
-
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _check_parts(pipe: Any, sample: Tensor, is_guided: bool) -> None:
-    """Looked at once per run, in its first step."""
-    half = len(sample) // 2
-    is_right = not getattr(pipe, "do_perturbed_attention_guidance", False)  # alike, where pictures are from one noise
-    if is_right and is_guided:
-        is_right = len(sample) % 2 == 0 and torch.allclose(sample[:half], sample[half:], rtol=0, atol=0, equal_nan=True)
-    if not is_right:
-        raise ValueError(
-            "The batch has other parts than an unguided and a guided half of the same latents: PAG, InstructPix2Pix "
-            "and the like have a third. Schedules do not support that; remove_schedule(pipe) first."
-        )
